@@ -1,0 +1,45 @@
+# make demo | test | lint | bench |: each sets itself up on a fresh machine, in its own virtual environment.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# An installed torch_tpu must not look for a TPU where there is none.
+export TPU_SKIP_MDS_QUERY ?= 1
+export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
+
+.PHONY: demo test test-slow lint format bench clean
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/simmim pretrain --recipe demo --out runs/demo
+	$(BIN)/simmim reconstruct runs/demo demo --out runs/demo/reconstruction.png
+	@echo "Look at runs/demo/reconstruction.png"
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/vulture
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/masks.py
+	$(BIN)/python benchmarks/input_vs_torchvision.py
+	$(BIN)/python benchmarks/step_vs_transformers.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,35 @@
+"""Where the benchmarks' figures go: `benchmarks/results/NAME.json`, with date, machine and versions."""
+
+import datetime
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from simmim.accelerators import cpu_cores, cpu_name
+
+
+def machine() -> dict[str, Any]:
+    packages = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "grain")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "date": datetime.date.today().isoformat(),
+        "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "cpu": cpu_name(),
+        "cores": cpu_cores(),
+        "versions": versions,
+    }
+
+
+def save(name: str, figures: dict[str, Any]) -> Path:
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+    return path

@@ -1,0 +1,44 @@
+"""Pretrain vision backbones by masked image modelling (SimMIM, arXiv 2111.09886) on your own unlabelled images.
+
+import simmim
+run = simmim.pretrain(data="images/", out="runs/a", model="vit_small_patch16_224", epochs=100)
+backbone = simmim.load_encoder("runs/a")  # a plain timm module
+model = simmim.load_model("runs/a")       # model(images, mask) -> (loss, prediction)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simmim.config import PretrainConfig
+    from simmim.run import Run
+    from simmim.torch_engine.storage import load_encoder, load_model
+
+__version__ = "0.1.0"
+__all__ = ["PretrainConfig", "Run", "__version__", "load_encoder", "load_model", "pretrain"]
+
+# Loaded on first use, so that `import simmim` stays fast.
+_HOMES = {
+    "PretrainConfig": "simmim.config",
+    "Run": "simmim.run",
+    "load_encoder": "simmim.torch_engine.storage",
+    "load_model": "simmim.torch_engine.storage",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'simmim' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def pretrain(**settings: Any) -> "Run":
+    """Pretrain a backbone, or resume the run in `out`; settings are the fields of `PretrainConfig`.
+
+    Returns the run. Raises a one-line `ValueError` for a setting that cannot be, images that cannot be read, or an
+    `out` that holds a run with another configuration.
+    """
+    from simmim.config import PretrainConfig, from_settings
+    from simmim.torch_engine.pretrain import pretrain
+
+    return pretrain(from_settings(PretrainConfig, settings))[0]

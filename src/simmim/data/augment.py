@@ -1,0 +1,142 @@
+"""Which part of an image is seen, and its resizing. Flips and colours are the engine's, on the device.
+
+Shapes: `B` images, `H W` pixels, `C` channels; a size is (H, W).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simmim.keys import sample_keys, uniforms
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def scaled(self, vertical: float, horizontal: float) -> "Box":
+        """The same rectangle of the image at these shares of its height and width."""
+        return Box(
+            int(self.top * vertical),
+            int(self.left * horizontal),
+            max(1, int(self.height * vertical)),
+            max(1, int(self.width * horizontal)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomResizedCrop:
+    """Draw the box that is cut out and resized to `size`, as torchvision does (SimMIM §4.1: scale 0.67–1).
+
+    `scale` is the box's share of the image's area, `ratio` its width over its height, relative to those of `size`: an
+    image is squashed by 4/3 at the most, for square and other sizes alike. Raises `ValueError`.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.67, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        _check_crop_size(self.size)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"crop scale {self.scale} is not a range within 0..1; use (0.67, 1.0)")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"crop ratio {self.ratio} is not a range of positive numbers; use (0.75, 1.333)")
+
+    def box(self, key: NDArray[np.uint64], height: int, width: int) -> Box:
+        """The box for an image's key (1,); the largest box in the middle where ten draws don't fit."""
+        draws = uniforms(key, 4 * 10).reshape(10, 4)
+        aspect = self.size[1] / self.size[0]
+        narrowest, widest = self.ratio[0] * aspect, self.ratio[1] * aspect
+        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * draws[:, 0])
+        ratio = narrowest * (widest / narrowest) ** draws[:, 1]
+        widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+        if not fits.any():
+            return _middle(height, width, min(max(width / height, narrowest), widest))
+        first = fits.argmax()
+        box_height, box_width = int(heights[first]), int(widths[first])
+        top = int(draws[first, 2] * (height - box_height + 1))
+        left = int(draws[first, 3] * (width - box_width + 1))
+        return Box(top, left, box_height, box_width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentreCrop:
+    """The box in the middle with the shape of `size`, `fraction` of the largest one (0.875 = 224/256)."""
+
+    size: tuple[int, int]
+    fraction: float = 0.875
+
+    def __post_init__(self) -> None:
+        _check_crop_size(self.size)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"crop fraction {self.fraction} is not within 0..1; use 0.875")
+
+    def box(self, height: int, width: int) -> Box:
+        return _middle(height, width, self.size[1] / self.size[0], self.fraction)
+
+
+def draw_flips(seed: int, epoch: ArrayLike, index: ArrayLike) -> NDArray[np.bool_]:
+    """Which images (B,) are mirrored, half of them."""
+    return uniforms(sample_keys(seed, epoch, index, stream="flip"), 1)[:, 0] < 0.5
+
+
+def reduction(box: Box, size: tuple[int, int]) -> int:
+    """How many times smaller (1, 2, 4 or 8) an image may be decoded, with `box` still no smaller than `size`."""
+    spare = min(box.height / size[0], box.width / size[1])
+    return next((factor for factor in (8, 4, 2) if factor <= spare), 1)
+
+
+def crop_resize(image: NDArray[Any], box: Box, size: tuple[int, int]) -> NDArray[Any]:
+    """Cut `box` out of an image (H, W, C) and resize it to `size`, without aliasing.
+
+    Bilinear interpolation to a power of two times `size`, then halving by means of 2×2 pixels: as free of aliasing as
+    an area filter of any other factor, and several times faster, since both steps are vectorised.
+    """
+    height, width = size
+    crop = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    shrinking = math.sqrt(box.height / height * box.width / width)
+    halvings = max(0, math.ceil(math.log2(shrinking / 1.1)))  # a tenth more shows no aliasing
+    channels = image.shape[2]
+    block = 64  # OpenCV takes no more than 128 channels at once
+    parts = [_shrink(crop[..., first : first + block], size, halvings) for first in range(0, channels, block)]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+
+
+def _shrink(pixels: NDArray[Any], size: tuple[int, int], halvings: int) -> NDArray[Any]:
+    cv2 = _opencv()
+    height, width = size
+    resized = cv2.resize(pixels, (width << halvings, height << halvings), interpolation=cv2.INTER_LINEAR)
+    for doublings in reversed(range(halvings)):
+        resized = cv2.resize(resized, (width << doublings, height << doublings), interpolation=cv2.INTER_AREA)
+    return resized.reshape(height, width, pixels.shape[2])  # OpenCV drops a single channel's axis
+
+
+@cache
+def _opencv() -> ModuleType:
+    import cv2
+
+    cv2.setNumThreads(1)  # images are spread over threads already
+    return cv2
+
+
+def _middle(height: int, width: int, ratio: float, fraction: float = 1.0) -> Box:
+    """The box in the middle of an image that has this width over height, and `fraction` of the largest such sides."""
+    box_height = max(1, round(fraction * min(height, width / ratio)))
+    box_width = max(1, round(fraction * min(width, height * ratio)))
+    return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def _check_crop_size(size: tuple[int, int]) -> None:
+    if min(size) < 1:
+        raise ValueError(f"image size {size[0]}x{size[1]} is not positive; use 224 or 160x224")

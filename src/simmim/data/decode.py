@@ -1,0 +1,282 @@
+"""From the bytes of an image file to pixels (H, W, C).
+
+Pixels are uint8, or float32 in the same 0..255 scale where a data set is deeper than 8 bits. Pillow reads what it
+can keep whole. libjpeg-turbo (through simplejpeg) decodes JPEGs to the same values in less time, and at a half, a
+quarter or an eighth of the size for a fraction of it. tifffile reads TIFFs with many bands or deep colour.
+
+Shapes: `H W` pixels, `C` channels.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from PIL.ImageFile import ImageFile
+
+Raw: TypeAlias = "bytes | NDArray[Any] | Image.Image"
+
+MAX_PIXELS = 178_956_970
+"""A picture with more pixels is refused as a decompression bomb, as Pillow does by default."""
+
+# Only formats that hold pixels: Pillow hands others, such as EPS, to programs outside. JPEG first, as the most usual.
+_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "TGA")
+_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_ORIENTATION_TAG = 274
+
+# What each of Pillow's modes is converted to; a mode that is not here stays as it is.
+_MODES = {"1": "L", "La": "LA", "P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
+_MODES |= dict.fromkeys(("CMYK", "YCbCr", "LAB", "HSV"), "RGB")
+_BANDS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
+_DEEP_MODES = {"I;16": np.uint16, "I;16B": np.uint16, "I;16L": np.uint16, "I": np.int32, "F": np.float32}
+
+
+class BadImage(ValueError):
+    """An image that cannot be used; the message is the reason, in one line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An image whose header has been read: its size when upright, and its pixels on demand."""
+
+    height: int
+    width: int
+    bands: int
+    """Values a pixel as stored, transparency included."""
+    has_alpha: bool = False
+    """Whether the last band is transparency."""
+    dtype: np.dtype[Any]
+    """Of the stored values."""
+    read: Callable[[int], NDArray[Any]]
+    """How many times smaller (1, 2, 4 or 8) a JPEG may come → stored values (h, w, bands), upright."""
+
+    @property
+    def channels(self) -> int:
+        """Values a pixel without transparency."""
+        return self.bands - self.has_alpha
+
+    def fits(self, channels: int) -> bool:
+        """Whether `decode` can give this many channels: those stored, or grey ↔ colour."""
+        return channels == self.bands or {channels, self.channels} <= {1, 3}
+
+    def decode(self, *, channels: int, dtype: DTypeLike, reduction: int = 1) -> NDArray[Any]:
+        """Pixels (H, W, `channels`), or a JPEG's at 1/`reduction` of the size; `BadImage` where that cannot be."""
+        if not self.fits(channels):
+            raise BadImage(f"has {self.channels} channels, not {channels}")
+        with _blame_the_image():
+            pixels = _scaled_to_255(self.read(reduction))
+            if channels != self.bands:
+                pixels = _grey_or_colour(_on_white(pixels) if self.has_alpha else pixels, channels)
+            if pixels.dtype == dtype:
+                return pixels
+            if dtype == np.float32:
+                return pixels.astype(np.float32)
+            if self.dtype != np.uint16:
+                raise BadImage(f"has {self.dtype} values, and the images before it have 8 bits")
+            return np.rint(pixels).astype(np.uint8)
+
+
+def decode(raw: Raw, *, channels: int, dtype: DTypeLike) -> NDArray[Any]:
+    """Pixels (H, W, `channels`) of an image file's bytes, an array (H, W) or (H, W, C), or a Pillow image.
+
+    `dtype` is uint8 or float32, both in 0..255: 16-bit values are divided by 257; any other deep values are kept as
+    they are. Transparency is laid on white, EXIF rotation undone, the first frame taken. Raises `BadImage`.
+    """
+    return open_picture(raw).decode(channels=channels, dtype=dtype)
+
+
+def open_picture(raw: Raw) -> Picture:
+    """Read the header of an image; raises `BadImage`, also for a header that claims more than `MAX_PIXELS`."""
+    with _blame_the_image():
+        if isinstance(raw, np.ndarray):
+            return _open_array(raw)
+        if not isinstance(raw, bytes):
+            return _open_pillow(raw)
+        if not raw:
+            raise BadImage("the file is empty")
+        if raw.startswith(b"\x93NUMPY"):
+            return _open_npy(raw)
+        if raw[:4] in _TIFF_MAGIC:
+            return _open_tiff(raw)
+        return _open_pillow(_identify(raw), raw)
+
+
+@contextmanager
+def _blame_the_image() -> Iterator[None]:
+    """Decoders raise anything at all on damaged bytes: OSError, SyntaxError, struct.error, …"""
+    try:
+        yield
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _identify(raw: bytes) -> "ImageFile":
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(io.BytesIO(raw), formats=_FORMATS)
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image in a format that is read here") from error
+
+
+def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
+    if image.format == "TIFF":
+        image.load()  # turns the picture upright as it loads, and changes its size
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    width, height = image.size if orientation < 5 else image.size[::-1]
+    mode = _MODES.get(image.mode, image.mode)
+    if "transparency" in image.info and mode in ("L", "RGB"):
+        mode += "A"
+
+    def read(reduction: int) -> NDArray[Any]:
+        if raw is not None and image.format in ("JPEG", "MPO") and image.mode == mode:
+            return _upright(_jpeg_pixels(raw, image, reduction), orientation)
+        return _upright(_pillow_pixels(image, mode), orientation)
+
+    return Picture(
+        height=height,
+        width=width,
+        bands=_BANDS.get(mode, 1),
+        has_alpha=mode in ("LA", "RGBA"),
+        # Pillow widens the 16 bits of a deep PGM to 32.
+        dtype=np.dtype(np.uint16 if image.format == "PPM" and mode == "I" else _DEEP_MODES.get(mode, np.uint8)),
+        read=read,
+    )
+
+
+def _pillow_pixels(image: "Image.Image", mode: str) -> NDArray[Any]:
+    image.load()  # np.asarray alone swallows the error of a truncated file
+    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    if mode == "I" and image.format == "PPM":
+        pixels = pixels.astype(np.uint16)
+    return pixels.reshape(*pixels.shape[:2], -1)
+
+
+def _jpeg_pixels(raw: bytes, image: "Image.Image", reduction: int) -> NDArray[Any]:
+    import simplejpeg
+
+    colorspace = "RGB" if image.mode == "RGB" else "GRAY"
+    width, height = image.size
+    least_height, least_width = -(-height // reduction), -(-width // reduction)
+    try:
+        return simplejpeg.decode_jpeg(raw, colorspace, min_height=least_height, min_width=least_width)
+    except ValueError:  # it refuses what Pillow only frowns at, so Pillow is the judge of a damaged file
+        return _pillow_pixels(image, image.mode)
+
+
+def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Undo the rotation (1..8) that EXIF names."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _open_array(pixels: NDArray[Any]) -> Picture:
+    if pixels.ndim not in (2, 3) or 0 in pixels.shape:
+        raise BadImage(f"an array of shape {pixels.shape} is neither (H, W) nor (H, W, C)")
+    if pixels.dtype.kind not in "buif":
+        raise BadImage(f"an array of {pixels.dtype} holds no pixels")
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    height, width, bands = pixels.shape
+    _check_size(height, width, bands)
+    return Picture(height=height, width=width, bands=bands, dtype=pixels.dtype, read=lambda _: pixels)
+
+
+def _open_npy(raw: bytes) -> Picture:
+    # np.load would allocate what the header claims before it looks for the bytes.
+    file = io.BytesIO(raw)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise BadImage(f"version {version[0]}.{version[1]} of .npy is for arrays with named fields")
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise BadImage("an array of Python objects is not read, as it could run code")
+    count = int(np.prod([int(side) for side in shape], dtype=object))
+    if count * dtype.itemsize > len(raw) - file.tell():
+        raise BadImage(f"the file ends before the {count} values of shape {shape} that it claims")
+    values = np.frombuffer(raw, dtype, count, file.tell())
+    return _open_array(values.reshape(shape, order="F" if fortran else "C"))
+
+
+def _open_tiff(raw: bytes) -> Picture:
+    try:
+        import tifffile
+    except ImportError:
+        image: Any = _identify(raw)
+        tags = image.tag_v2
+        if not _pillow_reads_tiff(tags.get(277, 1), max(tags.get(258, (1,))), tags.get(338, ())):
+            raise BadImage("a TIFF with many bands or deep colour needs tifffile; pip install simmim[data]") from None
+        return _open_pillow(image)
+    page = tifffile.TiffFile(io.BytesIO(raw)).pages.first
+    bands = page.samplesperpixel
+    if _pillow_reads_tiff(bands, page.bitspersample, page.extrasamples):
+        return _open_pillow(_identify(raw))
+    if page.dtype is None or page.axes not in ("YX", "YXS", "SYX"):
+        raise BadImage(f"a TIFF page with axes {page.axes} and {page.bitspersample} bits is not read")
+    _check_size(page.imagelength, page.imagewidth, bands)
+    orientation = int(page.tags.valueof(_ORIENTATION_TAG, 1))
+    height, width = (page.imagelength, page.imagewidth)[:: 1 if orientation < 5 else -1]
+
+    def read(_: int) -> NDArray[Any]:
+        pixels = page.asarray()
+        pixels = np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels
+        return _upright(pixels.reshape(*pixels.shape[:2], -1), orientation)
+
+    unassociated_alpha = 2
+    has_alpha = bands in (2, 4) and page.extrasamples == (unassociated_alpha,)
+    return Picture(height=height, width=width, bands=bands, has_alpha=has_alpha, dtype=page.dtype, read=read)
+
+
+def _pillow_reads_tiff(bands: int, bits: int, extra: tuple[int, ...]) -> bool:
+    """Whether Pillow keeps every bit: it drops the low byte of deep colour, and bands of no known meaning (0)."""
+    return (bands == 1 and bits <= 32) or (bands <= 4 and bits <= 8 and 0 not in extra)
+
+
+def _check_size(height: int, width: int, bands: int) -> None:
+    if height * width > MAX_PIXELS or height * width * bands > 3 * MAX_PIXELS:
+        raise BadImage(f"claims {width} x {height} pixels of {bands} values; more than {MAX_PIXELS} are not read")
+
+
+def _scaled_to_255(values: NDArray[Any]) -> NDArray[Any]:
+    """Stored values as uint8 or float32; only 8- and 16-bit values have a known scale."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_:
+        return values * np.uint8(255)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 turns into infinity, refused below
+        pixels = values.astype(np.float32)
+    if values.dtype == np.uint16:
+        pixels /= 257
+    if not np.isfinite(pixels).all():
+        raise BadImage("has values that are not finite")
+    return pixels
+
+
+def _on_white(pixels: NDArray[Any]) -> NDArray[Any]:
+    """Lay (H, W, C + transparency) on a white ground: (H, W, C)."""
+    opacity = pixels[..., -1:].astype(np.float32) / 255
+    laid = pixels[..., :-1] * opacity + 255 * (1 - opacity)
+    return np.rint(laid).astype(np.uint8) if pixels.dtype == np.uint8 else laid
+
+
+def _grey_or_colour(pixels: NDArray[Any], channels: int) -> NDArray[Any]:
+    import cv2
+
+    if pixels.shape[-1] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=-1)
+    return cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)[..., None]

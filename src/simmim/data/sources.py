@@ -1,0 +1,243 @@
+"""Where unlabelled images come from: a folder, a list of paths, a Hugging Face data set, the emoji in the package."""
+
+import os
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.data.decode import BadImage, Raw, open_picture
+
+SUFFIXES = frozenset(
+    "avif bmp gif j2k jfif jp2 jpe jpeg jpg npy pbm pgm png pnm ppm tga tif tiff webp".split()  # noqa: SIM905
+)
+"""The files of a folder that are taken for images."""
+
+
+class ImageSource(Protocol):
+    """Images by number; `read` is called from several threads at once."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """A path or an identity, as `bad_images.txt` lists it."""
+        ...
+
+    def read(self, index: int) -> Raw:
+        """The image as stored. An `OSError` or a `ValueError` says that this image cannot be had."""
+        ...
+
+
+class PathList:
+    """Image files by path, relative to `root`."""
+
+    def __init__(self, names: Sequence[str | Path], root: str | Path = ""):
+        self._names = names
+        self._root = root
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return str(Path(self._root, self._names[index]))
+
+    def read(self, index: int) -> bytes:
+        return Path(self.name(index)).read_bytes()
+
+
+class Subset:
+    """Some images of a source, in the order of `indices`."""
+
+    def __init__(self, source: ImageSource, indices: NDArray[np.integer]):
+        self._source = source
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def name(self, index: int) -> str:
+        return self._source.name(int(self._indices[index]))
+
+    def read(self, index: int) -> Raw:
+        return self._source.read(int(self._indices[index]))
+
+
+class DemoImages:
+    """The emoji that come with the package, 64×64 RGB; names are `LABEL/CODEPOINT.webp`."""
+
+    def __init__(self):
+        archive = resources.files("simmim.data") / "demo.zip"
+        with archive.open("rb") as file, zipfile.ZipFile(file) as zipped:
+            # About 1 MB: held in memory, so that threads need not share an open file.
+            self._files = [(name, zipped.read(name)) for name in sorted(zipped.namelist()) if "/" in name]
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        return self._files[index][0]
+
+    def read(self, index: int) -> bytes:
+        return self._files[index][1]
+
+
+class HuggingFaceImages:
+    """The image column of a `datasets.Dataset`."""
+
+    def __init__(self, dataset: Any, column: str):
+        import datasets
+
+        self._dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def name(self, index: int) -> str:
+        return f"{self._column} {index}"
+
+    def read(self, index: int) -> bytes:
+        stored = self._dataset[int(index)][self._column]
+        if stored is None:
+            raise BadImage("the data set holds no image here")
+        if stored["bytes"] is not None:
+            return stored["bytes"]
+        return Path(stored["path"]).read_bytes()
+
+
+def open_source(data: str) -> ImageSource:
+    """The images that `--data` names: a folder, a .txt or .lst of paths, `hf:NAME_OR_PATH[:SPLIT]`, or `demo`.
+
+    Raises a one-line `ValueError` where there is nothing to read.
+    """
+    if data == "demo":
+        return DemoImages()
+    if data.startswith("hf:"):
+        return _open_hugging_face(data.removeprefix("hf:"))
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        return _open_list(path)
+    raise ValueError(f"{data} does not exist; pass a folder of images, a .txt list of paths, hf:NAME or demo")
+
+
+def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
+    """The dtype that the images want, uint8 or (deeper than 8 bits) float32, from the first ones that can be read.
+
+    Raises a one-line `ValueError` where they don't have `channels` channels, or none can be read.
+    """
+    looked_at, deep, reason = 0, False, ""
+    misfits: Counter[int] = Counter()
+    for index in range(min(len(source), 100)):
+        try:
+            picture = open_picture(read_raw(source, index))
+            picture.decode(channels=picture.channels, dtype=np.float32)
+        except BadImage as error:
+            reason = reason or f"{source.name(index)}: {error}"
+            continue
+        looked_at += 1
+        deep |= picture.dtype not in (np.uint8, np.bool_)
+        misfits[picture.channels] += not picture.fits(channels)
+        if looked_at == 16:
+            break
+    if not looked_at:
+        raise ValueError(f"none of the first {min(len(source), 100)} images can be read, such as {reason}")
+    if 2 * misfits.total() > looked_at:  # fewer are bad images, counted and listed as such
+        found = misfits.most_common(1)[0][0]
+        raise ValueError(f"images have {found} channels, not {channels}: pass --channels {found}")
+    return np.dtype(np.float32 if deep else np.uint8)
+
+
+def read_raw(source: ImageSource, index: int) -> Raw:
+    """The image as stored, or `BadImage` where it cannot be had."""
+    try:
+        return source.read(index)
+    except OSError as error:
+        raise BadImage(error.strerror or str(error)) from error
+    except BadImage:
+        raise
+    except ValueError as error:
+        raise BadImage(" ".join(str(error).split())) from error
+
+
+def _open_folder(folder: Path) -> PathList:
+    try:
+        names = _find_images(folder)
+    except OSError as error:
+        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
+    if not names:
+        raise ValueError(f"folder {folder} holds no images; files read end in {', '.join(sorted(SUFFIXES))}")
+    return PathList(names, root=folder)
+
+
+def _find_images(root: Path) -> list[str]:
+    """Image files in any depth, sorted, as paths relative to `root`; hidden files and folders are left out."""
+    names: list[str] = []
+    folders, seen = [""], set()
+    while folders:
+        folder = folders.pop()
+        status = Path(root, folder).stat()
+        if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        inner = []
+        with os.scandir(Path(root, folder)) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name.rpartition(".")[2].lower() in SUFFIXES and not entry.is_dir(follow_symlinks=False):
+                    names.append(folder + entry.name)
+                elif entry.is_dir():
+                    inner.append(f"{folder}{entry.name}/")
+        folders += sorted(inner, reverse=True)  # the order decides by which of its names a linked folder is known
+    names.sort()
+    return names
+
+
+def _open_list(path: Path) -> PathList:
+    if path.suffix.lower() not in (".txt", ".lst"):
+        raise ValueError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
+    lines = path.read_text("utf-8-sig", errors="surrogateescape").splitlines()
+    names = [name for line in lines if (name := line.strip()) and not name.startswith("#")]
+    if not names:
+        raise ValueError(f"list {path} names no images; write one path a line")
+    source = PathList(names, root=path.parent)
+    first = min(len(source), 100)
+    if not any(Path(source.name(index)).is_file() for index in range(first)):
+        raise ValueError(
+            f"none of the first {first} paths in {path} is a file, such as {source.name(0)}; "
+            "write paths relative to the list's folder"
+        )
+    return source
+
+
+def _open_hugging_face(name: str) -> HuggingFaceImages:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"hf:{name} needs the library datasets; pip install simmim[data]") from error
+    path, split = name, ""
+    if not Path(name).exists() and "/" not in name.rpartition(":")[2]:
+        path, _, split = name.rpartition(":")
+        path, split = (path, split) if path else (split, "")
+    try:
+        saved = any(Path(path, file).exists() for file in ("state.json", "dataset_dict.json"))
+        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+    except Exception as error:  # it raises whatever its many back ends do
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"data set hf:{name} cannot be opened: {reason}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        split = split or ("train" if "train" in loaded else next(iter(loaded)))
+        if split not in loaded:
+            raise ValueError(f"data set hf:{path} has no split {split}; choose of {', '.join(map(str, loaded))}")
+        loaded = loaded[split]
+    columns = [column for column, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
+    if not columns:
+        raise ValueError(f"data set hf:{name} has no image column, only {', '.join(loaded.features)}; pass another")
+    return HuggingFaceImages(loaded, "image" if "image" in columns else columns[0])

@@ -1,0 +1,48 @@
+"""Mean and standard deviation of a data set's pixels, by which the engines normalise images.
+
+Shapes: `H W` pixels, `C` channels.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from simmim.data.augment import CentreCrop
+from simmim.data.decode import BadImage
+from simmim.data.pipeline import load
+from simmim.data.sources import ImageSource, read_raw
+from simmim.keys import sample_keys
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def measure_mean_std(
+    source: ImageSource, *, channels: int, dtype: DTypeLike, seed: int, limit: int = 1000
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (C,) of pixels / 255, over the middles of up to `limit` images drawn by `seed`.
+
+    Images are resized to 224×224 first, since models see resized ones, which vary less. Those that cannot be read are
+    left out; a one-line `ValueError` where that is all. A channel that never changes gets the deviation 1.
+    """
+    crop = CentreCrop(size=(224, 224))
+
+    def moments(index: int) -> list[NDArray[Any]]:
+        try:
+            pixels = load(read_raw(source, index), crop.box, size=crop.size, channels=channels, dtype=dtype)
+        except BadImage:
+            return []
+        scaled = pixels.reshape(-1, channels) / np.float64(255)
+        return [np.stack((scaled.mean(axis=0), np.square(scaled).mean(axis=0)))]
+
+    drawn = np.argsort(sample_keys(seed, 0, np.arange(len(source)), stream="statistics"))[:limit]
+    with ThreadPoolExecutor() as pool:
+        found = list(chain.from_iterable(pool.map(moments, drawn.tolist())))
+    if not found:
+        raise ValueError(f"none of {len(drawn)} images can be read, so their mean and deviation are not known")
+    mean, mean_square = np.mean(found, axis=0)
+    std = np.sqrt(np.maximum(mean_square - np.square(mean), 0))
+    return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())

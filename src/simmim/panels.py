@@ -1,0 +1,55 @@
+"""Pictures of reconstructions: original, masked and reconstructed side by side, in true colours.
+
+Shapes: `B` images, `H W` pixels, `C` channels.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+_HIDDEN = 0.5  # grey of a hidden pixel
+_GAP = 4  # pixels between pictures
+_CAPTION = 16
+
+
+def to_rgb(images: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """(B, H, W, C) in units of 1 = white → (B, H, W, 3). One channel is grey; of more than three, three show."""
+    if images.shape[-1] < 3:
+        images = np.repeat(images[..., :1], 3, axis=-1)
+    return (np.clip(images[..., :3], 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def reconstruction_panel(
+    original: NDArray[np.floating], predicted: NDArray[np.floating], hidden: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
+    """A picture (rows, columns, 3) with one row an image: original, masked, reconstruction.
+
+    `original` and `predicted` (B, H, W, C) in units of 1 = white, `hidden` (B, H, W). The reconstruction shows the
+    prediction where pixels were hidden and the original elsewhere. Small images are enlarged.
+    """
+    mask = hidden[..., None]
+    columns = {
+        "original": to_rgb(original),
+        "masked": to_rgb(np.where(mask, _HIDDEN, original)),
+        "reconstruction": to_rgb(np.where(mask, predicted, original)),
+    }
+    zoom = max(1, math.ceil(128 / original.shape[1]))
+    pictures = [np.repeat(np.repeat(column, zoom, 1), zoom, 2) for column in columns.values()]
+    B, height, width, _ = pictures[0].shape
+    canvas = np.full((B * (height + _GAP) + _CAPTION, 3 * (width + _GAP) - _GAP, 3), 255, np.uint8)
+    for column, picture in enumerate(pictures):
+        left = column * (width + _GAP)
+        canvas[:_CAPTION, left : left + width] = _caption(list(columns)[column], width)
+        for row in range(B):
+            top = _CAPTION + row * (height + _GAP)
+            canvas[top : top + height, left : left + width] = picture[row]
+    return canvas[:-_GAP]
+
+
+def _caption(text: str, width: int) -> NDArray[np.uint8]:
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (width, _CAPTION), "white")
+    ImageDraw.Draw(strip).text((width // 2, 2), text, fill="black", anchor="ma")
+    return np.asarray(strip)

@@ -1,0 +1,129 @@
+"""The run directory (docs/architecture.md): what a training writes, and how the same command finds it again."""
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from simmim.config import TrainingConfig, changed_fields, read_toml, to_toml
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write instead of `path`, renamed onto it at the end: readers see the old file or the new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(descriptor)
+    aside = Path(name)
+    try:
+        yield aside
+        aside.chmod(0o644)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths of a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encoder(self) -> Path:
+        return self.path / "encoder"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def reconstructions(self) -> Path:
+        return self.path / "reconstructions"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def bad_images(self) -> Path:
+        return self.path / "bad_images.txt"
+
+    def read_config(self, kind: type[Config]) -> Config:
+        if not self.config.is_file():
+            raise ValueError(f"{self.path} is not a run: it has no config.toml; give the --out directory of a training")
+        return read_toml(self.config, kind)
+
+
+def open_run(config: TrainingConfig) -> Run:
+    """The run directory of `config.out`, made if new. A run that is there is resumed, or refused if it differs.
+
+    `config` is complete (nothing left to resolve), so that it can be compared. Raises a one-line `ValueError` that
+    names the fields that differ, or for a directory that holds something else.
+    """
+    assert config.out is not None
+    run = Run(Path(config.out))
+    if config.fresh and run.path.exists():
+        _set_aside(run)
+    if run.config.exists():
+        old = run.read_config(type(config))
+        if changed := changed_fields(old, config):
+            differences = ", ".join(f"{name} {getattr(old, name)} → {getattr(config, name)}" for name in changed)
+            raise ValueError(
+                f"{run.path} holds a run with another configuration ({differences}); "
+                "repeat its command to resume it, give another --out, or start again with --fresh"
+            )
+    elif run.path.exists() and not (run.path.is_dir() and _is_empty(run.path)):
+        raise ValueError(f"{run.path} exists and is not a run; give a new directory as --out")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with written_whole(run.config) as path:
+            path.write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{run.path} cannot be written: {error.strerror}; give another --out") from None
+    return run
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir())
+
+
+def _set_aside(run: Run) -> None:
+    """Move an old run to RUN.old-TIME: `--fresh` never deletes what may have cost days."""
+    if not run.config.exists():
+        return
+    name = f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+    run.path.rename(run.path.with_name(name))
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Forget the lines of steps that a resumed run will do again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+            continue
+        if record.get("step", 0) <= step:
+            kept.append(line + "\n")
+    with written_whole(path) as aside:
+        aside.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,205 @@
+"""`simmim bench`: how fast this machine takes a pretraining step and reads images, and its share of the peak."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from simmim.accelerators import cpu_cores, gpu_peak_flops
+from simmim.config import ImageSize, PretrainConfig, validated
+from simmim.data.augment import RandomResizedCrop
+from simmim.data.pipeline import BadImages, train_batches
+from simmim.data.sources import open_source, sniff
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from simmim.keys import sample_keys
+from simmim.masking import upsample_mask
+from simmim.schedules import CosineSchedule
+from simmim.torch_engine import distributed
+from simmim.torch_engine.encoders import default_image_size
+from simmim.torch_engine.model import PretrainStep
+from simmim.torch_engine.optim import create_optimizer
+from simmim.torch_engine.storage import build_step
+from simmim.torch_engine.update import Batch, Update
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure."""
+
+    model: str = "vit_base_patch16_224"
+    """The encoder, by its timm name."""
+    batch_size: int = 8
+    """Images of a step."""
+    image_size: ImageSize = None
+    """Pixels, N or HxW (default: the model's own)."""
+    data: str = "demo"
+    """Images for the input figure."""
+    device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
+    """Accelerator."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass."""
+    compile: bool = False
+    """Compile the step."""
+    seconds: float = 10.0
+    """How long to measure each figure, after warming up."""
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Figures of the step, of the input, and what they were measured on. Times are medians of single steps."""
+    device = distributed.choose_device(config.device)
+    training = validated(
+        PretrainConfig(
+            data=config.data,
+            out="unused",
+            model=config.model,
+            image_size=config.image_size or default_image_size(config.model),
+            batch_size=config.batch_size,
+            device=device,  # type: ignore[arg-type]
+            precision=distributed.choose_precision(config.precision, device),  # type: ignore[arg-type]
+            compile=config.compile,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+    )
+    return {
+        "device": distributed.device_name(torch.device(device)),
+        "torch": torch.__version__,
+        "model": training.model,
+        "image_size": list(training.image_size or ()),
+        "batch_size": training.batch_size,
+        "precision": training.precision,
+        "compile": training.compile,
+        "step": measure_step(training, config.seconds),
+        "input": measure_input(training, config.seconds),
+    }
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as a person reads them."""
+    step, source = figures["step"], figures["input"]
+    size = "x".join(map(str, figures["image_size"]))
+    share = f"{step['mfu']:.1%} of the peak" if step["mfu"] else f"{step['share_of_matmul']:.1%} of a large product's"
+    gflops, rate = step["flops_per_image"] / 1e9, step["flops_per_second"] / 1e9
+    slower = "input" if source["images_per_second"] < step["images_per_second"] else "step"
+    return "\n".join(
+        (
+            f"machine  {figures['device']}, torch {figures['torch']}",
+            f"step     {figures['model']} at {size}, batch {figures['batch_size']}, {figures['precision']}: "
+            f"{step['images_per_second']:.2f} images/s",
+            f"         {gflops:.1f} GFLOP an image, {rate:.0f} GFLOP/s, {share}",
+            f"input    {source['images_per_second']:.1f} images/s by {source['threads']} threads from {source['data']}",
+            f"limit    the {slower}",
+        )
+    )
+
+
+def measure_step(config: PretrainConfig, seconds: float) -> dict[str, Any]:
+    """Speed of whole updates on one random batch, in images and in FLOP (multiply and add counted apart)."""
+    with distributed.join(config.device) as world:
+        torch.manual_seed(0)
+        step = build_step(config)
+        flops = count_flops(step, config)
+        step.to(world.device)
+        if config.compile:
+            step.compile(dynamic=False)
+        optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)
+        schedule = CosineSchedule(peak_lr=1e-5, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=10**6)
+        update = Update(step, optimizer, schedule, config=config, world=world)
+        batch = random_batch(config, config.batch_size, step.model.encoder.patch_size)
+        seconds_a_step = median_time(lambda: update(0, batch), seconds, world.device)
+        speed = config.batch_size / seconds_a_step
+        peak = gpu_peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
+        return {
+            "images_per_second": speed,
+            "seconds": seconds_a_step,
+            "flops_per_image": flops,
+            "flops_per_second": flops * speed,
+            "mfu": flops * speed / peak if peak else None,
+            "share_of_matmul": flops * speed / matmul_rate(config, world.device),
+            "parameters": sum(parameter.numel() for parameter in step.parameters()),
+            "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None,
+        }
+
+
+def random_batch(config: PretrainConfig, size: int, patch: int) -> Batch:
+    assert config.image_size is not None
+    rng = np.random.default_rng(0)
+    masks = config.mask_strategy()
+    cells = masks(sample_keys(0, 0, np.arange(size), stream="mask"), config.image_size)
+    return {
+        "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
+        "flip": rng.random(size) < 0.5,
+        "mask": upsample_mask(cells, masks.cell // patch),
+    }
+
+
+def count_flops(step: PretrainStep, config: PretrainConfig) -> int:
+    """FLOP of forward and backward for one image, counted on the real step."""
+    batch = random_batch(config, 1, step.model.encoder.patch_size)
+    with FlopCounterMode(display=False) as counter:
+        step(**{name: torch.from_numpy(array) for name, array in batch.items()}).backward()
+    step.zero_grad()
+    return counter.get_total_flops()
+
+
+def matmul_rate(config: PretrainConfig, device: torch.device, side: int = 2048) -> float:
+    """FLOP/s of one large matrix product in the step's precision: what this machine reaches at best."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    side = 8192 if device.type == "cuda" else side
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / median_time(lambda: left @ right, 2.0, device)
+
+
+def median_time(call: Callable[[], Any], seconds: float, device: torch.device) -> float:
+    """Median seconds of a call, over `seconds` and at least three calls, after two to warm up."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(2):
+        call()
+    wait()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        begun = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def measure_input(config: PretrainConfig, seconds: float) -> dict[str, Any]:
+    """Speed of reading, decoding, cropping and batching the images of `--data`, with one thread a core."""
+    assert config.data is not None and config.image_size is not None
+    source = open_source(config.data)
+    dtype = sniff(source, channels=config.channels)
+    size = min(config.batch_size, len(source))
+    with tempfile.TemporaryDirectory() as directory:
+        batches = train_batches(
+            source,
+            crop=RandomResizedCrop(size=config.image_size),
+            channels=config.channels,
+            dtype=dtype,
+            batch_size=size,
+            seed=0,
+            start_step=0,
+            total_steps=10**9,
+            threads=cpu_cores(),
+            bad_images=BadImages(Path(directory) / "bad_images.txt", total=len(source), max_fraction=1.0),
+        )
+        for _ in range(4):
+            next(batches)
+        begun, steps = time.perf_counter(), 0
+        while time.perf_counter() - begun < seconds:
+            next(batches)
+            steps += 1
+        elapsed = time.perf_counter() - begun
+    return {"images_per_second": steps * size / elapsed, "threads": cpu_cores(), "data": config.data}

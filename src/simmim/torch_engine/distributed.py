@@ -1,0 +1,169 @@
+"""Devices and processes: what is found, and how a model is spread over it. What one accelerator needs is here."""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from simmim.accelerators import cpu_cores, cpu_has_bf16, cpu_name
+from simmim.config import TrainingConfig
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}
+
+
+def choose_device(wanted: str) -> str:
+    """`auto` → cuda where there is one, else cpu. One-line `ValueError` for a device that is not here."""
+    cuda = torch.cuda.is_available()
+    if wanted == "auto":
+        return "cuda" if cuda else "cpu"
+    if wanted == "cuda" and not cuda:
+        raise ValueError(
+            "device 'cuda' is not here: PyTorch sees no NVIDIA GPU; use --device cpu, or see `simmim doctor`"
+        )
+    if wanted == "tpu":
+        if importlib.util.find_spec("torch_tpu") is None:
+            raise ValueError("device 'tpu' needs TorchTPU: pip install 'simmim[tpu]' on a Cloud TPU machine")
+        importlib.import_module("torch_tpu")
+    return wanted
+
+
+def choose_precision(wanted: str, device: str) -> str:
+    """`auto` → bf16 where the hardware multiplies it, else fp32."""
+    if wanted != "auto":
+        return wanted
+    has_bf16 = {"cpu": cpu_has_bf16, "cuda": torch.cuda.is_bf16_supported, "tpu": lambda: True}[device]()
+    return "bf16" if has_bf16 else "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among all that train together."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process. Goes through the CPU, so that no accelerator waits."""
+        if self.size == 1:
+            return flag
+        flags = torch.tensor([int(flag)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags[0])
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over processes of a tensor on the device."""
+        if self.size > 1:
+            dist.all_reduce(value)
+            value = value / self.size
+        return value
+
+
+@contextlib.contextmanager
+def join(device: str) -> Iterator[World]:
+    """This process's `World`: alone, or among those that `torchrun` started; left again at the end."""
+    size, rank, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
+    place = torch.device(device, local) if device in ("cuda", "tpu") and size > 1 else torch.device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    started = size > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group(_BACKENDS[device], rank=rank, world_size=size)
+    try:
+        yield World(device=place, rank=rank, size=size)
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+_TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
+
+
+def check_world(config: TrainingConfig, world: World) -> None:
+    parts = world.size * config.accumulate_steps
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch size {config.batch_size} does not divide among {world.size} processes × {config.accumulate_steps} "
+            f"accumulation steps; use a multiple of {parts}"
+        )
+    if config.shard and world.size == 1:
+        raise ValueError(
+            "--shard spreads a model over processes and there is one; start it with torchrun, or leave it out"
+        )
+
+
+def spread(model: nn.Module, world: World, *, shard: bool) -> nn.Module:
+    """The model on every process: copied (DDP) or sharded (FSDP2). Batch norms see the whole batch on CUDA."""
+    if world.size == 1:
+        return model
+    if shard:
+        for module in model.modules():
+            if type(module).__name__ in (
+                "Block",
+                "SwinTransformerBlock",
+                "SwinTransformerV2Block",
+                "ConvNeXtBlock",
+                "Bottleneck",
+                "BasicBlock",
+            ):
+                fully_shard(module)
+        fully_shard(model)
+        return model
+    if world.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return DistributedDataParallel(model, device_ids=[world.device.index], gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def unwrap(model: nn.Module) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+@contextlib.contextmanager
+def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Exchange gradients in this backward pass, or (but for the last accumulation step) not yet."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(model, DistributedDataParallel) and not enabled:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def full_tensor(value: Tensor) -> Tensor:
+    """A sharded scalar (FSDP2's gradient norm) as a plain tensor."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{cpu_name()} ({cpu_cores()} cores)" if device.type == "cpu" else device.type
+
+
+def describe_cuda() -> str:
+    """What PyTorch sees of NVIDIA, in one line."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return f"none seen (torch is built for CUDA {built})" if built else "none (torch is built for the CPU)"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return f"{len(names)} × {names[0]}, CUDA {torch.version.cuda}"

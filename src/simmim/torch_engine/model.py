@@ -1,0 +1,117 @@
+"""The method on one page: hide patches, encode what is left, predict what was hidden, judge the hidden pixels only.
+
+Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of the feature map (both in pixels),
+`h w` = `H/s W/s` feature-map cells, `D` features, `P` predicted values a cell.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from simmim.config import PretrainConfig
+from simmim.losses import LOSSES, Loss
+from simmim.targets import TARGETS, ClusterTarget, Target, unpatchify
+from simmim.torch_engine.encoders import Encoder, create_encoder
+from simmim.torch_engine.heads import HEADS
+
+
+class MaskedImageModel(nn.Module):
+    """Encoder + head + target + loss (SimMIM §3).
+
+    `model(images, mask)` takes normalised images (B, C, H, W) and a mask (B, H/p, W/p), True = hidden, p being
+    `model.encoder.patch_size`; it returns the loss (a scalar) and the prediction: images (B, C, H, W) in normalised
+    colours for targets that are pixels, else the raw prediction of each cell (B, h, w, P).
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module, target: Target, loss: Loss):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.target = target
+        self.loss = loss
+
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = self.predict(images, mask)
+        loss = self.judge(prediction, images, mask)
+        if self.target.pitch == 1:
+            prediction = unpatchify(torch, prediction, self.encoder.stride).permute(0, 3, 1, 2)
+        return loss, prediction
+
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """(B, C, H, W), (B, H/p, W/p) → (B, h, w, P)."""
+        return self.head(self.encoder(images, mask))
+
+    def judge(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+        """The loss on hidden pixels, in fp32 whatever the prediction's precision."""
+        stride = self.encoder.stride
+        with torch.autocast(images.device.type, enabled=False):
+            target = self.target(torch, images.float().permute(0, 2, 3, 1), stride)
+            weights = self.target.weights(torch, mask, self.encoder.patch_size, stride)
+            return self.loss(torch, prediction.float(), target, weights)
+
+
+class PretrainStep(nn.Module):
+    """What one step trains: a batch as the input pipeline delivers it → the loss.
+
+    Flips, converts and normalises on the device, so that images cross to it as small integers.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, model: MaskedImageModel, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.model = model
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
+        self.register_buffer("scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """(B, H, W, C) in 0..255 → (B, C, H, W) normalised."""
+        return (image.permute(0, 3, 1, 2).float() - self.mean) * self.scale
+
+    def forward(self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None) -> Tensor:
+        self.model.encoder.drop_path_draws.uniform = drop_path
+        images = self.normalize(image)
+        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+        return self.model.judge(self.model.predict(images, mask), images, mask)
+
+
+def build_model(config: PretrainConfig) -> MaskedImageModel:
+    """The model of a complete configuration, with random weights."""
+    assert config.image_size is not None
+    encoder = create_encoder(
+        config.model,
+        image_size=config.image_size,
+        channels=config.channels,
+        drop_path=config.drop_path,
+        model_args=config.model_args,
+    )
+    check_sizes(config, encoder)
+    target = build_target(config)
+    head = HEADS[config.head](encoder.num_features, target.channels(config.channels, encoder.stride))
+    return MaskedImageModel(encoder, head, target, LOSSES[config.loss]())
+
+
+def build_target(config: PretrainConfig) -> Target:
+    if config.target == "clusters":
+        assert config.cluster_centres is not None
+        return ClusterTarget(centres=config.cluster_centres)
+    return TARGETS[config.target]()
+
+
+def check_sizes(config: PretrainConfig, encoder: Encoder) -> None:
+    """One-line `ValueError` where image, cell, patch and stride do not fit each other."""
+    assert config.image_size is not None
+    config.mask_strategy().grid(config.image_size)
+    patch, stride, cell = encoder.patch_size, encoder.stride, config.mask_cell
+    if cell % patch:
+        raise ValueError(
+            f"mask cell {cell} is not a multiple of the patch {patch} of {config.model}; "
+            f"use --mask-cell {max(cell // patch, 1) * patch} or {(cell // patch + 1) * patch}"
+        )
+    for side in config.image_size:
+        if side % stride:
+            near = max(side // stride, 1) * stride
+            raise ValueError(
+                f"image size {side} is not a multiple of the stride {stride} of {config.model}; "
+                f"use {near} or {near + stride}"
+            )

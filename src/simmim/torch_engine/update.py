@@ -1,0 +1,103 @@
+"""One optimiser step: forward, backward, clip, update.
+
+Nothing here asks the device for a value: a step that is not finite skips itself, and random numbers come in with the
+batch. So an accelerator is never waited for, and a compiler can take the step whole.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simmim.config import TrainingConfig
+from simmim.keys import sample_keys
+from simmim.schedules import Schedule
+from simmim.torch_engine.distributed import World, full_tensor, gradient_sync
+
+Batch = dict[str, np.ndarray]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Update:
+    """Trains `model`, whose forward takes a batch's tensors by name and returns the loss (a scalar).
+
+    `update(step, batch)` returns the learning rate and a tensor (3,) on the device: the loss, the gradient norm before
+    clipping, and the number of steps in a row, up to this one, that were not finite. Such a step changes nothing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        *,
+        config: TrainingConfig,
+        world: World,
+    ):
+        self.model, self.optimizer = model, optimizer
+        self._schedule, self._config, self._world = schedule, config, world
+        self._dtype = _DTYPES[config.precision]
+        self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
+        self._statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name]  # of batch norms
+        self._bad = torch.zeros((), device=world.device)
+        # Finding fp16's loss scale may take a skip for each halving from 2**16.
+        self.bad_limit = 26 if config.precision == "fp16" else 10
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides model and optimiser."""
+        return {"bad": float(self._bad), "scaler": self._scaler.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._bad.fill_(state["bad"])
+        self._scaler.load_state_dict(state["scaler"])
+
+    def __call__(self, step: int, batch: Batch) -> tuple[float, Tensor]:
+        lr = self._schedule.at_update(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # What a layer still draws itself (dropout) depends on the step alone, so nothing random need be saved.
+        key = sample_keys(self._config.seed, step, self._world.rank, stream="torch")[0]
+        torch.manual_seed(int(key >> np.uint64(1)))
+        statistics = [buffer.clone() for buffer in self._statistics]
+        loss = self._backward(self._to_device(batch))
+        self._scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        finite = torch.isfinite(norm)
+        if not self._scaler.is_enabled():
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips itself
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        for now, before in zip(self._statistics, statistics, strict=True):
+            now.copy_(torch.where(finite, now, before))
+        self._bad = torch.where(finite, 0.0, self._bad + 1)
+        return lr, torch.stack((loss, norm, self._bad))
+
+    def _to_device(self, batch: Batch) -> dict[str, Tensor]:
+        device = self._world.device
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+        if device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Gradients of the mean loss over the batch, in `accumulate_steps` pieces; returns that loss."""
+        pieces = self._config.accumulate_steps
+        split = {name: tensor.chunk(pieces) for name, tensor in batch.items()}
+        total = torch.zeros((), device=self._world.device)
+        for piece in range(pieces):
+            with gradient_sync(self.model, enabled=piece == pieces - 1):
+                with torch.autocast(self._world.device.type, self._dtype, enabled=self._dtype != torch.float32):
+                    loss = self.model(**{name: parts[piece] for name, parts in split.items()}) / pieces
+                # An infinite L1 loss has finite gradients: poison them, so that every process skips this step.
+                poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+                self._scaler.scale(loss * poison).backward()
+            total += loss.detach()
+        return total
+
+    def _clip(self) -> Tensor:
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        limit = self._config.clip_grad
+        return full_tensor(nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit))

@@ -1,0 +1,46 @@
+"""`simmim reconstruct`: what a pretrained model sees in images of one's own."""
+
+from pathlib import Path
+
+import numpy as np
+
+from simmim.data.pipeline import eval_images
+from simmim.data.sources import ImageSource, PathList, open_source, sniff
+from simmim.run import written_whole
+
+
+def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, count: int = 8, seed: int = 0) -> Path:
+    """Draw up to `count` images as original, masked and reconstruction, in true colours; returns the PNG's path.
+
+    `images` are files, or one thing that `--data` takes. One-line `ValueError` for a run without a checkpoint, images
+    that cannot be read, or a target that shows no picture.
+    """
+    from simmim.torch_engine.pretrain import judge_and_draw, save_png
+    from simmim.torch_engine.storage import load_run
+
+    if Path(out).suffix.lower() != ".png":
+        raise ValueError(f"--out {out} is not a .png file; name one")
+    step, config = load_run(run)
+    assert config.image_size is not None
+    source = _open_images(images)
+    chosen = np.arange(len(source))
+    if len(chosen) > count:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
+    dtype = sniff(source, channels=config.channels)
+    pixels = eval_images(source, chosen, size=config.image_size, channels=config.channels, dtype=dtype)
+    _, panel = judge_and_draw(step, config, pixels, seed)
+    if panel is None:
+        raise ValueError(f"target {config.target} of {run} shows no picture; reconstruct needs a target of pixels")
+    with written_whole(Path(out)) as path:
+        save_png(panel, path)
+    return Path(out)
+
+
+def _open_images(images: tuple[str, ...]) -> ImageSource:
+    """Several files, or one of whatever `--data` takes."""
+    if len(images) == 1 and not (Path(images[0]).is_file() and Path(images[0]).suffix.lower() not in (".txt", ".lst")):
+        return open_source(images[0])
+    for image in images:
+        if not Path(image).is_file():
+            raise ValueError(f"{image} is not a file; give image files, or one folder, list, hf:NAME or demo")
+    return PathList(images)

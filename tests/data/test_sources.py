@@ -1,0 +1,190 @@
+"""What `--data` finds, and what it says where there is nothing."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simmim.data.decode import decode
+from simmim.data.sources import PathList, Subset, open_source, sniff
+
+
+def names(data: Path | str) -> list[str]:
+    source = open_source(str(data))
+    return [os.path.relpath(source.name(index), data) for index in range(len(source))]
+
+
+def write(folder: Path, *files: str) -> Path:
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(file.encode())
+    return folder
+
+
+def arrays(folder: Path, *images: np.ndarray) -> PathList:
+    for number, image in enumerate(images):
+        np.save(folder / f"{number:03d}.npy", image)
+    return PathList(sorted(folder.glob("*.npy")))
+
+
+def test_a_folder_gives_its_images_of_any_depth_in_order(tmp_path: Path):
+    write(tmp_path, "b.jpg", "a/z/1.PNG", "a/z/0.tiff", "a/y.npy", "a.b/c.webp")
+    assert names(tmp_path) == ["a.b/c.webp", "a/y.npy", "a/z/0.tiff", "a/z/1.PNG", "b.jpg"]
+
+
+def test_hidden_and_other_files_are_left_out(tmp_path: Path):
+    write(tmp_path, "a.jpg", ".b.jpg", ".git/c.jpg", "notes.txt", "jpg", "masks.npz")
+    assert names(tmp_path) == ["a.jpg"]
+
+
+def test_a_folder_that_links_to_itself_is_walked_once(tmp_path: Path):
+    write(tmp_path, "a/b.jpg")
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    assert names(tmp_path) == ["a/b.jpg"]
+
+
+def test_a_linked_folder_is_walked(tmp_path: Path):
+    write(tmp_path / "elsewhere", "b.jpg")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert names(tmp_path / "data") == ["linked/b.jpg"]
+
+
+def test_reading_gives_the_bytes_of_the_file_that_is_named(tmp_path: Path):
+    source = open_source(str(write(tmp_path, "b/1.jpg", "a.jpg")))
+    assert [source.read(index) for index in range(2)] == [b"a.jpg", b"b/1.jpg"]
+
+
+def test_a_list_names_images_relative_to_its_folder(tmp_path: Path):
+    write(tmp_path / "elsewhere", "c.jpg")
+    write(tmp_path, "a.jpg", "b/b.jpg")
+    absolute = tmp_path / "elsewhere" / "c.jpg"
+    (tmp_path / "list.txt").write_text(f"# chosen by hand\n\nb/b.jpg\n  a.jpg  \n{absolute}\nlost.jpg\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert [source.read(index) for index in range(3)] == [b"b/b.jpg", b"a.jpg", b"c.jpg"]
+
+
+def test_a_subset_has_the_chosen_images_in_their_order(tmp_path: Path):
+    source = Subset(open_source(str(write(tmp_path, "a.jpg", "b.jpg", "c.jpg"))), np.array([2, 0]))
+    assert [source.read(index) for index in range(len(source))] == [b"c.jpg", b"a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "message"),
+    [
+        ({}, "none", "{0}/none does not exist; pass a folder of images, a .txt list of paths, hf:NAME or demo"),
+        ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in avif, bmp, gif, j2k, "),
+        ({"a.jpg": ""}, "a.jpg", "{0}/a.jpg is neither a folder nor a .txt or .lst of image paths; pass one of these"),
+        ({"a.txt": "\n# b.jpg\n"}, "a.txt", "list {0}/a.txt names no images; write one path a line"),
+        (
+            {"a.lst": "b.jpg\nc.jpg\n"},
+            "a.lst",
+            "none of the first 2 paths in {0}/a.lst is a file, such as {0}/b.jpg; "
+            "write paths relative to the list's folder",
+        ),
+    ],
+)
+def test_data_without_images_is_refused_in_one_line(tmp_path: Path, files: dict[str, str], data: str, message: str):
+    for file, content in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
+        open_source(str(tmp_path / data))
+    assert str(caught.value).startswith(message.format(tmp_path))
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_may_not_be_listed_is_refused(tmp_path: Path):
+    write(tmp_path, "a/b.jpg")
+    (tmp_path / "a").chmod(0)
+    with pytest.raises(ValueError, match="a cannot be listed: Permission denied; check its permissions"):
+        open_source(str(tmp_path))
+
+
+def test_the_demo_images_are_small_and_in_colour():
+    source = open_source("demo")
+    assert len(source) > 900
+    assert decode(source.read(0), channels=3, dtype=np.uint8).shape == (64, 64, 3)
+
+
+def test_the_demo_images_are_read_alike_by_many_threads():
+    source = open_source("demo")
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(source.read, range(len(source)))) == [source.read(index) for index in range(len(source))]
+
+
+def test_sniff_takes_8_bit_images_as_uint8(tmp_path: Path):
+    assert sniff(arrays(tmp_path, np.zeros((8, 8, 3), np.uint8)), channels=3) == np.uint8
+
+
+def test_sniff_takes_images_as_float32_where_one_is_deeper(tmp_path: Path):
+    source = arrays(tmp_path, np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint16))
+    assert sniff(source, channels=3) == np.float32
+
+
+@pytest.mark.parametrize(("stored", "asked"), [(1, 3), (3, 1), (5, 5)])
+def test_sniff_accepts_what_decoding_converts(tmp_path: Path, stored: int, asked: int):
+    assert sniff(arrays(tmp_path, np.zeros((8, 8, stored), np.uint8)), channels=asked) == np.uint8
+
+
+@pytest.mark.parametrize(("stored", "asked"), [(5, 3), (3, 5), (4, 3)])
+def test_sniff_refuses_a_wrong_number_of_channels_and_names_the_right_one(tmp_path: Path, stored: int, asked: int):
+    with pytest.raises(ValueError, match=f"^images have {stored} channels, not {asked}: pass --channels {stored}$"):
+        sniff(arrays(tmp_path, np.zeros((8, 8, stored), np.uint8)), channels=asked)
+
+
+def test_sniff_leaves_a_single_misfit_to_the_bad_images(tmp_path: Path):
+    source = arrays(tmp_path, *np.zeros((4, 8, 8, 3), np.uint8), np.zeros((8, 8, 2), np.uint8))
+    assert sniff(source, channels=3) == np.uint8
+
+
+def test_sniff_refuses_a_set_of_which_nothing_can_be_read(tmp_path: Path):
+    write(tmp_path, "a.jpg", "b.jpg")
+    with pytest.raises(ValueError, match=r"^none of the first 2 images can be read, such as .*/a.jpg: not an image in"):
+        sniff(open_source(str(tmp_path)), channels=3)
+
+
+class TestHuggingFace:
+    """Data sets on disk, so that nothing is fetched."""
+
+    @pytest.fixture(scope="class")
+    def saved(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        datasets = pytest.importorskip("datasets")
+        folder = tmp_path_factory.mktemp("hf")
+        images = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+        features = datasets.Features({"label": datasets.Value("int64"), "image": datasets.Image()})
+        rows = datasets.Dataset.from_dict({"label": [0, 1, 2], "image": images}, features=features)
+        rows.save_to_disk(str(folder / "single"))
+        parts = datasets.DatasetDict({"train": rows, "test": rows.select([2])})
+        parts.save_to_disk(str(folder / "split"))
+        rows.remove_columns("image").save_to_disk(str(folder / "imageless"))
+        return folder
+
+    @pytest.mark.parametrize(
+        ("data", "colours"),
+        [
+            ("single", [(255, 0, 0), (0, 255, 0), (0, 0, 255)]),
+            ("split", [(255, 0, 0), (0, 255, 0), (0, 0, 255)]),
+            ("split:test", [(0, 0, 255)]),
+        ],
+    )
+    def test_a_saved_data_set_gives_its_images(self, saved: Path, data: str, colours: list[tuple[int, int, int]]):
+        source = open_source(f"hf:{saved}/{data}")
+        shown = [decode(source.read(index), channels=3, dtype=np.uint8)[0, 0] for index in range(len(source))]
+        assert [tuple(colour.tolist()) for colour in shown] == colours
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            ("split:val", "data set hf:{0}/split has no split val; choose of train, test"),
+            ("imageless", "data set hf:{0}/imageless has no image column, only label; pass another"),
+            ("nothing/here", "data set hf:{0}/nothing/here cannot be opened: "),
+        ],
+    )
+    def test_a_data_set_without_images_is_refused_in_one_line(self, saved: Path, data: str, message: str):
+        with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
+            open_source(f"hf:{saved}/{data}")
+        assert str(caught.value).startswith(message.format(saved))
