@@ -38,6 +38,11 @@ def npy(pixels: np.ndarray, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def decode_as_stored(raw: bytes) -> np.ndarray:
+    picture = open_picture(raw)
+    return picture.decode(channels=picture.channels, dtype=np.float32)
+
+
 def pillow(raw: bytes, mode: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(raw)).convert(mode))
 
@@ -235,7 +240,11 @@ def test_a_pillow_image_is_taken_as_it_is():
 @pytest.mark.parametrize(
     ("raw", "channels", "message"),
     [
-        (tiff(np.zeros((9, 7, 5), np.uint8), photometric="minisblack", planarconfig="contig"), 3, "has 5 channels, not 3"),
+        (
+            tiff(np.zeros((9, 7, 5), np.uint8), photometric="minisblack", planarconfig="contig"),
+            3,
+            "has 5 channels, not 3",
+        ),
         (saved(PHOTO, "JPEG"), 5, "has 3 channels, not 5"),
         (npy(np.zeros((9, 7, 4), np.uint8)), 3, "has 4 channels, not 3"),
     ],
@@ -312,8 +321,7 @@ np.save(PROGRAM, np.array([["code"]], dtype=object), allow_pickle=True)
 )
 def test_a_damaged_or_foreign_file_is_a_bad_image_with_a_one_line_reason(raw: bytes, message: str):
     with pytest.raises(BadImage, match=message) as caught:
-        picture = open_picture(raw)
-        picture.decode(channels=picture.channels, dtype=np.float32)
+        decode_as_stored(raw)
     assert len(str(caught.value).splitlines()) == 1
 
 

@@ -76,7 +76,7 @@ def test_a_subset_has_the_chosen_images_in_their_order(tmp_path: Path):
     ("files", "data", "message"),
     [
         ({}, "none", "{0}/none does not exist; pass a folder of images, a .txt list of paths, hf:NAME or demo"),
-        ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in avif, bmp, gif, j2k, "),
+        ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in .avif, .bmp, .gif, "),
         ({"a.jpg": ""}, "a.jpg", "{0}/a.jpg is neither a folder nor a .txt or .lst of image paths; pass one of these"),
         ({"a.txt": "\n# b.jpg\n"}, "a.txt", "list {0}/a.txt names no images; write one path a line"),
         (
@@ -181,7 +181,8 @@ class TestHuggingFace:
         [
             ("split:val", "data set hf:{0}/split has no split val; choose of train, test"),
             ("imageless", "data set hf:{0}/imageless has no image column, only label; pass another"),
-            ("nothing/here", "data set hf:{0}/nothing/here cannot be opened: "),
+            ("single:test", "data set hf:{0}/single has no splits; leave out :test"),
+            ("nothing/here", "data set hf:{0}/nothing/here cannot be opened ("),
         ],
     )
     def test_a_data_set_without_images_is_refused_in_one_line(self, saved: Path, data: str, message: str):

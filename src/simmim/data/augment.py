@@ -24,13 +24,9 @@ class Box(NamedTuple):
     width: int
 
     def scaled(self, vertical: float, horizontal: float) -> "Box":
-        """The same rectangle of the image at these shares of its height and width."""
-        return Box(
-            int(self.top * vertical),
-            int(self.left * horizontal),
-            max(1, int(self.height * vertical)),
-            max(1, int(self.width * horizontal)),
-        )
+        """The same rectangle of the image at these shares of its height and width, to half a pixel."""
+        scales = (vertical, horizontal, vertical, horizontal)
+        return Box(*(round(side * scale) for side, scale in zip(self, scales, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Raw, open_picture
 
-SUFFIXES = frozenset(
-    "avif bmp gif j2k jfif jp2 jpe jpeg jpg npy pbm pgm png pnm ppm tga tif tiff webp".split()  # noqa: SIM905
-)
+_SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+SUFFIXES = tuple(_SUFFIXES.split())
 """The files of a folder that are taken for images."""
 
 
@@ -172,7 +171,7 @@ def _open_folder(folder: Path) -> PathList:
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
     if not names:
-        raise ValueError(f"folder {folder} holds no images; files read end in {', '.join(sorted(SUFFIXES))}")
+        raise ValueError(f"folder {folder} holds no images; files read end in {', '.join(SUFFIXES)}")
     return PathList(names, root=folder)
 
 
@@ -191,7 +190,7 @@ def _find_images(root: Path) -> list[str]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.name.rpartition(".")[2].lower() in SUFFIXES and not entry.is_dir(follow_symlinks=False):
+                if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir(follow_symlinks=False):
                     names.append(folder + entry.name)
                 elif entry.is_dir():
                     inner.append(f"{folder}{entry.name}/")
@@ -223,20 +222,23 @@ def _open_hugging_face(name: str) -> HuggingFaceImages:
     except ImportError as error:
         raise ValueError(f"hf:{name} needs the library datasets; pip install simmim[data]") from error
     path, split = name, ""
-    if not Path(name).exists() and "/" not in name.rpartition(":")[2]:
+    if ":" in name and not Path(name).exists():
         path, _, split = name.rpartition(":")
-        path, split = (path, split) if path else (split, "")
     try:
         saved = any(Path(path, file).exists() for file in ("state.json", "dataset_dict.json"))
         loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     except Exception as error:  # it raises whatever its many back ends do
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"data set hf:{name} cannot be opened: {reason}") from error
+        raise ValueError(
+            f"data set hf:{name} cannot be opened ({reason}); pass a name on the Hub or a folder"
+        ) from error
     if isinstance(loaded, datasets.DatasetDict):
         split = split or ("train" if "train" in loaded else next(iter(loaded)))
         if split not in loaded:
             raise ValueError(f"data set hf:{path} has no split {split}; choose of {', '.join(map(str, loaded))}")
         loaded = loaded[split]
+    elif split:
+        raise ValueError(f"data set hf:{path} has no splits; leave out :{split}")
     columns = [column for column, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
         raise ValueError(f"data set hf:{name} has no image column, only {', '.join(loaded.features)}; pass another")

@@ -45,4 +45,5 @@ def measure_mean_std(
         raise ValueError(f"none of {len(drawn)} images can be read, so their mean and deviation are not known")
     mean, mean_square = np.mean(found, axis=0)
     std = np.sqrt(np.maximum(mean_square - np.square(mean), 0))
-    return tuple(mean.tolist()), tuple(np.where(std > 0, std, 1.0).tolist())
+    changes = std > 1e-6 * np.abs(mean)  # less is the rounding of constants
+    return tuple(mean.tolist()), tuple(np.where(changes, std, 1.0).tolist())

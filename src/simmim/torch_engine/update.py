@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simmim.config import TrainingConfig
@@ -15,7 +16,7 @@ from simmim.keys import sample_keys
 from simmim.schedules import Schedule
 from simmim.torch_engine.distributed import World, full_tensor, gradient_sync
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, NDArray[Any]]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,0 +1,203 @@
+"""What a pretraining will do, whichever engine does it: its images, steps, learning rates and batches with their masks.
+
+Shapes: `B` images, `C` channels, `H W` pixels.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simmim.accelerators import cpu_cores
+from simmim.clusters import fit_colour_clusters
+from simmim.config import PretrainConfig
+from simmim.data.augment import RandomResizedCrop
+from simmim.data.pipeline import BadImages, eval_images, train_batches
+from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
+from simmim.keys import sample_keys, uniforms
+from simmim.masking import upsample_mask
+from simmim.run import Run
+from simmim.schedules import CosineSchedule, MultiStepSchedule, Schedule, scale_lr
+from simmim.targets import ClusterTarget, block_means
+
+Batch = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run: those to train on, those kept aside, and the dtype in which they are read."""
+
+    train: ImageSource
+    val: ImageSource
+    dtype: np.dtype[Any]
+
+
+def open_images(config: PretrainConfig) -> Images:
+    """Find the images and keep `val_images` of them aside, drawn by the seed. One-line `ValueError`s."""
+    assert config.data is not None
+    source = open_source(config.data)
+    dtype = sniff(source, channels=config.channels)
+    order = np.argsort(sample_keys(config.seed, 0, np.arange(len(source)), stream="split"))
+    val, train = np.sort(order[: config.val_images]), np.sort(order[config.val_images :])
+    if len(train) < config.batch_size:
+        raise ValueError(
+            f"batch size {config.batch_size} is more than the {len(train)} images to train on "
+            f"({len(val)} are kept aside); use --batch-size {max(len(train), 1)} or less"
+        )
+    return Images(Subset(source, train), Subset(source, val), dtype)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete configuration with its images. `complete` makes one; a `ValueError` says what cannot be."""
+
+    config: PretrainConfig
+    images: Images
+
+    @classmethod
+    def complete(cls, config: PretrainConfig, images: Images, **machine: Any) -> "Plan":
+        """Decide whatever the configuration leaves open: from the images, and from what the engine says of the machine.
+
+        `machine` gives at least image_size, device, precision and compile.
+        """
+        changes = {"workers": config.workers or cpu_cores(), **machine}
+        if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
+            changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        elif not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
+            mean, std = measure_mean_std(images.train, channels=config.channels, dtype=images.dtype, seed=config.seed)
+            changes |= {"mean": mean, "std": std}
+        plan = cls(dataclasses.replace(config, **changes), images)
+        if config.warmup_epochs is None:
+            plan = plan.replace(warmup_epochs=min(10.0, plan.total_steps / plan.steps_per_epoch / 10))
+        if config.target == "clusters" and config.cluster_centres is None:
+            plan = plan.replace(cluster_centres=plan.find_clusters())
+        assert plan.schedule
+        return plan
+
+    def replace(self, **changes: Any) -> "Plan":
+        return Plan(dataclasses.replace(self.config, **changes), self.images)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        assert self.config.image_size is not None
+        return self.config.image_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.images.train) // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.steps or math.ceil(self.config.epochs * self.steps_per_epoch)
+
+    @property
+    def save_every_steps(self) -> int:
+        return self.config.save_every_steps or max(self.steps_per_epoch, 100)
+
+    @property
+    def picture_every_steps(self) -> int:
+        return self.config.picture_every_steps or self.save_every_steps
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        config = self.config
+        assert config.warmup_epochs is not None
+        length = self.total_steps / self.steps_per_epoch
+        if config.warmup_epochs > length:
+            raise ValueError(
+                f"warm-up of {config.warmup_epochs:g} epochs is longer than the run of {length:.3g}; "
+                f"use --warmup-epochs {length / 10:.3g}"
+            )
+        common = {
+            "peak_lr": scale_lr(config.lr, config.batch_size),
+            "warmup_lr": scale_lr(config.warmup_lr, config.batch_size),
+            "warmup_steps": round(config.warmup_epochs * self.steps_per_epoch),
+        }
+        if config.schedule == "cosine":
+            min_lr = scale_lr(config.min_lr, config.batch_size)
+            return CosineSchedule(**common, min_lr=min_lr, total_steps=self.total_steps)
+        milestones = tuple(round(epoch * self.steps_per_epoch) for epoch in config.milestones)
+        return MultiStepSchedule(**common, milestones=milestones)
+
+    def batches(
+        self, run: Run, *, start_step: int, patch: int, drop_path_layers: int, rank: int, world: int
+    ) -> Iterator[Batch]:
+        """One process's batches from `start_step` on: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p).
+
+        With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
+        """
+        config = self.config
+        assert config.workers is not None
+        for images in train_batches(
+            self.images.train,
+            crop=RandomResizedCrop(size=self.size),
+            channels=config.channels,
+            dtype=self.images.dtype,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            total_steps=self.total_steps,
+            rank=rank,
+            world=world,
+            threads=config.workers,
+            bad_images=self.bad_images(run),
+        ):
+            epoch, index = images["epoch"], images["index"]
+            batch: Batch = {
+                "image": images["image"],
+                "flip": images["flip"],
+                "mask": draw_masks(config, epoch, index, patch),
+            }
+            if drop_path_layers:
+                keys = sample_keys(config.seed, epoch, index, stream="drop_path")
+                batch["drop_path"] = uniforms(keys, drop_path_layers).astype(np.float32)
+            yield batch
+
+    def bad_images(self, run: Run) -> BadImages:
+        limit = self.config.max_bad_fraction
+        return BadImages(run.bad_images, total=len(self.images.train), max_fraction=limit)
+
+    def val_pixels(self) -> NDArray[Any]:
+        """The images kept aside: (B, H, W, C) in 0..255, whole, always the same."""
+        val = self.images.val
+        return eval_images(val, range(len(val)), size=self.size, channels=self.config.channels, dtype=self.images.dtype)
+
+    def find_clusters(self, *, images: int = 500, colours: int = 100_000) -> tuple[tuple[float, ...], ...]:
+        """Colours for target clusters, of some images drawn by the seed, normalised."""
+        config, train = self.config, self.images.train
+        order = np.argsort(sample_keys(config.seed, 0, np.arange(len(train)), stream="cluster images"))
+        pixels = eval_images(train, order[:images], size=self.size, channels=config.channels, dtype=self.images.dtype)
+        normal = (pixels / np.float32(255) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+        found = block_means(np, normal, ClusterTarget.block).reshape(-1, config.channels)
+        order = np.argsort(sample_keys(config.seed, 0, np.arange(len(found)), stream="cluster colours"))
+        return fit_colour_clusters(found[order[:colours]], clusters=config.clusters, seed=config.seed)
+
+    def describe(self) -> list[str]:
+        """What will be done, for a person, but for the model and the device."""
+        config, masks = self.config, self.config.mask_strategy()
+        rows, columns = masks.grid(self.size)
+        return [
+            f"images     {config.data}: {len(self.images.train)} to train on, {len(self.images.val)} kept aside; "
+            f"{self.size[0]}x{self.size[1]} pixels, {config.channels} channels",
+            f"masks      {config.mask}: {masks.masked_cells(self.size)} of {rows * columns} cells of "
+            f"{config.mask_cell} pixels hidden",
+            f"learning   {config.target} by {config.loss}, learning rate {scale_lr(config.lr, config.batch_size):.2e}, "
+            f"{config.schedule}",
+            f"steps      {self.total_steps} of {config.batch_size} images, {self.steps_per_epoch} an epoch",
+            f"writes     {config.out}",
+        ]
+
+
+def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
+    """The masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch."""
+    assert config.image_size is not None
+    masks = config.mask_strategy()
+    cells = masks(sample_keys(config.seed, epoch, index, stream="mask"), config.image_size)
+    return upsample_mask(cells, masks.cell // patch)

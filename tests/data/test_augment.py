@@ -1,0 +1,138 @@
+"""Crops against torchvision's, resizing against Pillow's."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop as Torchvision
+
+from simmim.data.augment import Box, CentreCrop, RandomResizedCrop, crop_resize, draw_flips, reduction
+from simmim.keys import sample_keys
+
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
+
+
+def boxes(crop: RandomResizedCrop, height: int, width: int, count: int) -> np.ndarray:
+    return np.array(
+        [crop.box(sample_keys(0, 0, index, stream="crop"), height, width) for index in range(count)], dtype=float
+    )
+
+
+def peak_signal_to_noise(pixels: np.ndarray, reference: np.ndarray) -> float:
+    error = np.square(pixels.astype(float) - reference.astype(float)).mean()
+    return 10 * np.log10(255**2 / max(error, 1e-9))
+
+
+@pytest.mark.parametrize(("height", "width"), [(400, 640), (300, 300), (500, 310)])
+def test_crops_are_distributed_as_torchvisions(height: int, width: int):
+    ours = boxes(RandomResizedCrop(size=(224, 224)), height, width, 3000)
+    torch.manual_seed(0)
+    image = torch.empty(1, height, width)
+    theirs = [Torchvision.get_params(image, [0.67, 1.0], [3 / 4, 4 / 3]) for _ in range(3000)]
+    # Five standard errors of the difference of two means.
+    errors = 5 * np.sqrt(2 / 3000) * np.std(theirs, axis=0)
+    np.testing.assert_array_less(np.abs(ours.mean(axis=0) - np.mean(theirs, axis=0)), errors)
+    np.testing.assert_allclose(ours.std(axis=0), np.std(theirs, axis=0), rtol=0.1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(100, 1000), (1000, 100)])
+def test_an_image_that_no_crop_fits_gets_torchvisions_middle(height: int, width: int):
+    theirs = Torchvision.get_params(torch.empty(1, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
+    ours = RandomResizedCrop(size=(224, 224), scale=(1.0, 1.0)).box(sample_keys(0, 0, 0, stream="crop"), height, width)
+    assert tuple(ours) == theirs
+
+
+def test_a_crop_for_a_wide_output_is_wide():
+    found = boxes(RandomResizedCrop(size=(96, 192), scale=(0.1, 0.3)), 400, 400, 500)
+    ratio = found[:, 3] / found[:, 2]
+    assert 2 * 0.74 < ratio.min() < 2 * 0.8
+    assert 2 * 1.25 < ratio.max() < 2 * 1.35
+
+
+def test_a_crop_lies_within_the_image():
+    for height, width in [(1, 1), (1, 50), (7, 3), (224, 224)]:
+        top, left, box_height, box_width = boxes(RandomResizedCrop(size=(224, 224)), height, width, 200).T
+        assert min(top.min(), left.min()) >= 0
+        assert min(box_height.min(), box_width.min()) >= 1
+        assert (top + box_height).max() <= height
+        assert (left + box_width).max() <= width
+
+
+def test_the_centre_crop_is_that_of_resize_256_and_crop_224():
+    assert CentreCrop(size=(224, 224)).box(256, 384) == Box(16, 80, 224, 224)
+
+
+def test_the_centre_crop_for_a_wide_output_is_wide():
+    assert CentreCrop(size=(96, 192), fraction=1.0).box(400, 400) == Box(100, 0, 200, 400)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RandomResizedCrop(size=(0, 224)), "image size 0x224 is not positive; use 224 or 160x224"),
+        (lambda: RandomResizedCrop(size=(8, 8), scale=(0.5, 2)), r"crop scale \(0.5, 2\) is not a range within 0..1"),
+        (lambda: RandomResizedCrop(size=(8, 8), ratio=(2, 1)), r"crop ratio \(2, 1\) is not a range of positive"),
+        (lambda: CentreCrop(size=(8, 8), fraction=0), "crop fraction 0 is not within 0..1; use 0.875"),
+    ],
+)
+def test_a_crop_that_cannot_be_is_refused(make: Any, message: str):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_half_of_the_images_are_mirrored_anew_each_epoch():
+    first, second = (draw_flips(0, epoch, np.arange(10_000)) for epoch in range(2))
+    assert abs(first.mean() - 0.5) < 0.025
+    assert abs((first == second).mean() - 0.5) < 0.025
+
+
+@pytest.mark.parametrize(
+    ("side", "factor"), [(100, 1), (223, 1), (447, 1), (448, 2), (895, 2), (896, 4), (1792, 8), (9000, 8)]
+)
+def test_an_image_is_reduced_no_further_than_to_the_size_of_the_crop(side: int, factor: int):
+    assert reduction(Box(0, 0, side, 9000), (224, 224)) == factor
+
+
+@pytest.mark.parametrize("shrinking", [0.5, 1.0, 1.3, 1.8, 2.3, 3.1, 6.0, 11.0])
+def test_resizing_a_photograph_gives_what_pillow_gives(shrinking: float):
+    if not PHOTOS.exists():
+        pytest.skip(f"no photographs at {PHOTOS}")
+    image = Image.open(next(PHOTOS.glob("02*.jpg"))).resize((600, 400))
+    box = Box(13, 57, 370, 410)
+    size = (round(370 / shrinking), round(410 / shrinking))
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    reference = np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, corners))
+    assert peak_signal_to_noise(crop_resize(np.asarray(image), box, size), reference) > 33
+
+
+@pytest.mark.parametrize("shrinking", [1.5, 1.8, 2.1, 2.5, 3.5, 9.0])
+def test_resizing_shows_no_more_aliasing_than_an_area_filter(shrinking: float):
+    side = round(224 * shrinking)
+    rows, columns = np.mgrid[:side, :side]
+    board = ((rows + columns) % 2 * 255).astype(np.uint8)[..., None]
+    grey = crop_resize(board, Box(0, 0, side, side), (224, 224))
+    assert grey.std() < 15  # an area filter's is 14.5 at its worst, 1.5; plain bilinear interpolation's 31 to 127
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("channels", [1, 2, 5, 130, 600])
+def test_any_number_of_channels_is_resized_each_as_if_alone(channels: int, dtype: Any):
+    # uint8 is rounded at each step, at a tie up or down as OpenCV's code for that number of channels has it.
+    image = np.random.default_rng(0).integers(0, 256, (60, 50, channels)).astype(dtype)
+    box, size = Box(3, 2, 50, 40), (24, 32)
+    resized = crop_resize(image, box, size)
+    assert resized.dtype == dtype
+    alone = [crop_resize(image[..., channel : channel + 1], box, size) for channel in (0, channels // 2, channels - 1)]
+    np.testing.assert_allclose(
+        resized[..., [0, channels // 2, channels - 1]],
+        np.concatenate(alone, axis=-1),
+        atol=1 if dtype == np.uint8 else 1e-3,
+    )
+
+
+def test_a_crop_of_the_size_that_is_asked_for_is_not_changed():
+    image = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(crop_resize(image, Box(5, 7, 32, 24), (32, 24)), image[5:37, 7:31])
