@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from simmim.accelerators import cpu_cores
 from simmim.clusters import fit_colour_clusters
-from simmim.config import PretrainConfig
+from simmim.config import PretrainConfig, TrainingConfig
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.pipeline import BadImages, eval_images, train_batches
 from simmim.data.sources import ImageSource, Subset, open_source, sniff
@@ -54,7 +54,61 @@ def open_images(config: PretrainConfig) -> Images:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
+    """Steps and learning rates of any training."""
+
+    config: TrainingConfig
+
+    @property
+    def train_images(self) -> int:
+        raise AssertionError
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        assert self.config.image_size is not None
+        return self.config.image_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.train_images // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.steps or math.ceil(self.config.epochs * self.steps_per_epoch)
+
+    @property
+    def save_every_steps(self) -> int:
+        return self.config.save_every_steps or max(self.steps_per_epoch, 100)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        config = self.config
+        assert config.warmup_epochs is not None
+        length = self.total_steps / self.steps_per_epoch
+        if config.warmup_epochs > length:
+            raise ValueError(
+                f"warm-up of {config.warmup_epochs:g} epochs is longer than the run of {length:.3g}; "
+                f"use --warmup-epochs {length / 10:.3g}"
+            )
+        common = {
+            "peak_lr": scale_lr(config.lr, config.batch_size),
+            "warmup_lr": scale_lr(config.warmup_lr, config.batch_size),
+            "warmup_steps": round(config.warmup_epochs * self.steps_per_epoch),
+        }
+        if config.schedule == "cosine":
+            min_lr = scale_lr(config.min_lr, config.batch_size)
+            return CosineSchedule(**common, min_lr=min_lr, total_steps=self.total_steps)
+        milestones = tuple(round(epoch * self.steps_per_epoch) for epoch in config.milestones)
+        return MultiStepSchedule(**common, milestones=milestones)
+
+    def bad_images(self, run: Run) -> BadImages:
+        limit = self.config.max_bad_fraction
+        return BadImages(run.bad_images, total=self.train_images, max_fraction=limit)
+
+
+@dataclass(frozen=True)
+class Plan(TrainingPlan):
     """A complete configuration with its images. `complete` makes one; a `ValueError` says what cannot be."""
 
     config: PretrainConfig
@@ -84,47 +138,12 @@ class Plan:
         return Plan(dataclasses.replace(self.config, **changes), self.images)
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(H, W)."""
-        assert self.config.image_size is not None
-        return self.config.image_size
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return len(self.images.train) // self.config.batch_size
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.steps or math.ceil(self.config.epochs * self.steps_per_epoch)
-
-    @property
-    def save_every_steps(self) -> int:
-        return self.config.save_every_steps or max(self.steps_per_epoch, 100)
+    def train_images(self) -> int:
+        return len(self.images.train)
 
     @property
     def picture_every_steps(self) -> int:
         return self.config.picture_every_steps or self.save_every_steps
-
-    @cached_property
-    def schedule(self) -> Schedule:
-        config = self.config
-        assert config.warmup_epochs is not None
-        length = self.total_steps / self.steps_per_epoch
-        if config.warmup_epochs > length:
-            raise ValueError(
-                f"warm-up of {config.warmup_epochs:g} epochs is longer than the run of {length:.3g}; "
-                f"use --warmup-epochs {length / 10:.3g}"
-            )
-        common = {
-            "peak_lr": scale_lr(config.lr, config.batch_size),
-            "warmup_lr": scale_lr(config.warmup_lr, config.batch_size),
-            "warmup_steps": round(config.warmup_epochs * self.steps_per_epoch),
-        }
-        if config.schedule == "cosine":
-            min_lr = scale_lr(config.min_lr, config.batch_size)
-            return CosineSchedule(**common, min_lr=min_lr, total_steps=self.total_steps)
-        milestones = tuple(round(epoch * self.steps_per_epoch) for epoch in config.milestones)
-        return MultiStepSchedule(**common, milestones=milestones)
 
     def batches(
         self, run: Run, *, start_step: int, patch: int, drop_path_layers: int, rank: int, world: int
@@ -159,10 +178,6 @@ class Plan:
                 keys = sample_keys(config.seed, epoch, index, stream="drop_path")
                 batch["drop_path"] = uniforms(keys, drop_path_layers).astype(np.float32)
             yield batch
-
-    def bad_images(self, run: Run) -> BadImages:
-        limit = self.config.max_bad_fraction
-        return BadImages(run.bad_images, total=len(self.images.train), max_fraction=limit)
 
     def val_pixels(self) -> NDArray[Any]:
         """The images kept aside: (B, H, W, C) in 0..255, whole, always the same."""
