@@ -175,8 +175,7 @@ class Plan(TrainingPlan):
                 "mask": draw_masks(config, epoch, index, patch),
             }
             if drop_path_layers:
-                keys = sample_keys(config.seed, epoch, index, stream="drop_path")
-                batch["drop_path"] = uniforms(keys, drop_path_layers).astype(np.float32)
+                batch["drop_path"] = drop_path_numbers(config, epoch, index, drop_path_layers)
             yield batch
 
     def val_pixels(self) -> NDArray[Any]:
@@ -216,3 +215,8 @@ def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch
     masks = config.mask_strategy()
     cells = masks(sample_keys(config.seed, epoch, index, stream="mask"), config.image_size)
     return upsample_mask(cells, masks.cell // patch)
+
+
+def drop_path_numbers(config: TrainingConfig, epoch: ArrayLike, index: ArrayLike, layers: int) -> NDArray[np.float32]:
+    """What decides which layers an image skips: (B, layers), uniform in [0, 1)."""
+    return uniforms(sample_keys(config.seed, epoch, index, stream="drop_path"), layers).astype(np.float32)

@@ -10,6 +10,7 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,10 @@ class Batch(TypedDict):
     """(B,): the images' numbers in the source."""
     epoch: NDArray[np.int64]
     """(B,): counted from 0."""
+
+
+Augment = Callable[[NDArray[Any], NDArray[np.uint64]], NDArray[Any]]
+"""A cropped image (H, W, C) and its key (1,) → the image that is trained on."""
 
 
 class TooManyBadImages(ValueError):
@@ -116,6 +121,7 @@ def train_batches(
     world: int = 1,
     threads: int,
     bad_images: BadImages,
+    augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """The batches of steps `start_step` to `total_steps` (not included) for the process `rank` of `world`.
 
@@ -141,6 +147,7 @@ def train_batches(
         usable=len(source) // batch_size * batch_size,
         seed=seed,
         bad_images=bad_images,
+        augment=augment,
     )
     positions = range(start_step * batch_size + rank, total_steps * batch_size, world)
     return _stream(loader, positions, batch_size // world, threads)
@@ -169,6 +176,31 @@ def eval_images(
     return np.stack(images)
 
 
+def eval_batches(
+    source: ImageSource,
+    *,
+    crop: CentreCrop,
+    channels: int,
+    dtype: DTypeLike,
+    batch_size: int,
+    threads: int,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+    """All images in order, by the batch: their indices (B,) and middles (B, H, W, C). Bad ones are left out."""
+
+    def read(index: int) -> NDArray[Any] | None:
+        try:
+            return load(read_raw(source, index), crop.box, size=crop.size, channels=channels, dtype=dtype)
+        except BadImage:
+            return None
+
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(source), batch_size):
+            indices = range(start, min(start + batch_size, len(source)))
+            found = [(i, image) for i, image in zip(indices, pool.map(read, indices), strict=True) if image is not None]
+            if found:
+                yield np.array([i for i, _ in found], np.int64), np.stack([image for _, image in found])
+
+
 class _Element(NamedTuple):
     image: NDArray[Any]
     index: int
@@ -187,6 +219,7 @@ class _Loader:
     usable: int
     seed: int
     bad_images: BadImages
+    augment: Augment | None
 
     def __call__(self, position: int) -> _Element:
         epoch, place = divmod(int(position), self.usable)
@@ -203,13 +236,16 @@ class _Loader:
 
     def _load(self, epoch: int, index: int) -> NDArray[Any]:
         key = sample_keys(self.seed, epoch, index, stream="crop")
-        return load(
+        image = load(
             read_raw(self.source, index),
             lambda height, width: self.crop.box(key, height, width),
             size=self.crop.size,
             channels=self.channels,
             dtype=self.dtype,
         )
+        if self.augment is None:
+            return image
+        return self.augment(image, sample_keys(self.seed, epoch, index, stream="augment"))
 
 
 class _Order:

@@ -49,7 +49,7 @@ class MaskedImageModel(nn.Module):
             return self.loss(torch, prediction.float(), target, weights)
 
 
-class PretrainStep(nn.Module):
+class PixelStep(nn.Module):
     """What one step trains: a batch as the input pipeline delivers it → the loss.
 
     Flips, converts and normalises on the device, so that images cross to it as small integers.
@@ -58,9 +58,8 @@ class PretrainStep(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, model: MaskedImageModel, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        self.model = model
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
         self.register_buffer("scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
 
@@ -68,10 +67,22 @@ class PretrainStep(nn.Module):
         """(B, H, W, C) in 0..255 → (B, C, H, W) normalised."""
         return (image.permute(0, 3, 1, 2).float() - self.mean) * self.scale
 
+    def prepare(self, image: Tensor, flip: Tensor) -> Tensor:
+        """Normalised, and those of `flip` (B,) mirrored."""
+        images = self.normalize(image)
+        return torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+class PretrainStep(PixelStep):
+    """Masked image modelling of a batch."""
+
+    def __init__(self, model: MaskedImageModel, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__(mean, std)
+        self.model = model
+
     def forward(self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None) -> Tensor:
         self.model.encoder.drop_path_draws.uniform = drop_path
-        images = self.normalize(image)
-        images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+        images = self.prepare(image, flip)
         return self.model.judge(self.model.predict(images, mask), images, mask)
 
 

@@ -57,7 +57,7 @@ class Update:
     def __call__(self, step: int, batch: Batch) -> tuple[float, Tensor]:
         lr = self._schedule.at_update(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # layer decay
         # What a layer still draws itself (dropout) depends on the step alone, so nothing random need be saved.
         key = sample_keys(self._config.seed, step, self._world.rank, stream="torch")[0]
         torch.manual_seed(int(key >> np.uint64(1)))
