@@ -75,7 +75,11 @@ def test_a_subset_has_the_chosen_images_in_their_order(tmp_path: Path):
 @pytest.mark.parametrize(
     ("files", "data", "message"),
     [
-        ({}, "none", "{0}/none does not exist; pass a folder of images, a .txt list of paths, hf:NAME or demo"),
+        (
+            {},
+            "none",
+            "{0}/none does not exist; pass a folder of images, a .txt list of paths, an .npz, hf:NAME or demo",
+        ),
         ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in .avif, .bmp, .gif, "),
         ({"a.jpg": ""}, "a.jpg", "{0}/a.jpg is neither a folder nor a .txt or .lst of image paths; pass one of these"),
         ({"a.txt": "\n# b.jpg\n"}, "a.txt", "list {0}/a.txt names no images; write one path a line"),

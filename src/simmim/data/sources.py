@@ -17,6 +17,8 @@ _SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png
 SUFFIXES = tuple(_SUFFIXES.split())
 """The files of a folder that are taken for images."""
 
+_WHOLE = "whole"  # the one part of a Hugging Face set that has no splits
+
 
 class ImageSource(Protocol):
     """Images by number; `read` is called from several threads at once."""
@@ -85,6 +87,25 @@ class DemoImages:
         return self._files[index][1]
 
 
+class ArrayImages:
+    """Images of one array (N, H, W) or (N, H, W, C)."""
+
+    def __init__(self, images: NDArray[Any], name: str):
+        if images.ndim not in (3, 4):
+            raise ValueError(f"array {name} has {images.ndim} dimensions; images are (N, H, W) or (N, H, W, C)")
+        self._images = images
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        return f"{self._name} {index}"
+
+    def read(self, index: int) -> NDArray[Any]:
+        return self._images[index]
+
+
 class HuggingFaceImages:
     """The image column of a `datasets.Dataset`."""
 
@@ -110,7 +131,7 @@ class HuggingFaceImages:
 
 
 def open_source(data: str) -> ImageSource:
-    """The images that `--data` names: a folder, a .txt or .lst of paths, `hf:NAME_OR_PATH[:SPLIT]`, or `demo`.
+    """The images that `--data` names: a folder, a .txt or .lst of paths, an .npz, `hf:NAME_OR_PATH[:SPLIT]`, or `demo`.
 
     Raises a one-line `ValueError` where there is nothing to read.
     """
@@ -122,8 +143,8 @@ def open_source(data: str) -> ImageSource:
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():
-        return _open_list(path)
-    raise ValueError(f"{data} does not exist; pass a folder of images, a .txt list of paths, hf:NAME or demo")
+        return _open_arrays(path) if path.suffix.lower() == ".npz" else _open_list(path)
+    raise ValueError(f"{data} does not exist; pass a folder of images, a .txt list of paths, an .npz, hf:NAME or demo")
 
 
 def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
@@ -167,7 +188,7 @@ def read_raw(source: ImageSource, index: int) -> Raw:
 
 def _open_folder(folder: Path) -> PathList:
     try:
-        names = _find_images(folder)
+        names = find_images(folder)
     except OSError as error:
         raise ValueError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
     if not names:
@@ -175,7 +196,7 @@ def _open_folder(folder: Path) -> PathList:
     return PathList(names, root=folder)
 
 
-def _find_images(root: Path) -> list[str]:
+def find_images(root: Path) -> list[str]:
     """Image files in any depth, sorted, as paths relative to `root`; hidden files and folders are left out."""
     names: list[str] = []
     folders, seen = [""], set()
@@ -216,30 +237,61 @@ def _open_list(path: Path) -> PathList:
     return source
 
 
-def _open_hugging_face(name: str) -> HuggingFaceImages:
+def _open_arrays(path: Path) -> ArrayImages:
+    arrays = read_npz(path, ("x_train", "images"))
+    if not arrays:
+        raise ValueError(f"{path} has no array x_train or images; give the images one of these names")
+    name, images = next(iter(arrays.items()))
+    return ArrayImages(images, name)
+
+
+def read_npz(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
+    """Those of the arrays `names` that an .npz holds. One-line `ValueError` where it is none, or damaged."""
     try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(f"hf:{name} needs the library datasets; pip install simmim[data]") from error
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names if name in arrays.files}
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as .npz ({reason}); write it with numpy.savez") from error
+
+
+def _open_hugging_face(name: str) -> HuggingFaceImages:
     path, split = name, ""
     if ":" in name and not Path(name).exists():
         path, _, split = name.rpartition(":")
+    splits = load_hugging_face(path)
+    if split and list(splits) == [_WHOLE]:
+        raise ValueError(f"data set hf:{path} has no splits; leave out :{split}")
+    split = split or ("train" if "train" in splits else next(iter(splits)))
+    if split not in splits:
+        raise ValueError(f"data set hf:{path} has no split {split}; choose of {', '.join(map(str, splits))}")
+    return HuggingFaceImages(splits[split], image_column(splits[split], name))
+
+
+def load_hugging_face(path: str) -> dict[str, Any]:
+    """The splits of a data set, by a directory that `save_to_disk` wrote or what `load_dataset` takes."""
     try:
-        saved = any(Path(path, file).exists() for file in ("state.json", "dataset_dict.json"))
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"hf:{path} needs the library datasets; pip install simmim[data]") from error
+    saved = any(Path(path, file).exists() for file in ("state.json", "dataset_dict.json"))
+    try:
         loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     except Exception as error:  # it raises whatever its many back ends do
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"data set hf:{name} cannot be opened ({reason}); pass a name on the Hub or a folder"
+            f"data set hf:{path} cannot be opened ({reason}); pass a name on the Hub or a folder"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
-        split = split or ("train" if "train" in loaded else next(iter(loaded)))
-        if split not in loaded:
-            raise ValueError(f"data set hf:{path} has no split {split}; choose of {', '.join(map(str, loaded))}")
-        loaded = loaded[split]
-    elif split:
-        raise ValueError(f"data set hf:{path} has no splits; leave out :{split}")
-    columns = [column for column, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
+        return {str(split): part for split, part in loaded.items()}
+    return {_WHOLE: loaded}
+
+
+def image_column(dataset: Any, name: str) -> str:
+    """The column of a data set that holds images."""
+    import datasets
+
+    columns = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise ValueError(f"data set hf:{name} has no image column, only {', '.join(loaded.features)}; pass another")
-    return HuggingFaceImages(loaded, "image" if "image" in columns else columns[0])
+        raise ValueError(f"data set hf:{name} has no image column, only {', '.join(dataset.features)}; pass another")
+    return "image" if "image" in columns else columns[0]
