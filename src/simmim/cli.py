@@ -4,16 +4,16 @@ Adding a command is adding a function with a docstring to `COMMANDS`.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import io
+import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
+from simmim import arguments
 from simmim.errors import TrainingDivergedError
 
 if TYPE_CHECKING:
@@ -24,21 +24,20 @@ Arguments = TypeVar("Arguments")
 
 def pretrain(argv: list[str]) -> int:
     """Pretrain a backbone on unlabelled images, or resume"""
-    import tyro
-
     from simmim.config import PretrainConfig, read_toml
+    from simmim.fields import Word
     from simmim.recipes import find_recipe
 
     @dataclass(frozen=True, kw_only=True)
     class Command(PretrainConfig):
-        recipe: str | None = None
+        recipe: Word = None
         """Take the defaults from this recipe (simmim recipes)."""
-        config: Annotated[str | None, tyro.conf.arg(metavar="FILE.toml")] = None
+        config: Word = None
         """Take the defaults from this file, such as RUN/config.toml."""
 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--config")
+    first.add_argument("--recipe", nargs="?")
+    first.add_argument("--config", nargs="?")
     sources = vars(first.parse_known_args(argv)[0])
     defaults = PretrainConfig()
     if sources["recipe"] and sources["config"]:
@@ -61,24 +60,40 @@ def _pretrain(config: "PretrainConfig") -> int:
 
 def reconstruct(argv: list[str]) -> int:
     """Draw original, masked and reconstructed images side by side"""
-    from tyro.conf import Positional
+    from tyro.conf import Positional, arg
 
     from simmim.visualize import reconstruct
 
     @dataclass(frozen=True, kw_only=True)
     class Command:
-        run: Positional[str]
+        run: Positional[Annotated[str, arg(metavar="RUN")]]
         """The --out directory of a pretraining."""
-        images: Positional[tuple[str, ...]]
-        """Image files, or anything that --data takes (then its first images)."""
+        images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE...")]]
+        """Image files, or anything that --data takes, of which some are drawn by the seed."""
         out: str = "reconstruction.png"
         """The picture to write."""
         count: int = 8
         """Images to draw at most."""
         seed: int = 0
-        """Seed of the masks."""
+        """Seed of the masks and of that choice."""
 
     print(reconstruct(**vars(parse(Command, "reconstruct", argv))))
+    return 0
+
+
+def probe(argv: list[str]) -> int:
+    """Judge an encoder's frozen features by labelled images"""
+    from simmim.torch_engine.tasks.probe import ProbeConfig, describe, probe
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(ProbeConfig):
+        json: bool = False
+        """Print JSON only."""
+
+    command = vars(parse(Command, "probe", argv))
+    as_json = command.pop("json")
+    figures = probe(ProbeConfig(**command))
+    print(json.dumps(figures, indent=1) if as_json else describe(figures))
     return 0
 
 
@@ -135,27 +150,13 @@ def recipes(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    function.__name__: function for function in (pretrain, reconstruct, bench, doctor, recipes)
+    function.__name__: function for function in (pretrain, reconstruct, probe, bench, doctor, recipes)
 }
 
 
-def parse(kind: type[Arguments], command: str, argv: Sequence[str], default: Arguments | None = None) -> Arguments:
-    """Arguments by tyro, whose boxes of text become one line that raises `ValueError`."""
-    import tyro
-
-    words = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
-    args = [word for given in argv for word in words.get(given, [given])]
-    box = io.StringIO()
-    extra: dict[str, Any] = {} if default is None else {"default": default}
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(kind, prog=f"simmim {command}", description=COMMANDS[command].__doc__, args=args, **extra)
-    except SystemExit as end:
-        if not end.code:
-            raise
-    lines = [line.strip("│╭╮╰╯─ ").strip() for line in box.getvalue().splitlines()]
-    message = next((line for line in lines[1:] if line), "the arguments are not understood")
-    raise ValueError(f"{message.rstrip('.')}; see `simmim {command} --help`")
+def parse(kind: type[Arguments], command: str, argv: list[str], default: Arguments | None = None) -> Arguments:
+    """The command's arguments; `--help` prints and exits. Raises a one-line `ValueError`."""
+    return arguments.parse(kind, command, COMMANDS[command].__doc__, argv, default)
 
 
 def usage() -> str:
@@ -183,8 +184,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         if argv[0] not in COMMANDS:
-            raise ValueError(f"command {argv[0]!r} is not known; use {', '.join(COMMANDS)}")
+            close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
+            raise ValueError(f"command {argv[0]!r} is not known; {remedy}")
         return COMMANDS[argv[0]](argv[1:])
+    except KeyboardInterrupt:
+        print("simmim: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

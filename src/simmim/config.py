@@ -5,6 +5,8 @@ before it writes `RUN/config.toml`, so that `simmim pretrain --config RUN/config
 """
 
 import dataclasses
+import difflib
+import importlib.util
 import os
 import tomllib
 from collections.abc import Mapping
@@ -14,93 +16,38 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 import tomli_w
-from pydantic import BeforeValidator, Field
-from tyro.conf import arg
-from tyro.constructors import PrimitiveConstructorSpec
+from pydantic import Field
+from pydantic_core import ErrorDetails
+from tyro.conf import Suppress, arg
 
+from simmim.fields import (
+    HINT,
+    NONE_WORD,
+    Colour,
+    Count,
+    ImageSize,
+    ModelArgs,
+    NotNegative,
+    NotNegativeReal,
+    Positive,
+    PositiveReal,
+    Share,
+    Word,
+    YesNo,
+    one_word,
+)
 from simmim.losses import LOSSES, check_pair
 from simmim.masking import MASKS, MaskStrategy
 from simmim.targets import TARGETS
-
-
-def parse_image_size(value: Any) -> tuple[int, int] | None:
-    """`224`, `"224"`, `"96x160"` or `(96, 160)` → (height, width) in pixels."""
-    if value is None:
-        return None
-    parts = str(value).lower().split("x") if isinstance(value, (str, int)) else list(value)
-    try:
-        sides = [int(part) for part in parts]
-    except (TypeError, ValueError):
-        sides = []
-    if len(sides) not in (1, 2) or min(sides) < 1:
-        raise ValueError(f"image size {value!r} is not N or HxW in whole pixels; write 224 or 96x160")
-    return (sides[0], sides[-1])
-
-
-def parse_model_args(value: Any) -> dict[str, Any]:
-    """`["depth=2", "embed_dims=[32,64]"]` → keyword arguments of the timm model; values are read as TOML."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    arguments = {}
-    for item in value:
-        name, equals, text = item.partition("=")
-        if not name or not equals:
-            raise ValueError(f"model argument {item!r} is not NAME=VALUE; write depth=4")
-        try:
-            arguments[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            arguments[name] = text
-    return arguments
-
-
-def _one_word(parse: Any, metavar: str, show: Any) -> PrimitiveConstructorSpec:
-    """How tyro reads an optional value that is one word on the command line."""
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: parse(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, tuple),
-        str_from_instance=lambda value: ["auto" if value is None else show(value)],
-    )
-
-
-ImageSize = Annotated[
-    tuple[int, int] | None,
-    BeforeValidator(parse_image_size),
-    _one_word(parse_image_size, "N|HxW", lambda size: f"{size[0]}x{size[1]}"),
-]
-# Shown as --compile; the command line turns --no-compile into `--compile no`.
-_YES_NO = PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="/ --no-compile",
-    instance_from_str=lambda words: words[0] == "yes",
-    is_instance=lambda value: value is None or isinstance(value, bool),
-    str_from_instance=lambda value: ["auto" if value is None else "yes" if value else "no"],
-)
-ModelArgs = Annotated[
-    dict[str, Any],
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="NAME=VALUE",
-        instance_from_str=parse_model_args,
-        is_instance=lambda value: isinstance(value, dict),
-        str_from_instance=lambda value: [f"{name}={item}" for name, item in value.items()],
-    ),
-]
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What every training has: data, optimiser, accelerator, checkpoints."""
 
-    data: str | None = None
+    data: Word = None
     """Images: a folder of any depth, a text file of paths, hf:NAME_OR_PATH, or demo (the embedded emoji). Required."""
-    out: str | None = None
+    out: Word = None
     """The run directory to write. The same directory again resumes. Required."""
     model: str = "vit_small_patch16_224"
     """The encoder: any timm ViT, DeiT, BEiT, Swin, SwinV2, ResNet, RegNet or ConvNeXt, by its timm name."""
@@ -110,18 +57,18 @@ class TrainingConfig:
     """Pixels, N or HxW (default: the model's own)."""
     channels: Positive = 3
     """Channels of an image. 1 and 3 convert freely; other numbers must match the files."""
-    mean: tuple[float, ...] | Literal["measure"] | None = None
+    mean: Colour = None
     """Mean of each channel in units of 1 = white (default: ImageNet's for 8-bit RGB, else measured)."""
-    std: tuple[PositiveReal, ...] | Literal["measure"] | None = None
+    std: Colour = None
     """Standard deviation of each channel (default: as for the mean)."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of images that may be unreadable before the run is failed."""
-    workers: Positive | None = None
+    workers: Count = None
     """Threads that decode images (default: one a core)."""
 
     epochs: PositiveReal = 100.0
     """Passes over the data."""
-    steps: Positive | None = None
+    steps: Count = None
     """Optimiser steps, instead of epochs."""
     batch_size: Positive = 64
     """Images of one optimiser step, over all processes and accumulation together."""
@@ -133,18 +80,18 @@ class TrainingConfig:
     """Learning rate at the first step, for a batch of 512."""
     min_lr: NotNegativeReal = 1e-6
     """Learning rate at the end of the cosine, for a batch of 512."""
-    warmup_epochs: NotNegativeReal | None = None
+    warmup_epochs: Annotated[NotNegativeReal | None, one_word(float, "FLOAT"), HINT] = None
     """Epochs of linear warm-up (default: 10, at most a tenth of the run)."""
     schedule: Literal["cosine", "multistep"] = "cosine"
     """How the learning rate falls."""
-    milestones: tuple[PositiveReal, ...] = ()
+    milestones: Annotated[tuple[PositiveReal, ...], HINT] = ()
     """Epochs at which the multistep schedule divides the learning rate by 10."""
     weight_decay: NotNegativeReal = 0.05
     """AdamW's weight decay; biases, norms, tokens and position tables are exempt as in the paper."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """AdamW's averages."""
-    clip_grad: PositiveReal | None = 5.0
-    """Largest gradient norm."""
+    clip_grad: Annotated[PositiveReal | None, NONE_WORD, one_word(float, "FLOAT|none", nothing="none")] = 5.0
+    """Largest gradient norm; none is no limit."""
     drop_path: Share = 0.0
     """Stochastic depth of the last block."""
     seed: int = 0
@@ -154,14 +101,14 @@ class TrainingConfig:
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass (auto: bf16 where the hardware has it, else fp32)."""
-    compile: Annotated[bool | None, _YES_NO] = None
+    compile: YesNo = None
     """Compile the step with torch.compile (default: on CUDA and TPU only)."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     shard: bool = False
     """Shard parameters and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
 
-    save_every_steps: Positive | None = None
+    save_every_steps: Count = None
     """Steps between checkpoints (default: one epoch, at least 100 steps)."""
     keep: Positive = 2
     """Checkpoints to keep."""
@@ -169,11 +116,12 @@ class TrainingConfig:
     """Start again although the run directory holds a run: the old one is moved aside, not deleted."""
     log_every_steps: Positive = 10
     """Steps between lines of progress; metrics.jsonl has every step."""
-    log: tuple[Literal["wandb", "trackio"], ...] = ()
+    log: Annotated[tuple[Literal["wandb", "trackio"], ...], HINT] = ()
     """Further trackers, which must be installed."""
 
 
 Config = TypeVar("Config", bound=TrainingConfig)
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,17 +140,17 @@ class PretrainConfig(TrainingConfig):
     """How a prediction is judged, on hidden pixels only."""
     clusters: Annotated[int, Field(ge=2)] = 128
     """Colours that target clusters tells apart."""
-    cluster_centres: tuple[tuple[float, ...], ...] | None = None
+    cluster_centres: Suppress[tuple[tuple[float, ...], ...] | None] = None
     """Those colours, normalised (default: found by k-means over the images)."""
     head: Literal["linear", "mlp", "transformer"] = "linear"
     """The prediction head."""
-    init_from: str | None = None
+    init_from: Word = None
     """Start from the weights of this run or safetensors file."""
     val_images: NotNegative = 8
     """Images kept out of training for the reconstruction pictures and the validation loss."""
-    picture_every_steps: Positive | None = None
+    picture_every_steps: Count = None
     """Steps between reconstruction pictures (default: as checkpoints)."""
-    probe: str | None = None
+    probe: Word = None
     """Labelled images (train/CLASS, val/CLASS, or demo) for a k-NN check as training goes."""
     probe_every_epochs: PositiveReal = 10.0
     """Epochs between k-NN checks."""
@@ -227,17 +175,17 @@ def validated(config: Config) -> Config:
     for name, remedy in (("data", "a folder, a text file of paths, hf:NAME or demo"), ("out", "a directory to write")):
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing; give {remedy}")
-    if (config.mean is None) != (config.std is None):
-        raise ValueError("mean and std belong together; give both or neither")
-    for name in ("mean", "std"):
-        value = getattr(config, name)
-        if isinstance(value, tuple) and len(value) != config.channels:
-            raise ValueError(f"{name} has {len(value)} values for {config.channels} channels; give one a channel")
+    _check_colours(config)
     if config.schedule == "multistep" and not config.milestones:
         raise ValueError("schedule multistep needs milestones; give the epochs, such as --milestones 700")
+    if list(config.milestones) != sorted(config.milestones):
+        raise ValueError(f"milestones {config.milestones} are not in ascending order; sort them")
+    for package in config.log:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"log {package!r} needs the package {package}; pip install {package}")
     if config.batch_size % config.accumulate_steps:
         raise ValueError(
-            f"batch size {config.batch_size} is not a multiple of accumulate_steps {config.accumulate_steps}; "
+            f"batch size {config.batch_size} is not a multiple of accumulate steps {config.accumulate_steps}; "
             f"use {config.batch_size // config.accumulate_steps * config.accumulate_steps or config.accumulate_steps}"
         )
     if isinstance(config, PretrainConfig):
@@ -249,28 +197,69 @@ def validated(config: Config) -> Config:
     return config
 
 
-def from_settings(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """A configuration from names and values, with types and ranges checked. One-line `ValueError` where they fail."""
-    fields = {f.name for f in dataclasses.fields(kind)}
-    if unknown := set(values) - fields:
-        raise ValueError(
-            f"configuration field {min(unknown)!r} is not known; see `simmim pretrain --help` for the names"
-        )
+def _check_colours(config: TrainingConfig) -> None:
+    if (config.mean is None) != (config.std is None):
+        raise ValueError("mean and std belong together; give both or neither")
+    for name in ("mean", "std"):
+        value = getattr(config, name)
+        if isinstance(value, tuple) and len(value) != config.channels:
+            raise ValueError(f"{name} has {len(value)} values for {config.channels} channels; give one a channel")
+    if isinstance(config.std, tuple) and min(config.std) <= 0:
+        raise ValueError(f"std {min(config.std)} is not above 0; give each channel's own, or measure")
+
+
+# What is wrong with a value, by pydantic's name for it.
+_RULES = {
+    "greater_than": "is not above {gt}",
+    "greater_than_equal": "is less than {ge}",
+    "less_than": "is not below {lt}",
+    "less_than_equal": "is more than {le}",
+    "finite_number": "is not finite",
+    "literal_error": "is not known",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "is not a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "is not a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "is neither true nor false"),
+    "string_type": "is not a text",
+}
+
+
+def from_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """A configuration, or any other dataclass of settings, from names and values, with types and ranges checked.
+
+    One-line `ValueError` where they fail.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "see `simmim pretrain --help` for the names"
+            raise ValueError(f"configuration field {name!r} is not known; {remedy}")
     try:
         return pydantic.TypeAdapter(kind).validate_python(dict(values))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        name, message = first["loc"][0], first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error":
-            raise ValueError(message) from None
-        message = message[0].lower() + message[1:]
-        raise ValueError(f"{name} {values[str(name)]!r} is not possible: {message}") from None
+    except pydantic.ValidationError as failure:
+        error = failure.errors()[0]
+        name = str(error["loc"][0])
+        raise ValueError(f"{name.replace('_', ' ')} {_explain(error, fields[name].default)}") from None
+
+
+def _explain(error: ErrorDetails, default: Any) -> str:
+    """Value, rule and remedy of what pydantic found."""
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
+    rule = _RULES[error["type"]].format(**context) if error["type"] in _RULES else f"is not possible ({message})"
+    remedy = "leave it out for the default" if default in (None, dataclasses.MISSING) else f"the default is {default}"
+    if error["type"] == "literal_error":
+        remedy = "choose from " + context["expected"].replace("'", "").replace(" or ", ", ")
+    return f"{error['input']!r} {rule}; {remedy}"
 
 
 def to_toml(config: TrainingConfig) -> str:
-    """Every field that is set; `None` is left out, since TOML has no word for it."""
-    values = {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
-    return tomli_w.dumps(values)
+    """Every field that differs from `None`, for which TOML has no word, or from a default that is not `None`."""
+    values = dataclasses.asdict(config)
+    off = {f.name: "none" for f in dataclasses.fields(config) if f.default is not None and values[f.name] is None}
+    return tomli_w.dumps({name: value for name, value in values.items() if value is not None} | off)
 
 
 def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
@@ -280,9 +269,13 @@ def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
     except OSError as error:
         raise ValueError(f"configuration {path} cannot be read: {error.strerror}; give a TOML file") from None
     try:
-        return from_settings(kind, tomllib.loads(text))
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"configuration {path} is not TOML: {error}") from None
+        raise ValueError(f"configuration {path} is not TOML: {error}; compare it with a RUN/config.toml") from None
+    try:
+        return from_settings(kind, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def changed_fields(old: TrainingConfig, new: TrainingConfig) -> list[str]:

@@ -45,10 +45,15 @@ def open_images(config: PretrainConfig) -> Images:
     dtype = sniff(source, channels=config.channels)
     order = np.argsort(sample_keys(config.seed, 0, np.arange(len(source)), stream="split"))
     val, train = np.sort(order[: config.val_images]), np.sort(order[config.val_images :])
+    if not len(train):
+        raise ValueError(
+            f"val images {config.val_images} leaves none of the {len(source)} images to train on; "
+            f"use --val-images {len(source) // 10}"
+        )
     if len(train) < config.batch_size:
         raise ValueError(
             f"batch size {config.batch_size} is more than the {len(train)} images to train on "
-            f"({len(val)} are kept aside); use --batch-size {max(len(train), 1)} or less"
+            f"({len(val)} are kept aside); use --batch-size {len(train)} or less"
         )
     return Images(Subset(source, train), Subset(source, val), dtype)
 
@@ -101,6 +106,15 @@ class TrainingPlan:
             return CosineSchedule(**common, min_lr=min_lr, total_steps=self.total_steps)
         milestones = tuple(round(epoch * self.steps_per_epoch) for epoch in config.milestones)
         return MultiStepSchedule(**common, milestones=milestones)
+
+    def describe(self) -> list[str]:
+        """What will be done, for a person."""
+        config = self.config
+        return [
+            f"learning   rate {scale_lr(config.lr, config.batch_size):.2e}, {config.schedule}",
+            f"steps      {self.total_steps} of {config.batch_size} images, {self.steps_per_epoch} an epoch",
+            f"writes     {config.out}",
+        ]
 
     def bad_images(self, run: Run) -> BadImages:
         limit = self.config.max_bad_fraction
@@ -202,10 +216,8 @@ class Plan(TrainingPlan):
             f"{self.size[0]}x{self.size[1]} pixels, {config.channels} channels",
             f"masks      {config.mask}: {masks.masked_cells(self.size)} of {rows * columns} cells of "
             f"{config.mask_cell} pixels hidden",
-            f"learning   {config.target} by {config.loss}, learning rate {scale_lr(config.lr, config.batch_size):.2e}, "
-            f"{config.schedule}",
-            f"steps      {self.total_steps} of {config.batch_size} images, {self.steps_per_epoch} an epoch",
-            f"writes     {config.out}",
+            f"target     {config.target} by {config.loss}",
+            *super().describe(),
         ]
 
 

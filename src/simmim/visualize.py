@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simmim.data.decode import BadImage, open_picture
 from simmim.data.pipeline import eval_images
 from simmim.data.sources import ImageSource, PathList, open_source, sniff
 from simmim.run import written_whole
@@ -20,6 +21,10 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
 
     if Path(out).suffix.lower() != ".png":
         raise ValueError(f"--out {out} is not a .png file; name one")
+    if count < 1:
+        raise ValueError(f"count {count} is less than 1; the default is 8")
+    if not images:
+        raise ValueError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
     step, config = load_run(run)
     assert config.image_size is not None
     source = _open_images(images)
@@ -43,4 +48,8 @@ def _open_images(images: tuple[str, ...]) -> ImageSource:
     for image in images:
         if not Path(image).is_file():
             raise ValueError(f"{image} is not a file; give image files, or one folder, list, hf:NAME or demo")
+        try:
+            open_picture(Path(image).read_bytes())
+        except BadImage as error:
+            raise ValueError(f"{image} cannot be read: {error}; give other images") from None
     return PathList(images)

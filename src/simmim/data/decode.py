@@ -18,7 +18,6 @@ from numpy.typing import DTypeLike, NDArray
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.ImageFile import ImageFile
 
 Raw: TypeAlias = "bytes | NDArray[Any] | Image.Image"
 
@@ -118,7 +117,7 @@ def _blame_the_image() -> Iterator[None]:
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _identify(raw: bytes) -> "ImageFile":
+def _identify(raw: bytes) -> "Image.Image":
     from PIL import Image, UnidentifiedImageError
 
     try:

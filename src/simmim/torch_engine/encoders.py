@@ -205,7 +205,11 @@ def create_backbone(
         return timm.create_model(model, num_classes=0, in_chans=channels, **arguments)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"model {model!r} cannot be built with {arguments}: {reason}") from error
+        given = {"image size": "x".join(map(str, image_size))} | (model_args or {})
+        settings = ", ".join(f"{name} {value}" for name, value in given.items())
+        raise ValueError(
+            f"model {model!r} cannot be built with {settings}: {reason}; change --model-args or --image-size"
+        ) from error
 
 
 def create_encoder(model: str, **settings: Any) -> Encoder:

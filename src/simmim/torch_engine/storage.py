@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -89,21 +90,25 @@ def initialize(model: MaskedImageModel, source: str) -> str:
     """
     path = Path(source)
     if path.is_file():
-        encoder, rest = load_file(path), {}
+        try:
+            encoder, rest = load_file(path), {}
+        except SafetensorError as error:
+            raise ValueError(f"--init-from {source} is no safetensors file: {error}; give one, or a run") from None
     elif (path / "config.toml").is_file():
         other = load_model(path)
         encoder = other.encoder.backbone.state_dict()
         rest = {name: tensor for name, tensor in other.state_dict().items() if not name.startswith("encoder.backbone.")}
     else:
-        raise ValueError(f"--init-from {source} is neither a run nor a safetensors file")
+        raise ValueError(f"--init-from {source} is neither a run nor a safetensors file; give one of them")
     own: dict[str, Tensor] = model.encoder.backbone.state_dict()
     encoder = {name: tensor for name, tensor in encoder.items() if name in own or not name.startswith(("head.", "fc."))}
     if set(own) != set(encoder):
         odd = min(set(own) ^ set(encoder))
-        raise ValueError(f"--init-from {source} does not fit the encoder: {odd!r} is in one and not in the other")
+        rule = f"{odd!r} is in one and not in the other"
+        raise ValueError(f"--init-from {source} does not fit the encoder: {rule}; use the same --model")
     if odd := [name for name in own if own[name].shape != encoder[name].shape]:
-        shapes = f"{tuple(encoder[odd[0]].shape)} instead of {tuple(own[odd[0]].shape)}"
-        raise ValueError(f"--init-from {source} does not fit the encoder: {odd[0]} is {shapes}")
+        rule = f"{odd[0]} is {tuple(encoder[odd[0]].shape)} instead of {tuple(own[odd[0]].shape)}"
+        raise ValueError(f"--init-from {source} does not fit the encoder: {rule}; use the same --model")
     model.encoder.backbone.load_state_dict(encoder)
     whole = model.state_dict()
     fitting = {name: tensor for name, tensor in rest.items() if name in whole and whole[name].shape == tensor.shape}
