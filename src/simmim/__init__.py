@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from simmim.torch_engine.storage import load_encoder, load_model
 
 __version__ = "0.1.0"
-__all__ = ["PretrainConfig", "Run", "__version__", "load_encoder", "load_model", "pretrain"]
+__all__ = ["PretrainConfig", "Run", "__version__", "load_encoder", "load_model", "pretrain", "probe"]
 
 # Loaded on first use, so that `import simmim` stays fast.
 _HOMES = {
@@ -42,3 +42,15 @@ def pretrain(**settings: Any) -> "Run":
     from simmim.torch_engine.pretrain import pretrain
 
     return pretrain(from_settings(PretrainConfig, settings))[0]
+
+
+def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
+    """Judge the frozen encoder of a run by labelled images; settings are the other fields of `ProbeConfig`.
+
+    Returns top1 and balanced_accuracy, in [0, 1], and on how many images and classes they stand. Raises a one-line
+    `ValueError` for a run without encoder, or images that cannot be read or do not fit.
+    """
+    from simmim.config import from_settings
+    from simmim.torch_engine.tasks.probe import ProbeConfig, probe
+
+    return probe(from_settings(ProbeConfig, {"run": run, "data": data, **settings}))

@@ -82,17 +82,15 @@ def open_labelled(
 
 
 def _few(images: LabelledImages, count: int, seed: int) -> LabelledImages:
-    chosen = []
-    order = np.argsort(sample_keys(seed, 0, np.arange(len(images.train)), stream="few labels"))
-    for label, name in enumerate(images.classes):
-        members = order[images.train_labels[order] == label]
-        if len(members) < count:
-            raise ValueError(
-                f"class {name} has {len(members)} images, fewer than --labels-per-class {count}; use {len(members)} or less"
-            )
-        chosen.append(members[:count])
+    labels, classes = images.train_labels, images.classes
+    counts = np.bincount(labels, minlength=len(classes))
+    if (least := counts.min()) < count:
+        name = classes[counts.argmin()]
+        raise ValueError(f"class {name} has {least} images, fewer than --labels-per-class {count}; use {least} or less")
+    order = np.argsort(sample_keys(seed, 0, np.arange(len(labels)), stream="few labels"))
+    chosen = [order[labels[order] == label][:count] for label in range(len(classes))]
     indices = np.sort(np.concatenate(chosen))
-    return replace(images, train=Subset(images.train, indices), train_labels=images.train_labels[indices])
+    return replace(images, train=Subset(images.train, indices), train_labels=labels[indices])
 
 
 def hold_out(labels: Labels, fraction: float, seed: int) -> NDArray[np.bool_]:

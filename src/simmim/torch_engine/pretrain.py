@@ -17,6 +17,7 @@ from simmim.torch_engine.encoders import default_image_size, find_family
 from simmim.torch_engine.model import PretrainStep
 from simmim.torch_engine.optim import create_optimizer
 from simmim.torch_engine.storage import build_step, full_state, initialize, save_encoder
+from simmim.torch_engine.tasks.probe import KnnCheck
 from simmim.torch_engine.trainer import TorchTrainer
 from simmim.torch_engine.update import Update
 
@@ -27,6 +28,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     find_family(config.model)
     device = distributed.choose_device(config.device)
     images = open_images(config)
+    check = KnnCheck(config) if config.probe else None
     with distributed.join(device) as world:
         distributed.check_world(config, world)
         plan = Plan.complete(
@@ -43,7 +45,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         if world.is_main:
             open_run(plan.config)
         world.barrier()
-        session = Session(plan, world, step)
+        session = Session(plan, world, step, check)
         session.introduce(started_from)
         outcome = session.loop.fit()
         session.conclude(outcome)
@@ -53,10 +55,10 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
 class Session:
     """One process's part in a pretraining: the model, and what happens as training goes."""
 
-    def __init__(self, plan: Plan, world: distributed.World, step: PretrainStep):
+    def __init__(self, plan: Plan, world: distributed.World, step: PretrainStep, check: KnnCheck | None):
         config = plan.config
         assert config.out is not None
-        self.plan, self.config, self.world = plan, config, world
+        self.plan, self.config, self.world, self.check = plan, config, world, check
         self.run = Run(Path(config.out))
         self.step = step.to(world.device)
         if config.checkpoint_activations:
@@ -97,9 +99,13 @@ class Session:
         )
 
     def _events(self) -> list[Event]:
-        if not self.config.val_images:
-            return []
-        return [Event(every_steps=self.plan.picture_every_steps, call=self._show)]
+        events = []
+        if self.config.val_images:
+            events.append(Event(every_steps=self.plan.picture_every_steps, call=self._show))
+        if self.check is not None:
+            every = max(1, round(self.config.probe_every_epochs * self.plan.steps_per_epoch))
+            events.append(Event(every_steps=every, call=self._probe))
+        return events
 
     def _show(self, done: int) -> dict[str, float]:
         """A reconstruction picture of the images kept aside, and their loss. The masks are always the same."""
@@ -112,6 +118,13 @@ class Session:
                 save_png(panel, path)
             self.loop.picture(done, "reconstruction", panel)
         return {"val_loss": loss}
+
+    def _probe(self, done: int) -> dict[str, float]:
+        """Accuracy of a k-NN vote on the encoder's features of the labelled images."""
+        step = self._whole_step()
+        if step is None or self.check is None:
+            return {}
+        return self.check(step, self.config)
 
     def _whole_step(self) -> PretrainStep | None:
         """The model to look at on the main process: the one that trains or, if sharded, a copy."""
@@ -144,6 +157,8 @@ class Session:
         )
         for line in self.plan.describe():
             say(line)
+        if self.check is not None:
+            say(f"probe      {self.check.describe()}")
         if self.loop.start:
             say(f"resumes    after step {self.loop.start}")
 

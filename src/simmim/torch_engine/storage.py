@@ -46,11 +46,13 @@ def save_encoder(directory: Path, backbone: nn.Module, state: dict[str, Tensor],
 
 
 def load_encoder(run: str | Path) -> nn.Module:
-    """The encoder of a run as a plain timm module without classifier, in evaluation mode.
+    """The encoder of a run, or of an encoder directory, as a plain timm module without classifier, ready to evaluate.
 
     `ValueError` where `run` has no saved encoder.
     """
     directory = Run(Path(run)).encoder
+    if not directory.is_dir():
+        directory = Path(run)
     if not (directory / "config.json").is_file():
         raise ValueError(f"{run} has no encoder directory; give the --out directory of a run that has saved")
     return timm.create_model(f"local-dir:{directory}", pretrained=True, num_classes=0).eval()

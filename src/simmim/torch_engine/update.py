@@ -18,7 +18,7 @@ from simmim.torch_engine.distributed import World, full_tensor, gradient_sync
 
 Batch = dict[str, NDArray[Any]]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Update:
@@ -39,7 +39,7 @@ class Update:
     ):
         self.model, self.optimizer = model, optimizer
         self._schedule, self._config, self._world = schedule, config, world
-        self._dtype = _DTYPES[config.precision]
+        self._dtype = DTYPES[config.precision]
         self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self._statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name]  # of batch norms
         self._bad = torch.zeros((), device=world.device)

@@ -1,0 +1,249 @@
+"""What frozen features tell of labelled images: a k-nearest-neighbour vote, or a linear classifier on them.
+
+Shapes: `N` images, `D` features, `K` classes.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+from tyro.conf import Positional, arg
+
+from simmim.accelerators import cpu_cores
+from simmim.config import PretrainConfig, from_settings
+from simmim.data.labelled import LabelledImages, hold_out, open_labelled
+from simmim.data.sources import sniff
+from simmim.fields import Count, Positive, PositiveReal
+from simmim.metrics import balanced_accuracy, knn_predict, top1
+from simmim.torch_engine import distributed
+from simmim.torch_engine.features import FeatureReader, Pool, PooledFeatures
+from simmim.torch_engine.model import PixelStep, PretrainStep
+from simmim.torch_engine.storage import load_encoder
+
+NEIGHBOURS = 20
+# Strengths of the linear probe's L2 penalty that are tried, from strong to weak.
+_PENALTIES = tuple(10.0**-power for power in range(7))
+_USUAL_PENALTY = 1e-2  # where there are too few labels to try
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """A probe of an encoder's frozen features."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """The --out directory of a run, or an encoder directory."""
+    data: str
+    """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, .csv, .npz, hf:NAME or demo."""
+    method: Literal["knn", "linear"] = "knn"
+    """A vote of the nearest training images, or a linear classifier."""
+    layer: int = -1
+    """Block of a ViT, or stage of another net, to take features from; negative numbers count from the end."""
+    pool: Pool = "avg"
+    """Mean over the image (avg) or a ViT's class token, which SimMIM does not train."""
+    k: Positive = NEIGHBOURS
+    """Neighbours that vote."""
+    temperature: PositiveReal = 0.07
+    """A neighbour's vote weighs exp(cosine / temperature)."""
+    labels_per_class: Count = None
+    """Learn from so many images of each class only."""
+    label_seed: int = 0
+    """Seed of the choice of those images."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the images to judge by, where the data has no val or test part."""
+    seed: int = 0
+    """Seed of that split, and of what the linear probe holds out to choose its penalty."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of images that may be unreadable."""
+    batch_size: Positive = 64
+    """Images that are encoded at a time."""
+    device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
+    """Accelerator."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the encoder (auto: bf16 where the hardware has it, else fp32)."""
+    workers: Count = None
+    """Threads that decode images (default: one a core)."""
+
+
+def probe(config: ProbeConfig) -> dict[str, Any]:
+    """Accuracy on held-out images of a classifier on frozen features; see `simmim.probe` for the figures."""
+    config = from_settings(ProbeConfig, vars(config))
+    device = distributed.choose_device(config.device)
+    backbone: Any = load_encoder(config.run).to(device)
+    facts = backbone.pretrained_cfg
+    channels, height, width = facts["input_size"]
+    model = PooledFeatures(backbone, layer=config.layer, pool=config.pool)
+    images = open_labelled(
+        config.data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        labels_per_class=config.labels_per_class,
+        label_seed=config.label_seed,
+    )
+    read = FeatureReader(
+        model=model,
+        pixels=PixelStep(facts["mean"], facts["std"]).to(device),
+        size=(height, width),
+        channels=channels,
+        dtype=sniff(images.train, channels=channels),
+        precision=distributed.choose_precision(config.precision, device),
+        batch_size=config.batch_size,
+        workers=config.workers or cpu_cores(),
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    features = Features.read(images, read)
+    if config.method == "knn":
+        predictions = features.vote(config.k, config.temperature)
+        setting = {"k": config.k}
+    else:
+        predictions, penalty = linear_predict(features, seed=config.seed, device=torch.device(device))
+        setting = {"l2": penalty}
+    return {"method": config.method, **setting, **features.judge(predictions), **features.counts(images)}
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features (N, D) and labels (N,) of the images to learn from and of those to judge by."""
+
+    train: NDArray[np.float32]
+    train_labels: NDArray[np.int64]
+    val: NDArray[np.float32]
+    val_labels: NDArray[np.int64]
+    num_classes: int
+
+    @classmethod
+    def read(cls, images: LabelledImages, read: FeatureReader) -> "Features":
+        train, train_features = read(images.train)
+        val, val_features = read(images.val)
+        return cls(
+            train_features, images.train_labels[train], val_features, images.val_labels[val], len(images.classes)
+        )
+
+    def vote(self, k: int, temperature: float = 0.07) -> NDArray[np.int64]:
+        return knn_predict(
+            self.train, self.train_labels, self.val, num_classes=self.num_classes, k=k, temperature=temperature
+        )
+
+    def judge(self, predictions: NDArray[np.int64]) -> dict[str, float]:
+        return {
+            "top1": top1(self.val_labels, predictions),
+            "balanced_accuracy": balanced_accuracy(self.val_labels, predictions, self.num_classes),
+        }
+
+    def counts(self, images: LabelledImages) -> dict[str, int]:
+        return {
+            "classes": self.num_classes,
+            "train_images": len(self.train),
+            "val_images": len(self.val),
+            "bad_images": len(images.train) + len(images.val) - len(self.train) - len(self.val),
+        }
+
+
+def linear_predict(features: Features, *, seed: int, device: torch.device) -> tuple[NDArray[np.int64], float]:
+    """Classes (N,) of the images to judge by, from a linear classifier on standardised features, and its penalty.
+
+    The penalty is the one with the least cross-entropy on a fifth of each class that is held out; then all are learnt.
+    """
+    mean, std = features.train.mean(axis=0), features.train.std(axis=0)
+
+    def standardized(values: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy((values - mean) / np.maximum(std, 1e-6)).to(device)
+
+    x, y = standardized(features.train), torch.from_numpy(features.train_labels).to(device)
+    penalty = choose_penalty(x, y, features.num_classes, held=hold_out(features.train_labels, 0.2, seed))
+    weights = fit_logistic(x, y, features.num_classes, penalty=penalty)
+    return logits(standardized(features.val), weights).argmax(dim=1).cpu().numpy(), penalty
+
+
+def choose_penalty(x: Tensor, y: Tensor, num_classes: int, *, held: NDArray[np.bool_]) -> float:
+    """The penalty whose classifier, learnt from the other images, has the least cross-entropy on those of `held`."""
+    if not held.any():
+        return _USUAL_PENALTY
+    aside = torch.from_numpy(held).to(x.device)
+    weights, losses = None, []
+    for penalty in _PENALTIES:  # each begins at the one before, which is near
+        weights = fit_logistic(x[~aside], y[~aside], num_classes, penalty=penalty, start=weights)
+        losses.append(float(functional.cross_entropy(logits(x[aside], weights), y[aside])))
+    return _PENALTIES[int(np.argmin(losses))]
+
+
+def fit_logistic(
+    x: Tensor, y: Tensor, num_classes: int, *, penalty: float, start: Tensor | None = None, steps: int = 500
+) -> Tensor:
+    """Weights and biases (D + 1, K) of multinomial logistic regression, by L-BFGS.
+
+    They minimise the mean cross-entropy of features x (N, D) and labels y (N,), plus penalty / 2 times the squared
+    weights: scikit-learn's C is 1 / (penalty N).
+    """
+    begin = torch.zeros(x.shape[1] + 1, num_classes, device=x.device) if start is None else start.clone()
+    weights = begin.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(logits(x, weights), y) + penalty / 2 * weights[:-1].square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[arg-type]  # it takes a tensor, as its documentation says
+    return weights.detach()
+
+
+def logits(x: Tensor, weights: Tensor) -> Tensor:
+    """(N, D), (D + 1, K) → (N, K)."""
+    return x @ weights[:-1] + weights[-1]
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as a person reads them."""
+    how = f"k-NN, k = {figures['k']}" if figures["method"] == "knn" else f"linear, L2 penalty {figures['l2']:g}"
+    bad = f", {figures['bad_images']} could not be read" if figures["bad_images"] else ""
+    return (
+        f"{how}: top-1 {figures['top1']:.4f}, balanced accuracy {figures['balanced_accuracy']:.4f}\n"
+        f"{figures['val_images']} images of {figures['classes']} classes, judged from {figures['train_images']}{bad}"
+    )
+
+
+class KnnCheck:
+    """The k-NN check of `--probe` as a pretraining goes. Opens the images at once; `ValueError` where it cannot."""
+
+    def __init__(self, config: PretrainConfig):
+        assert config.probe is not None
+        self._name = config.probe
+        self._images = open_labelled(config.probe, seed=config.seed)
+        self._dtype = sniff(self._images.train, channels=config.channels)
+
+    def describe(self) -> str:
+        images = self._images
+        return (
+            f"{self._name}: {len(images.train)} labelled images judge {len(images.val)} others, "
+            f"{len(images.classes)} classes"
+        )
+
+    def __call__(self, step: PretrainStep, config: PretrainConfig) -> dict[str, float]:
+        """Figures of the encoder of `step`, for the complete configuration."""
+        assert config.image_size is not None
+        encoder, training = step.model.encoder, step.training
+        step.eval()
+        read = FeatureReader(
+            # The encoder and not its backbone, in which the mask of the last training step still hangs.
+            model=lambda images: encoder(images).float().mean(dim=(1, 2)),
+            pixels=step,
+            size=config.image_size,
+            channels=config.channels,
+            dtype=self._dtype,
+            precision=config.precision,
+            batch_size=min(config.batch_size, 64),
+            workers=config.workers or cpu_cores(),
+            max_bad_fraction=config.max_bad_fraction,
+        )
+        features = Features.read(self._images, read)
+        step.train(training)
+        figures = features.judge(features.vote(min(NEIGHBOURS, len(features.train))))
+        return {f"knn_{name}": value for name, value in figures.items()}
