@@ -123,7 +123,9 @@ def doctor(argv: list[str]) -> int:
 
     command = parse(Command, "doctor", argv)
     findings = examine()
-    print(json.dumps(findings, indent=1) if command.json else "\n".join(f"{k:14}{v}" for k, v in findings.items()))
+    width = max(map(len, findings)) + 2
+    text = "\n".join(f"{name:{width}}{finding}" for name, finding in findings.items())
+    print(json.dumps(findings, indent=1) if command.json else text)
     return 0
 
 
@@ -194,8 +196,18 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, TrainingDivergedError) as error:
-        if debug:
+    except (ValueError, OSError, RuntimeError) as error:
+        line = explain(error)
+        if debug or line is None:
             raise
-        print(f"simmim: {str(error).strip().splitlines()[0] if str(error) else repr(error)}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingDivergedError) else 2
+        print(f"simmim: {line}", file=sys.stderr)
+        return 2 if isinstance(error, (ValueError, OSError)) else 1
+
+
+def explain(error: Exception) -> str | None:
+    """What went wrong, in one line for a user; `None` for what is a bug of ours."""
+    if isinstance(error, (ValueError, OSError, TrainingDivergedError)):
+        return str(error).strip().splitlines()[0] if str(error) else repr(error)
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):  # CUDA's words and the CPU's
+        return "out of memory: lower --batch-size, split it by --accumulate-steps, or use --checkpoint-activations"
+    return None

@@ -1,43 +1,51 @@
 """`simmim doctor`: what is on this machine, what works and what is missing."""
 
 import importlib.metadata
-import importlib.util
+import os
 import platform
-import sys
+import re
+import shutil
 
 from simmim.accelerators import cpu_cores, cpu_has_bf16, cpu_name
 
 # What each optional package is for.
 _OPTIONAL = {
-    "transformers": "load encoders with transformers.AutoModel",
-    "datasets": "--data hf:NAME",
-    "tifffile": "multi-band and 16-bit RGB TIFF",
-    "torch_tpu": "--device tpu",
-    "wandb": "--log wandb",
-    "trackio": "--log trackio",
+    "transformers": "to load encoders with transformers.AutoModel",
+    "datasets": "for --data hf:NAME",
+    "tifffile": "for TIFF with many bands or deep colour",
+    "torch_tpu": "for --device tpu",
+    "wandb": "for --log wandb",
+    "trackio": "for --log trackio",
 }
-_REQUIRED = ("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "grain", "simplejpeg", "tensorboardX")
 
 
 def examine() -> dict[str, str]:
-    """Findings by name, one line each."""
+    """Findings by name, one line each. Takes one training step of a very small model on each device that it finds."""
+    bf16 = "bf16 in hardware" if cpu_has_bf16() else "no bf16, so fp32 is used"
     findings = {
+        "simmim": _version("simmim") or "not installed as a package",
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
-        "cpu": f"{cpu_name()}, {cpu_cores()} cores, {'bf16' if cpu_has_bf16() else 'no bf16: fp32 is used'}",
+        "cpu": f"{cpu_name()}, {cpu_cores()} cores, {bf16}",
         "memory": _memory(),
-        "cuda": _cuda(),
-        "tpu": "TorchTPU is installed"
-        if _found("torch_tpu")
-        else "no TorchTPU: pip install 'simmim[tpu]' on a TPU machine",
+        "compiler": _compiler(),
     }
-    findings |= {name: _version(name) or "MISSING: pip install --force-reinstall simmim" for name in _REQUIRED}
-    findings |= {name: _version(name) or f"not installed (for {use})" for name, use in _OPTIONAL.items()}
-    findings["compiler"] = _compiler()
+    try:
+        from simmim.torch_engine.bench import try_devices
+        from simmim.torch_engine.distributed import describe_cuda
+    except ImportError as error:
+        findings["training"] = f"does not work: {error}; install simmim again"
+    else:
+        findings["cuda"] = describe_cuda()
+        findings |= try_devices()
+    findings |= {name: _version(name) or "MISSING; install simmim again" for name in _required()}
+    findings |= {name: _version(name) or f"not installed ({use})" for name, use in _OPTIONAL.items()}
     return findings
 
 
-def _found(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _required() -> list[str]:
+    """The packages without which simmim does not work, by its own metadata."""
+    requirements = importlib.metadata.requires("simmim") or []
+    return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line]
 
 
 def _version(package: str) -> str | None:
@@ -49,23 +57,13 @@ def _version(package: str) -> str | None:
 
 def _memory() -> str:
     try:
-        import os
-
         return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
-    except (ValueError, OSError, AttributeError):
+    except (ValueError, OSError, AttributeError):  # not a Unix
         return "not known"
 
 
-def _cuda() -> str:
-    from simmim.torch_engine.distributed import describe_cuda
-
-    return describe_cuda()
-
-
 def _compiler() -> str:
-    import shutil
-
     for name in ("g++", "clang++", "cl"):
         if path := shutil.which(name):
-            return f"{path}: --compile works on the CPU"
-    return f"none found: --compile does not work on the CPU of {sys.platform}; install g++"
+            return f"{path} (for --compile on the CPU)"
+    return "none found; --compile on the CPU needs one, such as g++"

@@ -16,6 +16,8 @@ from simmim.run import Run
 
 
 class Tracker(Protocol):
+    """Where numbers and pictures (H, W, 3) go; `step` counts the steps done."""
+
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None: ...
     def close(self) -> None: ...
@@ -61,10 +63,7 @@ class HostedTracker:
     """Weights & Biases, or trackio, which has the same three calls."""
 
     def __init__(self, package: str, run: Run, config: dict[str, Any]):
-        try:
-            self._module = importlib.import_module(package)
-        except ImportError:
-            raise ValueError(f"--log {package} needs the package: pip install {package}") from None
+        self._module: Any = importlib.import_module(package)
         self._module.init(project="simmim", name=run.path.name, config=config)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -95,10 +94,9 @@ class Console:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-            self._bar = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
-                console=RichConsole(stderr=True),
-            )  # fmt: skip
+            # Narrow enough for 80 columns.
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=RichConsole(stderr=True))
             self._task = self._bar.add_task("", total=total, completed=start)
             self._bar.start()
 
@@ -115,14 +113,11 @@ class Console:
             return
         elapsed = time.monotonic() - self._begun
         left = elapsed / max(step - self._start, 1) * (self._total - step)
-        text = (
-            f"epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  lr {values['lr']:.2e}  "
-            f"{values['images_per_second']:.1f} images/s  {duration(left)} left"
-        )
+        loss, speed = f"loss {values['loss']:.4f}", f"{values['images_per_second']:.1f} images/s  {duration(left)} left"
         if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
+            self._bar.update(self._task, completed=step, description=f"{loss}  {speed}")
         else:
-            self.say(f"step {step}/{self._total}  {text}")
+            self.say(f"step {step}/{self._total}  epoch {values['epoch']:.2f}  {loss}  lr {values['lr']:.2e}  {speed}")
 
     def close(self) -> None:
         if self._bar:

@@ -107,15 +107,8 @@ def describe(figures: dict[str, Any]) -> str:
 def measure_step(config: PretrainConfig, seconds: float) -> dict[str, Any]:
     """Speed of whole updates on one random batch, in images and in FLOP (multiply and add counted apart)."""
     with distributed.join(config.device) as world:
-        torch.manual_seed(0)
-        step = build_step(config)
-        flops = count_flops(step, config)
-        step.to(world.device)
-        if config.compile:
-            step.compile(dynamic=False)
-        optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)
-        schedule = CosineSchedule(peak_lr=1e-5, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=10**6)
-        update = Update(step, optimizer, schedule, config=config, world=world)
+        step, update = build_update(config, world)
+        flops = count_flops(config)
         batch = random_batch(config, config.batch_size, step.model.encoder.patch_size)
         seconds_a_step = median_time(lambda: update(0, batch), seconds, world.device)
         speed = config.batch_size / seconds_a_step
@@ -132,6 +125,40 @@ def measure_step(config: PretrainConfig, seconds: float) -> dict[str, Any]:
         }
 
 
+def build_update(config: PretrainConfig, world: distributed.World) -> tuple[PretrainStep, Update]:
+    """What one step trains, and the update that does it, with a small learning rate."""
+    torch.manual_seed(0)
+    step = build_step(config).to(world.device)
+    if config.compile:
+        step.compile(dynamic=False)
+    optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)
+    schedule = CosineSchedule(peak_lr=1e-5, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=10**6)
+    return step, Update(step, optimizer, schedule, config=config, world=world)
+
+
+def try_devices() -> dict[str, str]:
+    """One training step of a very small model on each device found: `training on DEVICE` → how it went."""
+    found = {}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        precision = distributed.choose_precision("auto", device)
+        config = PretrainConfig(
+            model="vit_tiny_patch16_224",
+            model_args={"depth": 1, "embed_dim": 48},
+            image_size=(64, 64),
+            batch_size=2,
+            precision=precision,  # type: ignore[arg-type]
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+        try:
+            _, update = build_update(config, distributed.World(device=torch.device(device)))
+            _, figures = update(0, random_batch(config, 2, patch=16))
+            found[f"training on {device}"] = f"works in {precision}, a step gave the loss {float(figures[0]):.3f}"
+        except Exception as error:  # whatever a driver or a library raises is the finding
+            found[f"training on {device}"] = f"does not work: {' '.join(str(error).split())}"
+    return found
+
+
 def random_batch(config: PretrainConfig, size: int, patch: int) -> Batch:
     assert config.image_size is not None
     rng = np.random.default_rng(0)
@@ -144,15 +171,15 @@ def random_batch(config: PretrainConfig, size: int, patch: int) -> Batch:
     }
 
 
-def count_flops(step: PretrainStep, config: PretrainConfig) -> int:
+def count_flops(config: PretrainConfig) -> int:
     """FLOP of forward and backward for one image, counted on the real step.
 
     Attention runs unfused here: PyTorch's counter does not know the CPU's fused kernel and would leave it out.
     """
+    step = build_step(config)
     batch = random_batch(config, 1, step.model.encoder.patch_size)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step(**{name: torch.from_numpy(array) for name, array in batch.items()}).backward()
-    step.zero_grad()
     return counter.get_total_flops()
 
 

@@ -1,0 +1,52 @@
+"""`import simmim` and `simmim --help` are fast: heavy libraries load on first use."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "torchvision", "timm", "grain", "cv2", "PIL", "numpy", "pydantic", "tyro", "rich", "tensorboardX")
+HEAVY += ("transformers", "datasets", "keras", "jax", "matplotlib")
+
+
+def loaded_by(code: str, *, hide: str = "") -> set[str]:
+    """The top-level modules that a fresh Python has loaded after `code`; `hide` cannot be imported in it."""
+    hidden = f"sys.modules[{hide!r}] = None" if hide else ""
+    script = f"import sys\n{hidden}\n{code}\nprint()\nprint(*sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    return {name.split(".")[0] for name in result.stdout.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import simmim",
+        "from simmim.cli import main; main(['--help'])",
+        "from simmim.cli import main; main(['--version'])",
+        "from simmim.cli import main; main(['pretrian'])",
+    ],
+)
+def test_no_heavy_library_loads(code):
+    assert not loaded_by(code) & set(HEAVY)
+
+
+def test_the_options_of_pretrain_are_shown_without_torch():
+    code = "from simmim.cli import main\ntry: main(['pretrain', '--help'])\nexcept SystemExit: pass"
+    assert not loaded_by(code) & {"torch", "timm", "grain", "cv2", "tensorboardX", "transformers"}
+
+
+def test_simmim_imports_without_torchvision():
+    assert "simmim" in loaded_by("import simmim; simmim.PretrainConfig", hide="torchvision")
+
+
+def test_every_public_name_can_be_had():
+    import simmim
+
+    assert all(getattr(simmim, name) is not None for name in simmim.__all__)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import simmim
+
+    with pytest.raises(AttributeError, match="no attribute 'train'"):
+        _ = simmim.train
