@@ -13,7 +13,7 @@ def parse_image_size(value: Any) -> tuple[int, int] | None:
     """`224`, `"224"`, `"96x160"` or `(96, 160)` → (height, width) in pixels."""
     if value is None:
         return None
-    parts = str(value).lower().split("x") if isinstance(value, (str, int)) else list(value)
+    parts = str(value).lower().split("x") if isinstance(value, (str, int, float)) else list(value)
     try:
         sides = [int(part) for part in parts]
     except (TypeError, ValueError):

@@ -118,46 +118,51 @@ class Loop:
             for step in range(self.start, self._total):
                 done = step + 1
                 self._rows.append((done, *self._engine.update(step, next(batches))))
-                stopping = self._engine.any(stop.signal is not None)
+                stopping = self._engine.any(stop.signal is not None) and done < self._total
                 last = done == self._total or stopping
                 due = [event for event in self._events if event.due(done, self._total)]
-                if done % self._config.log_every_steps == 0 or last or due:
-                    self._log(done)
-                for event in due:
-                    self._report(done, event.call(done))
-                if done % self._save_every == 0 or last:
+                saving = done % self._save_every == 0 or last
+                # Before a save too: a resumed run does not do the steps again that a checkpoint holds.
+                if done % self._config.log_every_steps == 0 or due or saving:
+                    self._log(done, due)
+                if saving:
                     self._engine.save(done)
                     self._clock.restart(done)
                 if stopping:
                     return Outcome(done, self.start, stop.signal or signal.SIGTERM)
         return Outcome(self._total, self.start)
 
-    def _log(self, done: int) -> None:
-        """Fetch the figures of the steps since the last line, in one transfer; write and show them."""
-        if not self._rows:
-            return
+    def _log(self, done: int, due: Sequence[Event]) -> None:
+        """Fetch the figures of the steps since the last line, in one transfer, add those of events; write and show."""
         fetched = self._engine.fetch([figures for _, _, figures in self._rows])
         speed = self._clock.rate(done) * self._config.batch_size
+        found: dict[str, float] = {}
+        for event in due:
+            found |= event.call(done)
         values: dict[str, float] = {}
-        for (step, lr, _), (loss, norm, _) in zip(self._rows, fetched, strict=True):
+        for (step, lr, _), (loss, norm, bad) in zip(self._rows, fetched, strict=True):
             epoch = step / self._per_epoch
             values = {"epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": speed}
+            if bad:
+                values["skipped_in_a_row"] = bad
+            if step == done:
+                values |= found
             self._track(step, values)
         self.console.progress(done, values)
+        if found:
+            self.console.say(f"step {done}  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if skipped := sum(bad > 0 for _, _, bad in fetched):
+            self.console.say(
+                f"step {done}  {skipped} of the last {len(fetched)} steps skipped: loss or gradient not finite"
+            )
         self._rows.clear()
-        self._clock.restart(done)
+        self._clock.restart(done)  # an event's time is no training time
         limit = self._engine.bad_limit
         if any(bad >= limit for _, _, bad in fetched):
             raise TrainingDivergedError(
                 f"the loss was not finite for {limit} steps in a row, up to step {done}; they changed nothing, and the "
                 "last checkpoint is intact: lower --lr, or use --precision fp32"
             )
-
-    def _report(self, done: int, values: dict[str, float]) -> None:
-        if values:
-            self._track(done, values)
-            self.console.say(f"step {done}  " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
-        self._clock.restart(done)  # an event's time is no training time
 
     def _track(self, step: int, values: dict[str, float]) -> None:
         for tracker in self._trackers:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,7 +24,7 @@ from simmim.keys import sample_keys, uniforms
 from simmim.masking import upsample_mask
 from simmim.run import Run
 from simmim.schedules import CosineSchedule, MultiStepSchedule, Schedule, scale_lr
-from simmim.targets import ClusterTarget, block_means
+from simmim.targets import TARGETS, ClusterTarget, Target, block_means
 
 Batch = dict[str, NDArray[Any]]
 
@@ -246,3 +246,38 @@ def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch
 def drop_path_numbers(config: TrainingConfig, epoch: ArrayLike, index: ArrayLike, layers: int) -> NDArray[np.float32]:
     """What decides which layers an image skips: (B, layers), uniform in [0, 1)."""
     return uniforms(sample_keys(config.seed, epoch, index, stream="drop_path"), layers).astype(np.float32)
+
+
+def build_target(config: PretrainConfig) -> Target:
+    if config.target == "clusters":
+        assert config.cluster_centres is not None
+        return ClusterTarget(centres=config.cluster_centres)
+    return TARGETS[config.target]()
+
+
+class Sized(Protocol):
+    """What an encoder of any engine knows of its sizes, in pixels."""
+
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+
+
+def check_sizes(config: PretrainConfig, encoder: Sized) -> None:
+    """One-line `ValueError` where image, cell, patch and stride do not fit each other."""
+    assert config.image_size is not None
+    config.mask_strategy().grid(config.image_size)
+    patch, stride, cell = encoder.patch_size, encoder.stride, config.mask_cell
+    if cell % patch:
+        raise ValueError(
+            f"mask cell {cell} is not a multiple of the patch {patch} of {config.model}; "
+            f"use --mask-cell {max(cell // patch, 1) * patch} or {(cell // patch + 1) * patch}"
+        )
+    for side in config.image_size:
+        if side % stride:
+            near = max(side // stride, 1) * stride
+            raise ValueError(
+                f"image size {side} is not a multiple of the stride {stride} of {config.model}; "
+                f"use {near} or {near + stride}"
+            )

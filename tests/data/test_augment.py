@@ -61,6 +61,12 @@ def test_a_crop_lies_within_the_image():
         assert (left + box_width).max() <= width
 
 
+def test_a_crop_is_as_likely_at_the_edges_as_in_the_middle():
+    found = boxes(RandomResizedCrop(size=(8, 8), scale=(0.25, 0.25), ratio=(1, 1)), 8, 8, 5000)
+    for corner in found[:, :2].T:  # a box of 4 x 4 pixels has 5 places on either axis, about 1000 of the draws each
+        np.testing.assert_allclose(np.bincount(corner.astype(int)), np.full(5, 1000), atol=150)
+
+
 def test_the_centre_crop_is_that_of_resize_256_and_crop_224():
     assert CentreCrop(size=(224, 224)).box(256, 384) == Box(16, 80, 224, 224)
 

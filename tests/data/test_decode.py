@@ -133,6 +133,13 @@ def test_16_bit_grey_is_scaled_and_not_clipped(form: str):
     np.testing.assert_allclose(pixels[..., 0], stored / 257, rtol=1e-6)
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_grey_is_scaled_whatever_its_byte_order(order: Any):
+    stored = np.array([[0, 257, 1000, 65535]], np.uint16)
+    for raw in (tiff(stored, byteorder=order), npy(stored.astype(f"{order}u2"))):
+        np.testing.assert_allclose(decode(raw, channels=1, dtype=np.float32)[..., 0], stored / 257, rtol=1e-6)
+
+
 def test_a_16_bit_image_among_8_bit_ones_is_rounded():
     stored = np.array([[0, 257 * 3 - 100, 65535]], np.uint16)
     assert decode(saved(Image.fromarray(stored), "PNG"), channels=1, dtype=np.uint8).ravel().tolist() == [0, 3, 255]

@@ -239,6 +239,21 @@ def test_too_many_broken_images_end_the_run(tmp_path: Path):
     )
 
 
+def test_reading_stops_when_broken_images_end_the_run(tmp_path: Path):
+    class Slow(Noise):
+        def read(self, index: int) -> Any:
+            time.sleep(0.02)
+            return super().read(index)
+
+    source = Slow(20, broken=tuple(range(20)))
+    bad_images = BadImages(tmp_path / "bad_images.txt", total=20, max_fraction=0)
+    with pytest.raises(TooManyBadImages) as caught:
+        batches(source, tmp_path, batch_size=10, threads=1, bad_images=bad_images)
+    time.sleep(0.3)  # the exception keeps the frames alive, as a caller's handler would
+    assert caught.tb is not None
+    assert source.reads.total() < 5
+
+
 def test_a_share_of_broken_images_that_is_allowed_does_not_end_the_run(tmp_path: Path):
     bad_images = BadImages(tmp_path / "bad_images.txt", total=100, max_fraction=0.03)
     assert len(batches(Noise(100, broken=(7, 50, 99)), tmp_path, bad_images=bad_images, total_steps=30)) == 30

@@ -135,18 +135,20 @@ def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
     if "transparency" in image.info and mode in ("L", "RGB"):
         mode += "A"
 
+    # Pillow widens the 16 bits of a deep PGM to 32.
+    dtype = np.dtype(np.uint16 if image.format == "PPM" and mode == "I" else _DEEP_MODES.get(mode, np.uint8))
+
     def read(reduction: int) -> NDArray[Any]:
         if raw is not None and image.format in ("JPEG", "MPO") and image.mode == mode:
             return _upright(_jpeg_pixels(raw, image, reduction), orientation)
-        return _upright(_pillow_pixels(image, mode), orientation)
+        return _upright(_pillow_pixels(image, mode).astype(dtype, copy=False), orientation)
 
     return Picture(
         height=height,
         width=width,
         bands=_BANDS.get(mode, 1),
         has_alpha=mode in ("LA", "RGBA"),
-        # Pillow widens the 16 bits of a deep PGM to 32.
-        dtype=np.dtype(np.uint16 if image.format == "PPM" and mode == "I" else _DEEP_MODES.get(mode, np.uint8)),
+        dtype=dtype,
         read=read,
     )
 
@@ -154,8 +156,6 @@ def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
 def _pillow_pixels(image: "Image.Image", mode: str) -> NDArray[Any]:
     image.load()  # np.asarray alone swallows the error of a truncated file
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))
-    if mode == "I" and image.format == "PPM":
-        pixels = pixels.astype(np.uint16)
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
@@ -187,7 +187,8 @@ def _open_array(pixels: NDArray[Any]) -> Picture:
         raise BadImage(f"an array of shape {pixels.shape} is neither (H, W) nor (H, W, C)")
     if pixels.dtype.kind not in "buif":
         raise BadImage(f"an array of {pixels.dtype} holds no pixels")
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    native = pixels.dtype.newbyteorder("=")  # a file may hold the other byte order
+    pixels = pixels.reshape(*pixels.shape[:2], -1).astype(native, copy=False)
     height, width, bands = pixels.shape
     _check_size(height, width, bands)
     return Picture(height=height, width=width, bands=bands, dtype=pixels.dtype, read=lambda _: pixels)

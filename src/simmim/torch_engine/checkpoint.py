@@ -1,7 +1,8 @@
 """Whole training states on disk: written aside and renamed, with checksums; the newest that verifies is used.
 
-`RUN/checkpoints/step-00001000/` holds a torch.distributed.checkpoint and `manifest.json` (SHA-256 of every file). A
-directory without a manifest or with a file that does not match it is damaged, and the one before it is used.
+`RUN/checkpoints/step-00001000/` holds a torch.distributed.checkpoint, `extra.json` and `manifest.json` (SHA-256 of
+every other file). A directory without a manifest or with a file that does not match it is damaged, and the one before
+it is used.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from simmim.torch_engine.distributed import World
 
 MANIFEST = "manifest.json"
+EXTRA = "extra.json"
 
 
 def save_checkpoint(
@@ -37,7 +39,7 @@ def save_checkpoint(
 
     `extra` is what the trainer keeps on the host, as JSON can hold it.
     """
-    final = directory / f"step-{step:08d}"
+    final = checkpoint_path(directory, step)
     aside = directory / f"writing-{step:08d}"
     if world.is_main:
         shutil.rmtree(aside, ignore_errors=True)
@@ -53,16 +55,16 @@ def save_checkpoint(
         )
     world.barrier()
     if world.is_main:
-        files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
-        manifest = aside / MANIFEST
-        manifest.write_text(json.dumps({"step": step, "extra": extra, "files": files}, indent=1), encoding="utf-8")
+        (aside / EXTRA).write_text(json.dumps(extra), encoding="utf-8")
+        digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
         for path in (*aside.iterdir(), aside):
             _to_disk(path)
         if final.exists():  # a damaged one of the same step
             shutil.rmtree(final)
         aside.rename(final)
         _to_disk(directory)
-        _forget_old(directory, keep)
+        _forget_others(directory, final, keep)
     world.barrier()
     return final
 
@@ -87,8 +89,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     _read(state, path)
+    here = [{name: group[name] for name in ("fused", "capturable")} for group in optimizer.param_groups]
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return _manifest(path)["extra"]
+    for group, settings in zip(optimizer.param_groups, here, strict=True):
+        group.update(settings)  # what suits this device, which need not be the one that saved
+    return json.loads((path / EXTRA).read_text(encoding="utf-8"))
 
 
 def load_model_state(path: Path, model: nn.Module) -> None:
@@ -104,22 +109,24 @@ def _read(state: dict[str, Any], path: Path) -> None:
         load(state, checkpoint_id=path, no_dist=not torch.distributed.is_initialized())
 
 
+def checkpoint_path(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:08d}"
+
+
 def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
 def _damage(path: Path) -> str | None:
     try:
-        for name, digest in _manifest(path)["files"].items():
+        for name, digest in json.loads((path / MANIFEST).read_text(encoding="utf-8")).items():
             if _digest(path / name) != digest:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, AttributeError):
+        return f"{MANIFEST} is not what was written"
     return None
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
 
 
 def _digest(path: Path) -> str:
@@ -135,8 +142,9 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _forget_old(directory: Path, keep: int) -> None:
-    for path in sorted(directory.glob("step-*"))[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in directory.glob("writing-*"):
-        shutil.rmtree(path, ignore_errors=True)
+def _forget_others(directory: Path, newest: Path, keep: int) -> None:
+    """Leave `newest` and the `keep` - 1 before it. Later ones are damaged, or the run had not resumed before them."""
+    kept = [path for path in sorted(directory.glob("step-*")) if path.name <= newest.name][-keep:]
+    for path in (*directory.glob("step-*"), *directory.glob("writing-*")):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)

@@ -5,12 +5,13 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from simmim.accelerators import cpu_cores, cpu_has_bf16, cpu_name
@@ -67,6 +68,14 @@ class World:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags[0])
 
+    def main_says(self, number: int) -> int:
+        """The main process's number, on every process."""
+        if self.size == 1:
+            return number
+        told = torch.tensor([number])
+        dist.broadcast(told, src=0)
+        return int(told[0])
+
     def mean(self, value: Tensor) -> Tensor:
         """The mean over processes of a tensor on the device."""
         if self.size > 1:
@@ -79,7 +88,7 @@ class World:
 def join(device: str) -> Iterator[World]:
     """This process's `World`: alone, or among those that `torchrun` started; left again at the end."""
     size, rank, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
-    place = torch.device(device, local) if device in ("cuda", "tpu") and size > 1 else torch.device(device)
+    place = torch.device("cpu") if device == "cpu" else torch.device(device, local)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -109,31 +118,33 @@ def check_world(config: TrainingConfig, world: World) -> None:
         )
 
 
+# timm's blocks, each of which FSDP2 gathers for itself.
+SHARDED_TOGETHER = {
+    "Block",
+    "SwinTransformerBlock",
+    "SwinTransformerV2Block",
+    "ConvNeXtBlock",
+    "Bottleneck",
+    "BasicBlock",
+}
+
+
 def spread(model: nn.Module, world: World, *, shard: bool) -> nn.Module:
     """The model on every process: copied (DDP) or sharded (FSDP2). Batch norms see the whole batch on CUDA."""
     if world.size == 1:
         return model
+    if world.device.type == "cuda":
+        # timm's conversion: PyTorch's would leave out the activation in timm's layers that join it to the norm.
+        model = convert_sync_batchnorm(model)
     if shard:
         for module in model.modules():
-            if type(module).__name__ in (
-                "Block",
-                "SwinTransformerBlock",
-                "SwinTransformerV2Block",
-                "ConvNeXtBlock",
-                "Bottleneck",
-                "BasicBlock",
-            ):
+            if type(module).__name__ in SHARDED_TOGETHER:
                 fully_shard(module)
         fully_shard(model)
         return model
     if world.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         return DistributedDataParallel(model, device_ids=[world.device.index], gradient_as_bucket_view=True)
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-def unwrap(model: nn.Module) -> Any:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextlib.contextmanager
@@ -151,7 +162,12 @@ def gradient_sync(model: nn.Module, *, enabled: bool) -> Iterator[None]:
 
 def full_tensor(value: Tensor) -> Tensor:
     """A sharded scalar (FSDP2's gradient norm) as a plain tensor."""
-    return value.full_tensor() if hasattr(value, "full_tensor") else value  # type: ignore[operator]
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def local_part(value: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be sharded."""
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def device_name(device: torch.device) -> str:

@@ -56,9 +56,11 @@ class Encoder(nn.Module):
         raise AssertionError
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        # Kept until the next call: activation checkpointing runs the hook again in the backward pass.
         self._mask = mask
-        return self._to_map(self.backbone.forward_features(self._hide(images)), images)
+        features = self._to_map(self.backbone.forward_features(self._hide(images)), images)
+        if not self.training:  # else kept: activation checkpointing runs the hook again in the backward pass
+            self._mask = None
+        return features
 
     def _hide(self, images: Tensor) -> Tensor:
         return images
@@ -117,9 +119,11 @@ class ConvEncoder(Encoder):
     of the third stage's output, at 16 pixels a cell.
     """
 
-    def __init__(self, backbone: Any, token_module: str):
-        self._stage = next(info for info in backbone.feature_info if info["module"] == token_module)
-        super().__init__(backbone, token_module)
+    def __init__(self, backbone: Any, stage: str):
+        self._stage = next(info for info in backbone.feature_info if info["module"] == stage)
+        module = backbone.get_submodule(stage)
+        # timm's ResNet calls the blocks of a stage past it when it checkpoints activations; the others do not.
+        super().__init__(backbone, f"{stage}.{len(module) - 1}" if isinstance(module, nn.Sequential) else stage)
 
     @property
     def patch_size(self) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from simmim.config import PretrainConfig
 from simmim.losses import LOSSES, Loss
-from simmim.targets import TARGETS, ClusterTarget, Target, unpatchify
+from simmim.plan import build_target, check_sizes
+from simmim.targets import Target, unpatchify
 from simmim.torch_engine.encoders import Encoder, create_encoder
 from simmim.torch_engine.heads import HEADS
 
@@ -100,29 +101,3 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
     target = build_target(config)
     head = HEADS[config.head](encoder.num_features, target.channels(config.channels, encoder.stride))
     return MaskedImageModel(encoder, head, target, LOSSES[config.loss]())
-
-
-def build_target(config: PretrainConfig) -> Target:
-    if config.target == "clusters":
-        assert config.cluster_centres is not None
-        return ClusterTarget(centres=config.cluster_centres)
-    return TARGETS[config.target]()
-
-
-def check_sizes(config: PretrainConfig, encoder: Encoder) -> None:
-    """One-line `ValueError` where image, cell, patch and stride do not fit each other."""
-    assert config.image_size is not None
-    config.mask_strategy().grid(config.image_size)
-    patch, stride, cell = encoder.patch_size, encoder.stride, config.mask_cell
-    if cell % patch:
-        raise ValueError(
-            f"mask cell {cell} is not a multiple of the patch {patch} of {config.model}; "
-            f"use --mask-cell {max(cell // patch, 1) * patch} or {(cell // patch + 1) * patch}"
-        )
-    for side in config.image_size:
-        if side % stride:
-            near = max(side // stride, 1) * stride
-            raise ValueError(
-                f"image size {side} is not a multiple of the stride {stride} of {config.model}; "
-                f"use {near} or {near + stride}"
-            )

@@ -35,7 +35,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def create_optimizer(
     model: nn.Module, *, weight_decay: float, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.AdamW:
+    """AdamW for pretraining."""
+    return create_adamw(parameter_groups(model, weight_decay), betas=betas, device=device)
+
+
+def create_adamw(
+    groups: list[dict[str, Any]], *, betas: tuple[float, float], device: torch.device
+) -> torch.optim.AdamW:
     """AdamW, fused where the device has it. The learning rate is set at every step, by the schedule."""
-    groups = parameter_groups(model, weight_decay)
     fused = device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=fused, capturable=device.type == "tpu")

@@ -16,7 +16,7 @@ from simmim.torch_engine import distributed
 from simmim.torch_engine.encoders import default_image_size, find_family
 from simmim.torch_engine.model import PretrainStep
 from simmim.torch_engine.optim import create_optimizer
-from simmim.torch_engine.storage import build_step, full_state, initialize, save_encoder
+from simmim.torch_engine.storage import build_step, full_state, initialize, save_hub
 from simmim.torch_engine.tasks.probe import KnnCheck
 from simmim.torch_engine.trainer import TorchTrainer
 from simmim.torch_engine.update import Update
@@ -142,7 +142,7 @@ class Session:
         if self.world.is_main:
             prefix = "model.encoder.backbone."
             weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            save_encoder(self.run.encoder, self.step.model.encoder.backbone, weights, self.config)
+            save_hub(self.run.encoder, self.step.model.encoder.backbone, weights, self.config)
 
     def introduce(self, started_from: str | None) -> None:
         """Say what will be done, before the first step."""

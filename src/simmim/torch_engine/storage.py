@@ -11,7 +11,7 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from simmim.config import PretrainConfig
+from simmim.config import PretrainConfig, TrainingConfig
 from simmim.run import Run, written_whole
 from simmim.torch_engine.checkpoint import load_model_state, newest_checkpoint
 from simmim.torch_engine.model import MaskedImageModel, PretrainStep, build_model
@@ -23,10 +23,17 @@ def full_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:
     return get_model_state_dict(model, options=options)
 
 
-def save_encoder(directory: Path, backbone: nn.Module, state: dict[str, Tensor], config: PretrainConfig) -> None:
+def save_hub(
+    directory: Path,
+    backbone: nn.Module,
+    state: dict[str, Tensor],
+    config: TrainingConfig,
+    classes: tuple[str, ...] | None = None,
+) -> None:
     """Write a timm hub directory, which timm and Transformers load with nothing of ours; each file whole or not at all.
 
-    `state` holds the weights under timm's names; `backbone` says how to build the module again.
+    `state` holds the weights under timm's names; `backbone` says how to build the module again; `classes` are the
+    names of what it tells apart.
     """
     assert config.image_size is not None and isinstance(config.mean, tuple) and isinstance(config.std, tuple)
     data_config = {
@@ -42,6 +49,8 @@ def save_encoder(directory: Path, backbone: nn.Module, state: dict[str, Tensor],
         settings = json.loads(path.read_text(encoding="utf-8"))
         # Transformers passes num_classes itself and would pass it twice.
         settings["model_args"].pop("num_classes", None)
+        if classes is not None:
+            settings["label_names"] = list(classes)
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 

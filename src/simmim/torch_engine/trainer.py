@@ -7,7 +7,13 @@ from torch import Tensor
 
 from simmim.config import TrainingConfig
 from simmim.run import Run
-from simmim.torch_engine.checkpoint import checkpoint_step, load_checkpoint, newest_checkpoint, save_checkpoint
+from simmim.torch_engine.checkpoint import (
+    checkpoint_path,
+    checkpoint_step,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from simmim.torch_engine.distributed import World
 from simmim.torch_engine.update import Batch, Update
 
@@ -31,11 +37,13 @@ class TorchTrainer:
         self._run, self._config, self._world, self._on_save = run, config, world, on_save
 
     def resume(self) -> int:
-        path = newest_checkpoint(self._run.checkpoints)
-        if path is None:
-            return 0
-        self._update.load_state(load_checkpoint(path, self._update.model, self._update.optimizer))
-        return checkpoint_step(path)
+        # One process looks: it takes time to verify, and all have to start from the same.
+        newest = newest_checkpoint(self._run.checkpoints) if self.is_main else None
+        step = self._world.main_says(checkpoint_step(newest) if newest else 0)
+        if step:
+            path = checkpoint_path(self._run.checkpoints, step)
+            self._update.load_state(load_checkpoint(path, self._update.model, self._update.optimizer))
+        return step
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         return self._batches(start_step)

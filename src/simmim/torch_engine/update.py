@@ -4,6 +4,7 @@ Nothing here asks the device for a value: a step that is not finite skips itself
 batch. So an accelerator is never waited for, and a compiler can take the step whole.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 from simmim.config import TrainingConfig
 from simmim.keys import sample_keys
 from simmim.schedules import Schedule
-from simmim.torch_engine.distributed import World, full_tensor, gradient_sync
+from simmim.torch_engine.distributed import World, full_tensor, gradient_sync, local_part
 
 Batch = dict[str, NDArray[Any]]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BATCH_NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+# fp16's loss scale, as in torch.amp.GradScaler: halved by a step that is not finite, doubled after so many that are.
+_FIRST_SCALE = 2.0**16
+_GROW_EVERY = 2000
 
 
 class Update:
@@ -36,23 +41,28 @@ class Update:
         *,
         config: TrainingConfig,
         world: World,
+        after: Callable[[], None] = lambda: None,
     ):
         self.model, self.optimizer = model, optimizer
-        self._schedule, self._config, self._world = schedule, config, world
+        self._schedule, self._config, self._world, self._after = schedule, config, world, after
         self._dtype = DTYPES[config.precision]
-        self._scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
-        self._statistics = [buffer for name, buffer in model.named_buffers() if "running_" in name]  # of batch norms
-        self._bad = torch.zeros((), device=world.device)
-        # Finding fp16's loss scale may take a skip for each halving from 2**16.
-        self.bad_limit = 26 if config.precision == "fp16" else 10
+        fp16 = config.precision == "fp16"
+        self._optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(_BATCH_NORM_STATISTICS)]
+        self._scale = torch.tensor(_FIRST_SCALE if fp16 else 1.0, device=world.device)
+        self._good = torch.zeros((), device=world.device)  # steps in a row that were finite
+        self._bad = torch.zeros((), device=world.device)  # … that were not
+        # Finding fp16's loss scale may take a skip for each halving of the first one.
+        self.bad_limit = 26 if fp16 else 10
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides model and optimiser."""
-        return {"bad": float(self._bad), "scaler": self._scaler.state_dict()}
+    def state(self) -> dict[str, float]:
+        """What a checkpoint keeps besides model and optimiser. Waits for the device."""
+        return {"good": float(self._good), "bad": float(self._bad), "scale": float(self._scale)}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, float]) -> None:
+        self._good.fill_(state["good"])
         self._bad.fill_(state["bad"])
-        self._scaler.load_state_dict(state["scaler"])
+        self._scale.fill_(state["scale"])
 
     def __call__(self, step: int, batch: Batch) -> tuple[float, Tensor]:
         lr = self._schedule.at_update(step)
@@ -63,17 +73,19 @@ class Update:
         torch.manual_seed(int(key >> np.uint64(1)))
         statistics = [buffer.clone() for buffer in self._statistics]
         loss = self._backward(self._to_device(batch))
-        self._scaler.unscale_(self.optimizer)
         norm = self._clip()
         finite = torch.isfinite(norm)
-        if not self._scaler.is_enabled():
-            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips itself
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips itself
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         for now, before in zip(self._statistics, statistics, strict=True):
             now.copy_(torch.where(finite, now, before))
+        self._after()
+        self._good = torch.where(finite, self._good + 1, 0.0)
         self._bad = torch.where(finite, 0.0, self._bad + 1)
+        if self._dtype == torch.float16:
+            grown = torch.where(self._good % _GROW_EVERY == 0, self._scale * 2, self._scale)
+            self._scale = torch.where(finite, grown, self._scale / 2)
         return lr, torch.stack((loss, norm, self._bad))
 
     def _to_device(self, batch: Batch) -> dict[str, Tensor]:
@@ -93,12 +105,14 @@ class Update:
                 with torch.autocast(self._world.device.type, self._dtype, enabled=self._dtype != torch.float32):
                     loss = self.model(**{name: parts[piece] for name, parts in split.items()}) / pieces
                 # An infinite L1 loss has finite gradients: poison them, so that every process skips this step.
-                poison = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
-                self._scaler.scale(loss * poison).backward()
+                (loss * torch.where(torch.isfinite(loss.detach()), self._scale, torch.nan)).backward()
             total += loss.detach()
         return total
 
     def _clip(self) -> Tensor:
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        """Take the loss scale out of the gradients and clip them; returns their norm before."""
+        if self._dtype == torch.float16:
+            gradients = [local_part(parameter.grad) for parameter in self._optimized if parameter.grad is not None]
+            torch._foreach_mul_(gradients, 1 / self._scale)  # pyright: ignore[reportPrivateImportUsage]
         limit = self._config.clip_grad
-        return full_tensor(nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit))
+        return full_tensor(nn.utils.clip_grad_norm_(self._optimized, float("inf") if limit is None else limit))

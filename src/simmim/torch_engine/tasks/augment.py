@@ -25,7 +25,7 @@ _OPERATIONS: tuple[tuple[Callable[..., Image.Image], Callable[[float, int], tupl
     (ops.equalize, lambda strength, sign: ()),
     (ops.invert, lambda strength, sign: ()),
     (ops.rotate, lambda strength, sign: (sign * 30 * strength,)),
-    (ops.posterize, lambda strength, sign: (4 - int(4 * strength),)),
+    (ops.posterize, lambda strength, sign: (max(1, 4 - int(4 * strength)),)),
     (ops.solarize, lambda strength, sign: (256 - min(256, int(256 * strength)),)),
     (ops.solarize_add, lambda strength, sign: (min(128, int(110 * strength)),)),
     (ops.color, lambda strength, sign: (max(0.1, 1 + sign * 0.9 * strength),)),

@@ -1,0 +1,63 @@
+"""Configurations of fine-tuning: what every task shares, and what each adds. Defaults are the paper's recipe."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+from tyro.conf import Suppress, arg
+
+from simmim.config import NotNegativeReal, Positive, PositiveReal, Share, TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainingConfig):
+    """Supervised training from a pretrained encoder (SimMIM, appendix A)."""
+
+    init: Annotated[str | None, arg(name="from", metavar="RUN|scratch|timm:NAME")] = None
+    """Where the encoder's weights come from: a run, nowhere (scratch), or timm's own. Required."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Share of the images to evaluate on, where the data has no val or test folder."""
+    layer_decay: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Learning rate of a layer over that of the next (default: 0.65 for ViT and BEiT, 0.8 for Swin, 1 for others)."""
+    eval_every_epochs: PositiveReal = 1.0
+    """Epochs between evaluations."""
+
+    lr: PositiveReal = 1.25e-3
+    """Learning rate for a batch of 512; it is scaled by batch size / 512, as warm-up and minimum are."""
+    warmup_lr: NotNegativeReal = 2.5e-7
+    """Learning rate at the first step, for a batch of 512."""
+    min_lr: NotNegativeReal = 2.5e-7
+    """Learning rate at the end of the cosine, for a batch of 512."""
+    warmup_epochs: NotNegativeReal | None = None
+    """Epochs of linear warm-up (default: a fifth of the run, 20 of 100 epochs in the paper)."""
+    drop_path: Share = 0.1
+    """Stochastic depth of the last block."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(FinetuneConfig):
+    """Image classification."""
+
+    task: Suppress[Literal["classify"]] = "classify"
+    labels_per_class: Positive | None = None
+    """Train on so many images of each class only."""
+    label_seed: int = 0
+    """Seed of the choice of those images."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """Weigh classes alike in the loss, however many images they have."""
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
+    """Smallest share of an image that a random crop shows."""
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Share of the short side that evaluation crops: 224 of 256."""
+    rand_augment: Annotated[float, Field(ge=0, le=10)] = 9.0
+    """Magnitude of RandAugment; 0 is off."""
+    erase: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """Probability that a random rectangle is replaced by noise."""
+    mixup: NotNegativeReal = 0.8
+    """Mixup's alpha; 0 is off."""
+    cutmix: NotNegativeReal = 1.0
+    """Cutmix's alpha; 0 is off."""
+    smoothing: Share = 0.1
+    """Label smoothing."""
+    ema_decay: Share | None = None
+    """Evaluate and keep an exponential average of the weights with this decay."""

@@ -1,0 +1,171 @@
+"""Fine-tuning with the PyTorch engine: one session for every task, on the loop that pretraining uses."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim._param_groups import param_groups_layer_decay
+
+from simmim.accelerators import cpu_cores
+from simmim.config import validated
+from simmim.data.labelled import open_labelled
+from simmim.loop import Event, Loop, Outcome
+from simmim.plan import Batch
+from simmim.run import Run, open_run, written_whole
+from simmim.task_config import ClassifyConfig, FinetuneConfig
+from simmim.torch_engine import distributed
+from simmim.torch_engine.optim import create_adamw
+from simmim.torch_engine.tasks.backbones import complete, find_origin
+from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep
+from simmim.torch_engine.tasks.classify import ClassifyTask
+from simmim.torch_engine.trainer import TorchTrainer
+from simmim.torch_engine.update import Update
+
+
+def open_classify(config: ClassifyConfig) -> Any:
+    assert config.data is not None
+    return open_labelled(
+        config.data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        labels_per_class=config.labels_per_class,
+        label_seed=config.label_seed,
+    )
+
+
+# What each task's configuration opens and runs.
+TASKS: dict[type[FinetuneConfig], tuple[Callable[[Any], Any], Callable[..., Any]]] = {
+    ClassifyConfig: (open_classify, ClassifyTask),
+}
+
+
+def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
+    """Fine-tune, or resume; see `simmim.finetune`. One-line `ValueError` for what a user can mend."""
+    config = validated(config)
+    if config.init is None:
+        raise ValueError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
+    open_data, create_task = TASKS[type(config)]
+    device = distributed.choose_device(config.device)
+    origin = find_origin(config)
+    data = open_data(config)
+    with distributed.join(device) as world:
+        distributed.check_world(config, world)
+        config = complete(
+            config,
+            origin,
+            device=device,
+            precision=distributed.choose_precision(config.precision, device),
+            compile=device != "cpu" if config.compile is None else config.compile,
+            workers=config.workers or cpu_cores(),
+        )
+        task: Task = create_task(config, data, origin.weights)
+        plan = TaskPlan.complete(config, task.train_count)
+        torch.manual_seed(plan.config.seed)
+        step = task.build()
+        if world.is_main:
+            open_run(plan.config)
+        world.barrier()
+        session = Session(task, plan, world, step)
+        session.introduce()
+        outcome = session.loop.fit()
+        session.conclude(outcome)
+        return session.run, outcome
+
+
+class Session:
+    """One process's part in a fine-tuning."""
+
+    def __init__(self, task: Task, plan: TaskPlan, world: distributed.World, step: TaskStep):
+        config = plan.config
+        assert config.out is not None
+        self.task, self.plan, self.config, self.world = task, plan, config, world
+        self.run = Run(Path(config.out))
+        self.step = step.to(world.device)
+        if config.checkpoint_activations:
+            step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        if config.compile:
+            step.compile(dynamic=False)
+        model = distributed.spread(step, world, shard=config.shard)
+        optimizer = create_adamw(parameter_groups(step, config), betas=config.betas, device=world.device)
+        update = Update(model, optimizer, plan.schedule, config=config, world=world, after=step.after_update)
+        trainer = TorchTrainer(update, self.batches, run=self.run, config=config, world=world, on_save=lambda: None)
+        every = max(1, round(config.eval_every_epochs * plan.steps_per_epoch))
+        self.loop = Loop(
+            trainer,
+            self.run,
+            config,
+            total_steps=plan.total_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            save_every_steps=plan.save_every_steps,
+            events=[Event(every_steps=every, call=self._evaluate)],
+        )
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        return self.task.batches(
+            self.plan,
+            self.step,
+            start_step=start_step,
+            rank=self.world.rank,
+            world=self.world.size,
+            bad_images=self.plan.bad_images(self.run),
+        )
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        """Figures on the evaluation images; the best model so far is kept."""
+        if not self.world.is_main:
+            return {}
+        figures = self.task.evaluate(self.step, self.run.path)
+        best = read_figures(self.run).get("best", {})
+        name = self.task.best_figure
+        # `not <=` and not `>`: a resumed run comes past the step of its best figure again, and keeps the first.
+        if not best or best["step"] > done or not figures[name] <= best[name]:
+            best = {"step": done, **figures}
+            self.task.save(self.step, self.run.path / "model")
+        with written_whole(self.run.path / "metrics.json") as path:
+            path.write_text(json.dumps({**figures, "step": done, "best": best}, indent=1), encoding="utf-8")
+        return figures
+
+    def introduce(self) -> None:
+        config, say = self.config, self.loop.console.say
+        parameters = sum(parameter.numel() for parameter in self.step.backbone.parameters())
+        say(f"model      {config.model}, {parameters / 1e6:.1f} M parameters, from {config.init}")
+        say(f"device     {distributed.device_name(self.world.device)}, {config.precision}")
+        for line in (*self.task.describe(), *self.plan.describe()):
+            say(line)
+        if self.loop.start:
+            say(f"resumes    after step {self.loop.start}")
+
+    def conclude(self, outcome: Outcome) -> None:
+        say, total = self.loop.console.say, self.plan.total_steps
+        if bad := len(self.plan.bad_images(self.run)):
+            say(f"{bad} images could not be read; they are listed in {self.run.bad_images}")
+        if outcome.stopped_by is not None:
+            say(f"stopped at step {outcome.step} of {total}; run the same command again to resume")
+            return
+        figures = read_figures(self.run)
+        name, best = self.task.best_figure, figures["best"]
+        say(f"{name} {figures[name]:.4f} at the end, {best[name]:.4f} at best (step {best['step']})")
+        say(f"the best model is {self.run.path / 'model'}")
+
+
+def read_figures(run: Run) -> dict[str, Any]:
+    path = run.path / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def parameter_groups(step: TaskStep, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Layer decay over the encoder (timm's grouping, the official one); what follows learns at full rate."""
+    assert config.layer_decay is not None
+    backbone: Any = step.backbone
+    exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
+    groups = param_groups_layer_decay(
+        backbone, weight_decay=config.weight_decay, no_weight_decay_list=exempt, layer_decay=config.layer_decay
+    )
+    taken = {id(parameter) for parameter in backbone.parameters()}
+    rest = [p for p in step.parameters() if p.requires_grad and id(p) not in taken]
+    decay, plain = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
+    kept = [{name: group[name] for name in ("params", "weight_decay", "lr_scale")} for group in groups]
+    kept += [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in kept if group["params"]]

@@ -1,0 +1,148 @@
+"""The encoder of a task: where its weights come from, and how they fit a model that classifies or draws a pyramid."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from simmim.run import Run
+from simmim.task_config import FinetuneConfig
+from simmim.torch_engine.encoders import FAMILIES, default_image_size, find_family
+
+_LAYER_DECAY = {
+    "vision_transformer": 0.65,
+    "deit": 0.65,
+    "beit": 0.65,
+    "swin_transformer": 0.8,
+    "swin_transformer_v2": 0.8,
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """An encoder to start from: its timm description, and its weights under timm's names unless from scratch."""
+
+    model: str
+    model_args: dict[str, Any]
+    image_size: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights: dict[str, Tensor] | None
+
+
+def find_origin(config: FinetuneConfig) -> Origin:
+    """What `--from` names. One-line `ValueError` where there is no such encoder."""
+    assert config.init is not None
+    if config.init == "scratch":
+        size = default_image_size(config.model)
+        return Origin(config.model, config.model_args, size, config.channels, IMAGENET_MEAN, IMAGENET_STD, None)
+    if config.init.startswith("timm:"):
+        return _from_timm(config.init.removeprefix("timm:"), config)
+    run = Run(Path(config.init))
+    directory = run.encoder if run.encoder.is_dir() else run.path
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"--from {config.init} has no encoder; give the directory of a run, scratch or timm:NAME")
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    data = settings["pretrained_cfg"]
+    arguments = settings.get("model_args", {})
+    channels, height, width = data["input_size"]
+    return Origin(
+        settings["architecture"],
+        {name: value for name, value in arguments.items() if name not in ("in_chans", "img_size", "num_classes")},
+        (height, width),
+        channels,
+        tuple(data["mean"]),
+        tuple(data["std"]),
+        load_file(directory / "model.safetensors"),
+    )
+
+
+def _from_timm(name: str, config: FinetuneConfig) -> Origin:
+    find_family(name)
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except Exception as error:  # the hub raises whatever its back ends do
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--from timm:{name} has no weights here: {reason}") from error
+    cfg: Any = model.pretrained_cfg
+    _, height, width = cfg["input_size"]
+    return Origin(name, config.model_args, (height, width), 3, cfg["mean"], cfg["std"], model.state_dict())
+
+
+def complete(config: FinetuneConfig, origin: Origin, **machine: Any) -> FinetuneConfig:
+    """The configuration with the encoder's facts and nothing left open but warm-up."""
+    family = _file_of(origin.model)
+    mean, std = (config.mean, config.std) if isinstance(config.mean, tuple) else (origin.mean, origin.std)
+    return dataclasses.replace(
+        config,
+        model=origin.model,
+        model_args=origin.model_args,
+        image_size=config.image_size or origin.image_size,
+        channels=origin.channels,
+        mean=mean,
+        std=std,
+        layer_decay=config.layer_decay or _LAYER_DECAY.get(family, 1.0),
+        **machine,
+    )
+
+
+def create_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, **head: Any) -> nn.Module:
+    """A timm module of the encoder for a task, with `weights` in it; `head` are arguments such as num_classes.
+
+    As in the official fine-tuning, a ViT pools the mean of its tokens and has a fresh norm after that, and a relative
+    bias that all blocks shared is copied to each (SimMIM, appendix A).
+    """
+    family = FAMILIES[_file_of(config.model)]
+    arguments: dict[str, Any] = dict(config.model_args)
+    if family.sized:
+        arguments["img_size"] = config.image_size
+    arguments |= {"drop_path_rate": config.drop_path} | head
+    if config.model_args.get("use_shared_rel_pos_bias"):
+        arguments |= {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True}
+    backbone = timm.create_model(config.model, in_chans=config.channels, **arguments)
+    if weights is not None:
+        load_backbone(backbone, weights)
+    return backbone
+
+
+def load_backbone(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Weights of an encoder into a module that may have another head or size. `ValueError` where they misfit."""
+    own = backbone.state_dict()
+    weights = dict(weights)
+    shared = weights.pop("rel_pos_bias.relative_position_bias_table", None)
+    if shared is not None and "rel_pos_bias.relative_position_bias_table" in own:
+        weights["rel_pos_bias.relative_position_bias_table"] = shared
+    elif shared is not None:
+        blocks = len(backbone.get_submodule("blocks"))  # type: ignore[arg-type]
+        for block in range(blocks):
+            weights[f"blocks.{block}.attn.relative_position_bias_table"] = shared.clone()
+    filter_weights = _timm_filter(backbone)
+    if any(name in own and own[name].shape != tensor.shape for name, tensor in weights.items()):
+        weights = filter_weights(weights, backbone)
+    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
+    fresh = ("head", "fc.", "fc_norm.")
+    missing = [name for name in own if name not in fitting and not name.startswith(fresh)]
+    if missing:
+        name = type(backbone).__name__
+        raise ValueError(f"the encoder's weights do not fit {name}: {missing[0]!r} is missing or has another shape")
+    with torch.no_grad():
+        backbone.load_state_dict(fitting, strict=False)
+
+
+def _timm_filter(backbone: nn.Module) -> Any:
+    """timm's own conversion of a checkpoint, which resizes position tables."""
+    module = __import__(type(backbone).__module__, fromlist=["checkpoint_filter_fn"])
+    return getattr(module, "checkpoint_filter_fn", lambda weights, _: weights)
+
+
+def _file_of(model: str) -> str:
+    find_family(model)
+    return timm.models.model_entrypoint(model.split(".")[0]).__module__.rsplit(".", 1)[-1]

@@ -1,0 +1,81 @@
+"""What `simmim.torch_engine.finetune` asks of a task. Adding one: a file here and a row in `finetune.TASKS`."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from simmim.data.pipeline import BadImages
+from simmim.plan import Batch, TrainingPlan
+from simmim.task_config import FinetuneConfig
+from simmim.torch_engine.encoders import DropPathDraws
+from simmim.torch_engine.model import PixelStep
+
+
+class TaskStep(PixelStep):
+    """What one step of a task trains: its forward takes a batch's tensors by name and returns the loss."""
+
+    backbone: nn.Module
+    draws: DropPathDraws
+
+    def after_update(self) -> None:
+        """Called after each optimiser step."""
+
+
+@dataclass(frozen=True)
+class TaskPlan(TrainingPlan):
+    """Steps and learning rates of a task that trains on `count` images."""
+
+    config: FinetuneConfig
+    count: int
+
+    @classmethod
+    def complete(cls, config: FinetuneConfig, count: int) -> "TaskPlan":
+        """Decide the warm-up that the configuration leaves open; a `ValueError` says what cannot be."""
+        if count < config.batch_size:
+            raise ValueError(
+                f"batch size {config.batch_size} is more than the {count} images to train on; use --batch-size {count}"
+            )
+        plan = cls(config, count)
+        if config.warmup_epochs is None:
+            warmup_epochs = min(20.0, plan.total_steps / plan.steps_per_epoch / 5)
+            plan = cls(dataclasses.replace(config, warmup_epochs=warmup_epochs), count)
+        assert plan.schedule
+        return plan
+
+    @property
+    def train_images(self) -> int:
+        return self.count
+
+
+class Task(Protocol):
+    """One fine-tuning task on opened data."""
+
+    best_figure: str
+    """The figure of `evaluate` that decides which model is kept."""
+
+    @property
+    def train_count(self) -> int: ...
+
+    def describe(self) -> list[str]:
+        """What the data holds, for a person."""
+        ...
+
+    def build(self) -> TaskStep:
+        """The model with the encoder's weights in it."""
+        ...
+
+    def batches(
+        self, plan: TrainingPlan, step: TaskStep, *, start_step: int, rank: int, world: int, bad_images: BadImages
+    ) -> Iterator[Batch]: ...
+
+    def evaluate(self, step: TaskStep, out: Path) -> dict[str, float]:
+        """Figures on the evaluation images; tables and pictures go to the directory `out`."""
+        ...
+
+    def save(self, step: TaskStep, directory: Path) -> None:
+        """Write the model for `simmim predict` and other tools, each file whole or not at all."""
+        ...

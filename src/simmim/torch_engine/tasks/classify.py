@@ -1,0 +1,234 @@
+"""Image classification: the paper's fine-tuning (SimMIM, appendix A).
+
+Shapes: `B` images, `C` channels, `H W` pixels, `K` classes.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from simmim.accelerators import cpu_cores
+from simmim.data.augment import CentreCrop, RandomResizedCrop
+from simmim.data.labelled import LabelledImages
+from simmim.data.pipeline import Augment, BadImages, eval_batches, train_batches
+from simmim.metrics import balanced_accuracy, confusion_matrix, top1
+from simmim.plan import Batch, TrainingPlan, drop_path_numbers
+from simmim.run import written_whole
+from simmim.task_config import ClassifyConfig
+from simmim.torch_engine.encoders import route_drop_path
+from simmim.torch_engine.storage import save_hub
+from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
+from simmim.torch_engine.tasks.backbones import create_backbone
+from simmim.torch_engine.tasks.base import TaskStep
+
+
+class ClassifyStep(TaskStep):
+    """Cross-entropy of a batch, its images and labels mixed."""
+
+    def __init__(self, backbone: nn.Module, config: ClassifyConfig, weights: NDArray[np.float32]):
+        assert isinstance(config.mean, tuple)
+        assert isinstance(config.std, tuple)
+        super().__init__(config.mean, config.std)
+        self.draws = route_drop_path(backbone)
+        self.backbone = backbone
+        self.smoothing = config.smoothing
+        self.decay = config.ema_decay
+        # Part of the module, so that checkpoints hold it.
+        self.average = copy.deepcopy(backbone).requires_grad_(False) if config.ema_decay else None
+        self.register_buffer("class_weights", torch.from_numpy(weights), persistent=False)
+        self.class_weights: Tensor
+
+    def forward(
+        self, image: Tensor, flip: Tensor, label: Tensor, mix: Tensor | None = None, drop_path: Tensor | None = None
+    ) -> Tensor:
+        self.draws.uniform = drop_path
+        images = self.prepare(image, flip)
+        if mix is not None:
+            images = mix_images(images, mix)
+        logits = self.backbone(images).float()
+        shares = soft_labels(label, logits.shape[1], self.smoothing, mix) * self.class_weights
+        return -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean()
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        if self.average is None or self.decay is None:
+            return
+        for average, now in zip(self.average.state_dict().values(), self.backbone.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                average.lerp_(now, 1 - self.decay)
+            else:
+                average.copy_(now)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The weights that evaluation uses and the run keeps."""
+        return self.backbone if self.average is None else self.average
+
+
+class ClassifyTask:
+    """Classification of labelled images, a `simmim.torch_engine.tasks.base.Task`."""
+
+    best_figure = "top1"
+
+    def __init__(self, config: ClassifyConfig, data: LabelledImages, weights: dict[str, Tensor] | None):
+        self.config, self.data, self._weights = config, data, weights
+        assert config.image_size is not None
+        if config.rand_augment and config.channels not in (1, 3):
+            raise ValueError(
+                f"RandAugment needs images of 1 or 3 channels, not {config.channels}; use --rand-augment 0"
+            )
+
+    @property
+    def train_count(self) -> int:
+        return len(self.data.train)
+
+    def describe(self) -> list[str]:
+        counts = np.bincount(self.data.train_labels, minlength=len(self.data.classes))
+        return [
+            f"images     {len(self.data.train)} to train on, {len(self.data.val)} to evaluate on",
+            f"classes    {len(self.data.classes)}, of {counts.min()} to {counts.max()} images",
+        ]
+
+    def build(self) -> ClassifyStep:
+        # A ViT gets a fresh norm after its pooling, as in the official code; other families have theirs.
+        fresh = {"fc_norm": True} if "fc_norm" in self.config.model_args else {}
+        if "use_fc_norm" in self.config.model_args:
+            fresh = {"use_fc_norm": True}
+        classes = len(self.data.classes)
+        backbone = create_backbone(self.config, self._weights, num_classes=classes, global_pool="avg", **fresh)
+        return ClassifyStep(backbone, self.config, self._class_weights())
+
+    def _class_weights(self) -> NDArray[np.float32]:
+        counts = np.bincount(self.data.train_labels, minlength=len(self.data.classes))
+        if self.config.class_weights == "none":
+            return np.ones(len(counts), np.float32)
+        return (counts.sum() / (len(counts) * np.maximum(counts, 1))).astype(np.float32)
+
+    def batches(
+        self, plan: TrainingPlan, step: TaskStep, *, start_step: int, rank: int, world: int, bad_images: BadImages
+    ) -> Iterator[Batch]:
+        config = self.config
+        assert config.image_size is not None
+        mix = Mix(mixup=config.mixup, cutmix=config.cutmix) if config.mixup or config.cutmix else None
+        images = train_batches(
+            self.data.train,
+            crop=RandomResizedCrop(size=config.image_size, scale=(config.crop_scale, 1.0)),
+            channels=config.channels,
+            dtype=np.uint8,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            total_steps=plan.total_steps,
+            rank=rank,
+            world=world,
+            threads=config.workers or cpu_cores(),
+            bad_images=bad_images,
+            augment=self._augment(),
+        )
+        for number, found in enumerate(images, start_step):
+            epoch, index = found["epoch"], found["index"]
+            batch: Batch = {
+                "image": found["image"],
+                "flip": found["flip"],
+                "label": self.data.train_labels[index].astype(np.int64),
+            }
+            if mix is not None:
+                batch["mix"] = mix.draw(config.seed, number, len(index), *config.image_size)
+            if step.draws.layers:
+                batch["drop_path"] = drop_path_numbers(config, epoch, index, step.draws.layers)
+            yield batch
+
+    def _augment(self) -> Augment:
+        config = self.config
+        assert isinstance(config.mean, tuple)
+        assert isinstance(config.std, tuple)
+        fill = tuple(round(255 * mean) for mean in config.mean)
+        distort = RandAugment(magnitude=config.rand_augment, fill=fill) if config.rand_augment else None
+        erase = RandomErasing(probability=config.erase, mean=config.mean, std=config.std)
+
+        def augment(image: NDArray[Any], key: NDArray[np.uint64]) -> NDArray[Any]:
+            return erase(image if distort is None else distort(image, key), key)
+
+        return augment
+
+    @torch.no_grad()
+    def evaluate(self, step: ClassifyStep, out: Path) -> dict[str, float]:
+        probabilities, indices = self._predict(step)
+        labels = self.data.val_labels[indices]
+        predictions = probabilities.argmax(axis=1)
+        classes = len(self.data.classes)
+        loss = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).mean()
+        matrix = confusion_matrix(labels, predictions, classes)
+        write_tables(matrix, self.data.classes, out)
+        return {
+            "val_loss": float(loss),
+            "top1": top1(labels, predictions),
+            "balanced_accuracy": balanced_accuracy(labels, predictions, classes),
+        }
+
+    def _predict(self, step: ClassifyStep) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Class probabilities (N, K) of the evaluation images that can be read, and their indices (N,)."""
+        config = self.config
+        assert config.image_size is not None
+        training = step.training
+        step.eval()
+        probabilities, indices = [], []
+        for index, image in eval_batches(
+            self.data.val,
+            crop=CentreCrop(size=config.image_size, fraction=config.eval_crop),
+            channels=config.channels,
+            dtype=np.uint8,
+            batch_size=max(config.batch_size, 64),
+            threads=config.workers or cpu_cores(),
+        ):
+            logits = step.evaluated(step.normalize(torch.from_numpy(image).to(step.mean.device)))
+            probabilities.append(logits.float().softmax(dim=1).cpu().numpy())
+            indices.append(index)
+        step.train(training)
+        return np.concatenate(probabilities), np.concatenate(indices)
+
+    def save(self, step: ClassifyStep, directory: Path) -> None:
+        model = step.evaluated
+        save_hub(directory, model, model.state_dict(), self.config, classes=self.data.classes)
+
+
+def write_tables(matrix: NDArray[np.int64], classes: tuple[str, ...], out: Path) -> None:
+    """`per_class.json` and `confusion.png` of a confusion matrix (K, K), rows the true classes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    right, images, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
+    table = {
+        name: {
+            "images": int(images[k]),
+            "recall": float(right[k] / images[k]) if images[k] else None,
+            "precision": float(right[k] / predicted[k]) if predicted[k] else None,
+        }
+        for k, name in enumerate(classes)
+    }
+    with written_whole(out / "per_class.json") as path:
+        path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    side = min(4 + 0.3 * len(classes), 24)
+    figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
+    shares = matrix / np.maximum(images[:, None], 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true", title="share of each true class")
+    if len(classes) <= 60:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=7)
+        axes.set_yticks(range(len(classes)), classes, fontsize=7)
+    if len(classes) <= 20:
+        for row, column in np.ndindex(*matrix.shape):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    with written_whole(out / "confusion.png") as path:
+        figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)

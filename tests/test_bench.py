@@ -1,0 +1,55 @@
+import json
+
+import pytest
+import timm
+
+from simmim.cli import main
+from simmim.config import PretrainConfig
+from simmim.torch_engine.bench import BenchConfig, bench, count_flops, describe
+
+TINY = "--model vit_tiny_patch16_224 --image-size 64 --batch-size 2 --seconds 0.05 --device cpu"
+
+
+def flops(model: str, size: int, **settings) -> int:
+    config = PretrainConfig(model=model, image_size=(size, size), mean=(0.5,) * 3, std=(0.5,) * 3, **settings)
+    return count_flops(config)
+
+
+def test_bench_prints_one_json_object_with_the_agreed_names(capsys):
+    assert main(["bench", *TINY.split(), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["step"].keys() >= {"images_per_second", "flops_per_image", "mfu"}
+    assert figures["step"]["images_per_second"] > 0
+    assert figures["input"]["images_per_second"] > 0
+
+
+def test_bench_prints_for_a_person_what_limits_the_run(capsys):
+    assert main(["bench", *TINY.split()]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] in ("limit    the step", "limit    the input")
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "forward"),
+    [  # GFLOP of a forward pass, multiply and add apart, head included (issue 7's hand counts)
+        ("vit_base_patch16_224", 224, 35.4),
+        ("beit_base_patch16_224", 224, 35.4),
+        ("resnet50", 224, 8.8),
+    ],
+)
+def test_flops_of_a_step_are_three_forward_passes(model, size, forward):
+    """A backward pass costs two, but for the first layer, whose input needs no gradient."""
+    assert flops(model, size) == pytest.approx(3 * forward * 1e9, rel=0.025)
+
+
+def test_attention_is_counted():
+    """4 N² D for a block and image: two products of N × N × D, multiply and add apart; three times with backward."""
+    tokens, width = 17, timm.create_model("vit_tiny_patch16_224").num_features
+    blocks = [flops("vit_tiny_patch16_224", 64, model_args={"depth": depth}) for depth in (1, 2)]
+    linear = 2 * tokens * width * 12 * width  # queries, keys, values; projection; two layers of four times the width
+    assert blocks[1] - blocks[0] == 3 * (linear + 4 * tokens**2 * width)
+
+
+def test_the_share_of_the_peak_is_not_known_for_a_cpu():
+    figures = bench(BenchConfig(model="resnet10t", image_size=(64, 64), batch_size=2, seconds=0.05, device="cpu"))
+    assert figures["step"]["mfu"] is None
+    assert "of a large product's" in describe(figures)

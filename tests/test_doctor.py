@@ -1,0 +1,44 @@
+import builtins
+import importlib.metadata
+
+import numpy
+import torch
+
+from simmim.doctor import examine
+
+
+def test_versions_are_those_installed():
+    findings = examine()
+    assert findings["numpy"] == numpy.__version__
+    assert findings["torch"] == importlib.metadata.version("torch")
+
+
+def test_every_library_that_simmim_needs_is_listed():
+    needed = {"torch", "torchvision", "timm", "safetensors", "numpy", "Pillow", "grain", "simplejpeg", "tyro", "rich"}
+    assert needed <= set(examine())
+
+
+def test_training_was_tried_on_every_device():
+    devices = {"cpu", "cuda"} if torch.cuda.is_available() else {"cpu"}
+    findings = examine()
+    assert all(findings[f"training on {device}"].startswith("works in ") for device in devices)
+
+
+def test_a_device_that_fails_is_a_finding_and_no_error(monkeypatch):
+    def fail(*_args, **_settings):
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr("simmim.torch_engine.bench.build_update", fail)
+    assert examine()["training on cpu"] == "does not work: no kernel image is available"
+
+
+def test_an_installation_without_torch_is_a_finding_and_no_error(monkeypatch):
+    real = builtins.__import__
+
+    def without_torch(name, *args):
+        if name.startswith("simmim.torch_engine"):
+            raise ImportError("libtorch.so is missing")
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    assert examine()["training"] == "does not work: libtorch.so is missing; install simmim again"
