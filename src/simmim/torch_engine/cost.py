@@ -65,7 +65,7 @@ def _line(first: list[int], second: list[int]) -> np.ndarray:
 
 
 def _record(config: PretrainConfig, images: int, like: str) -> "_Tape":
-    """One update of `images` images, after a first one that creates AdamW's averages."""
+    """One update of `images` images, with AdamW's averages there from the start."""
     config = dataclasses.replace(config, batch_size=images, accumulate_steps=1, device="cpu")
     with torch.device("meta"):
         step = build_step(config)
@@ -81,9 +81,12 @@ def _record(config: PretrainConfig, images: int, like: str) -> "_Tape":
         batch = random_batch(config, images, step.model.encoder.patch_size)
         if step.model.encoder.drop_path_draws.layers:
             batch["drop_path"] = np.zeros((images, step.model.encoder.drop_path_draws.layers), np.float32)
-        update(0, batch)
+        for parameter in step.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        optimizer.step()  # creates AdamW's averages
+        optimizer.zero_grad()
         tape.clear()
-        update(1, batch)
+        update(0, batch)
     return tape
 
 
@@ -113,6 +116,8 @@ class _Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func.namespace == "prim":  # a question about a tensor
+            return out
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in (*inputs, *outputs):
@@ -192,7 +197,13 @@ class _LikeCuda(TorchFunctionMode):
 
 
 def _cuda_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """(B, heads, N, D) by the kernel that takes a bias with a gradient and never holds N × N numbers but the bias's."""
     if torch.is_autocast_enabled("cpu"):
@@ -201,4 +212,4 @@ def _cuda_attention(
     if attn_mask is not None:
         attn_mask = attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
     scale = scale or 1 / math.sqrt(q.shape[-1])
-    return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, False, scale=scale)[0]
+    return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
