@@ -113,7 +113,7 @@ class _Tape(TorchDispatchMode):
         self.live: list[int] = []
         self.forward_ends = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         if func.namespace == "prim":  # a question about a tensor
@@ -187,7 +187,7 @@ class _LikeCuda(TorchFunctionMode):
     Fake tensors of a CUDA device cannot run backward where PyTorch has no CUDA.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
             args = tuple(arg.float() if isinstance(arg, Tensor) and arg.dtype.itemsize == 2 else arg for arg in args)
