@@ -1,5 +1,6 @@
 import json
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,17 +70,14 @@ Image = lambda pixels: pixels.shape
 """
     (tmp_path / f"{package}.py").write_text(stand_in)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(__import__("sys").modules, package, raising=False)
-    tracker = (
-        open_trackers(Run(tmp_path / "run-a"), {"lr": "0.1"}, (package,), 0)[-1]
-        if ((tmp_path / "run-a").mkdir() is None)
-        else None
-    )
-    assert tracker is not None
+    monkeypatch.delitem(sys.modules, package, raising=False)
+    run = Run(tmp_path / "run-a")
+    run.path.mkdir()
+    *_, tracker = open_trackers(run, {"lr": "0.1"}, (package,), 0)
     tracker.scalars(2, {"loss": 0.5})
     tracker.picture(2, "reconstruction", np.zeros((8, 9, 3), np.uint8))
     tracker.close()
-    assert __import__(package).calls == [
+    assert sys.modules.pop(package).calls == [
         ("init", {"project": "simmim", "name": "run-a", "config": {"lr": "0.1"}}),
         ("log", {"loss": 0.5}, 2),
         ("log", {"reconstruction": (8, 9, 3)}, 2),

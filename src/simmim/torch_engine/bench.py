@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -119,7 +120,7 @@ def measure_step(config: PretrainConfig, seconds: float) -> dict[str, Any]:
             "flops_per_image": flops,
             "flops_per_second": flops * speed,
             "mfu": flops * speed / peak if peak else None,
-            "share_of_matmul": flops * speed / matmul_rate(config, world.device),
+            "share_of_matmul": flops * speed / matmul_rate(config, world.device, min(seconds, 2.0)),
             "parameters": sum(parameter.numel() for parameter in step.parameters()),
             "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None,
         }
@@ -176,19 +177,23 @@ def count_flops(config: PretrainConfig) -> int:
 
     Attention runs unfused here: PyTorch's counter does not know the CPU's fused kernel and would leave it out.
     """
-    step = build_step(config)
+    with torch.device("meta"):
+        step = build_step(config)
     batch = random_batch(config, 1, step.model.encoder.patch_size)
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        step(**{name: torch.from_numpy(array) for name, array in batch.items()}).backward()
+    with FakeTensorMode() as shapes:  # nothing is computed
+        step._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # `to_empty` would mix the two kinds
+        tensors = {name: shapes.from_tensor(torch.from_numpy(array)) for name, array in batch.items()}
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step(**tensors).backward()
     return counter.get_total_flops()
 
 
-def matmul_rate(config: PretrainConfig, device: torch.device, side: int = 2048) -> float:
+def matmul_rate(config: PretrainConfig, device: torch.device, seconds: float) -> float:
     """FLOP/s of one large matrix product in the step's precision: what this machine reaches at best."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    side = 8192 if device.type == "cuda" else side
+    side = 8192 if device.type == "cuda" else 2048
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / median_time(lambda: left @ right, 2.0, device)
+    return 2 * side**3 / median_time(lambda: left @ right, seconds, device)
 
 
 def median_time(call: Callable[[], Any], seconds: float, device: torch.device) -> float:
