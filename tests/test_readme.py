@@ -1,0 +1,75 @@
+"""The blocks of README.md that are marked `<!-- tested -->` work, in their order, on a small model for a few steps."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import simmim
+from simmim.cli import main
+from simmim.config import PretrainConfig, from_settings
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"<!-- tested -->\n```(\w+)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+SMALL = {"image_size": 64, "batch_size": 4, "val_images": 2, "steps": 2, "device": "cpu"}
+SMALL_VIT = "--model-args depth=1 embed_dim=48"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A directory with `images/`, and `labelled/` of two classes."""
+    random = np.random.default_rng(0)
+    for folder in ("images/deep/down", "labelled/cats", "labelled/dogs"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(15):
+            pixels = random.integers(0, 256, (72, 80, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / f"{number}.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_shell(text: str) -> None:
+    small = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
+    for line in text.splitlines():
+        program, command, *options = shlex.split(line, comments=True)
+        assert program == "simmim"
+        extra = shlex.split(f"{small} {SMALL_VIT}") if command == "pretrain" else []
+        assert main([command, *options, *extra]) == 0, line
+
+
+def run_python(text: str, monkeypatch) -> None:
+    real = simmim.pretrain
+
+    def small_pretrain(**settings):
+        from_settings(PretrainConfig, settings)  # the README's own settings are settings
+        return real(**(settings | SMALL))
+
+    monkeypatch.setattr(simmim, "pretrain", small_pretrain)
+    exec(text, {})
+
+
+def test_the_tested_blocks_work_in_their_order(here, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    for language, text in BLOCKS:
+        if language == "bash":
+            run_shell(text)
+        else:
+            run_python(text, monkeypatch)
+    assert {"bash", "python"} == {language for language, _ in BLOCKS}
+    assert (here / "reconstruction.png").is_file()
+
+
+def test_every_command_is_named():
+    text = README.read_text(encoding="utf-8")
+    commands = set(re.findall(r"^\| `simmim (\w+)`", text, re.MULTILINE))
+    assert commands <= set(simmim.cli.COMMANDS)
+    assert {"pretrain", "reconstruct", "bench", "doctor", "recipes", "probe"} <= commands
+
+
+@pytest.mark.parametrize("document", [README, *sorted(README.parent.glob("docs/*.md"))], ids=lambda path: path.name)
+def test_links_lead_to_files(document):
+    targets = re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (document.parent / target).exists()] == []
