@@ -137,9 +137,8 @@ BAD_OPTIONS = {
     "--warmup-epochs 50": "warm-up of 50 epochs is longer than the run of 0.5; use --warmup-epochs 0.05",
     "--schedule multistep": "schedule multistep needs milestones; give the epochs, such as --milestones 700",
     "--schedule multistep --milestones 5 2": "milestones (5.0, 2.0) are not in ascending order; sort them",
-    "--init-from nowhere": "--init-from nowhere is neither a run nor a safetensors file; give one of them",
-    "--init-from file": "--init-from file is no safetensors file: Error while deserializing header: header too small; "
-    "give one, or a run",
+    "--init-from nowhere": "--init-from nowhere is not there; give a run or a checkpoint",
+    "--init-from file": "--init-from file is damaged or not a PyTorch checkpoint: unpickling stack underflow",
     # the machine
     "--device gpu": "--device 'gpu' is not known; choose from auto, cpu, cuda, tpu",
     "--precision int8": "--precision 'int8' is not known; choose from auto, fp32, bf16, fp16",

@@ -24,7 +24,7 @@ MASK_TOKEN = "encoder.mask_token"
 # What a checkpoint may hold and a masked image model has no place for: pattern → why it is left out.
 _LEFT_OUT = {
     r"(relative_position_index|relative_coords_table|attn_mask)$": "computed again",
-    r"^(head|head_dist|fc|classifier|lm_head)\.": "a classifier",
+    r"^(head|head_dist|fc|classifier|lm_head)\.(?!norm\.)": "a classifier",  # ConvNeXt's norm is in its head
     r"^pooler\.dense\.": "a pooling layer, which only a classifier uses",
 }
 _MAE_DECODER = {r"^decoder_|^mask_token$": "MAE's decoder, which mask tokens enter only there"}
@@ -308,5 +308,8 @@ def _head_from_convolution(state: Mapping[str, Array]) -> State:
 
 
 def _head_to_convolution(state: Mapping[str, Array]) -> State:
-    weight = state["head.weight"]
+    """The inverse; nothing where there is no linear head."""
+    weight = state.get("head.weight")
+    if weight is None:
+        return {}
     return {"decoder.0.weight": weight.reshape(*weight.shape, 1, 1), "decoder.0.bias": state["head.bias"]}

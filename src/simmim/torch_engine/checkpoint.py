@@ -29,7 +29,7 @@ def save_checkpoint(
     directory: Path,
     step: int,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     extra: dict[str, Any],
     *,
     world: World,
@@ -37,7 +37,8 @@ def save_checkpoint(
 ) -> Path:
     """Write the state after `step` steps; all processes call it together. Returns the checkpoint's directory.
 
-    `extra` is what the trainer keeps on the host, as JSON can hold it.
+    `extra` is what the trainer keeps on the host, as JSON can hold it. Without an optimiser the state is for looking at
+    and starting from, not for resuming.
     """
     final = checkpoint_path(directory, step)
     aside = directory / f"writing-{step:08d}"
@@ -45,7 +46,7 @@ def save_checkpoint(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     world.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(model, optimizer or ())
     with warnings.catch_warnings():  # it says that it runs on one process: we know
         warnings.simplefilter("ignore", UserWarning)
         save(

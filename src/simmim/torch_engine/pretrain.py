@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         )
         torch.manual_seed(config.seed)
         step = build_step(plan.config)  # before the run directory is made, since sizes may not fit
-        started_from = initialize(step.model, config.init_from) if config.init_from else None
+        started_from = initialize(step.model, config.init_from, config.model) if config.init_from else None
         if world.is_main:
             open_run(plan.config)
         world.barrier()

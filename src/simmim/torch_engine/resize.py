@@ -15,22 +15,23 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 _TABLE = "relative_position_bias_table"
-_SHARED = f"rel_pos_bias.{_TABLE}"
+SHARED_BIAS = f"rel_pos_bias.{_TABLE}"
 _CLASS_ROWS = 3  # of a table: from the class token, to it, and to itself
 
 
 def fit_backbone(weights: Mapping[str, Tensor], backbone: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """A timm module's weights made to fit `backbone`, of the same kind with another image size, window or channels.
 
-    A relative bias that all blocks of the checkpoint share is copied to each where `backbone` has one a block. Returns
-    the weights and what was resized, one line a kind. One-line `ValueError` for a weight that is missing or too much,
-    or has a shape that no rule resizes.
+    A relative bias that all blocks of the checkpoint share goes to each where `backbone` has none to share. Returns
+    the weights and what was resized, one line a kind. `ValueError` for a weight that is missing or too much, or has a
+    shape that no rule resizes; it says what is wrong and leaves the remedy to the caller.
     """
     own: dict[str, Tensor] = backbone.state_dict()
     fitted, notes = _one_bias_a_block(weights, own)
     if odd := sorted(set(own) ^ set(fitted)):
         where = "the checkpoint lacks" if odd[0] in own else "the model has no"
-        raise ValueError(f"{where} {odd[0]!r} ({len(odd)} such names); give the --model that the checkpoint is of")
+        raise ValueError(f"{where} {odd[0]!r} ({len(odd)} such names)")
+    stem = f"{backbone.pretrained_cfg['first_conv']}.weight"  # type: ignore[index]
     for name, target in own.items():
         old = fitted[name]
         if old.shape == target.shape:
@@ -42,12 +43,11 @@ def fit_backbone(weights: Mapping[str, Tensor], backbone: nn.Module) -> tuple[di
             window = backbone.get_submodule(name.rpartition(".")[0]).window_size
             fitted[name] = resize_relative_table(old, window)  # type: ignore[arg-type]
             notes[f"relative-bias tables of {len(old)} entries"] = f"→ {len(target)}, geometric spacing, cubic"
-        elif old.ndim == 4 and old.shape[0] == target.shape[0] and old.shape[2:] == target.shape[2:]:
+        elif name == stem:
             fitted[name] = adapt_input_channels(old, target.shape[1])
             notes["input channels"] = f"{old.shape[1]} → {target.shape[1]}"
         if fitted[name].shape != target.shape:
-            rule = f"{tuple(old.shape)} in the checkpoint and {tuple(target.shape)} in the model"
-            raise ValueError(f"{name!r} is {rule}; give the --model and sizes that the checkpoint is of")
+            raise ValueError(f"{name} is {tuple(old.shape)} instead of {tuple(target.shape)}")
     return fitted, [f"{what} {how}" for what, how in notes.items()]
 
 
@@ -56,11 +56,11 @@ def _one_bias_a_block(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """As the official fine-tuning: each block starts with the bias that all shared (SimMIM's code for ViT)."""
     fitted = dict(weights)
-    if _SHARED not in fitted or _SHARED in own:
+    if SHARED_BIAS not in fitted or SHARED_BIAS in own:
         return fitted, {}
-    shared = fitted.pop(_SHARED)
+    shared = fitted.pop(SHARED_BIAS)
     tables = [name for name in own if name.endswith(f".attn.{_TABLE}")]
-    fitted.update({name: shared.clone() for name in tables})
+    fitted.update({name: weights[name] + shared if name in weights else shared.clone() for name in tables})
     return fitted, {"the shared relative bias": f"copied to {len(tables)} blocks"}
 
 
@@ -85,7 +85,7 @@ def resize_relative_table(table: Tensor, window: tuple[int, int]) -> Tensor:
     rows = 0 if side % 2 and side**2 == len(table) else _CLASS_ROWS
     side = math.isqrt(len(table) - rows)
     if side**2 != len(table) - rows:
-        raise ValueError(f"a relative-bias table of {len(table)} entries is not of a square window; use its own size")
+        raise ValueError(f"a relative-bias table of {len(table)} entries is not of a square window")
     grid = table[: side**2].double().numpy().reshape(side, side, -1)
     down, across = (_spline(_geometric_positions(side, n), np.arange(n) - n // 2) for n in new)
     resized = np.einsum("ys,xt,sta->yxa", down, across, grid).reshape(math.prod(new), -1)

@@ -1,20 +1,25 @@
 """What a run keeps of a model, in and out: the encoder for other tools, the whole model for ours."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from simmim.config import PretrainConfig, TrainingConfig
+from simmim.foreign import read_checkpoint
 from simmim.run import Run, written_whole
 from simmim.torch_engine.checkpoint import load_model_state, newest_checkpoint
+from simmim.torch_engine.heads import LinearHead
 from simmim.torch_engine.model import MaskedImageModel, PretrainStep, build_model
+from simmim.torch_engine.resize import adapt_output_channels, fit_backbone
+from simmim.weights import BACKBONE, MASK_TOKEN
 
 
 def full_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:
@@ -93,35 +98,62 @@ def build_step(config: PretrainConfig) -> PretrainStep:
     return PretrainStep(build_model(config), config.mean, config.std)
 
 
-def initialize(model: MaskedImageModel, source: str) -> str:
-    """Load the weights of `--init-from`, a run or a safetensors file with timm's names; says what was loaded.
+def initialize(model: MaskedImageModel, source: str, name: str) -> str:
+    """Load the weights of `--init-from`: a run, or whatever `simmim convert` takes if it is of the timm model `name`.
 
-    From a run come the mask token and the head too, where their shapes fit. One-line `ValueError` where the encoder's
-    weights do not fit.
+    Position tables and channels are resized; mask token and head come too, where there are such. Says what was loaded.
+    One-line `ValueError` where the encoder's weights do not fit.
     """
     path = Path(source)
-    if path.is_file():
-        try:
-            encoder, rest = load_file(path), {}
-        except SafetensorError as error:
-            raise ValueError(f"--init-from {source} is no safetensors file: {error}; give one, or a run") from None
-    elif (path / "config.toml").is_file():
+    if (path / "config.toml").is_file():
         other = load_model(path)
-        encoder = other.encoder.backbone.state_dict()
-        rest = {name: tensor for name, tensor in other.state_dict().items() if not name.startswith("encoder.backbone.")}
+        state, target = other.state_dict(), other.target.name
+    elif path.exists():
+        try:
+            checkpoint = read_checkpoint(path, model=name)
+        except ValueError as error:
+            raise ValueError(f"--init-from {error}") from None
+        state, target = as_tensors(checkpoint.mapped.state), checkpoint.settings.get("target", "pixels")
     else:
-        raise ValueError(f"--init-from {source} is neither a run nor a safetensors file; give one of them")
-    own: dict[str, Tensor] = model.encoder.backbone.state_dict()
-    encoder = {name: tensor for name, tensor in encoder.items() if name in own or not name.startswith(("head.", "fc."))}
-    if set(own) != set(encoder):
-        odd = min(set(own) ^ set(encoder))
-        rule = f"{odd!r} is in one and not in the other"
-        raise ValueError(f"--init-from {source} does not fit the encoder: {rule}; use the same --model")
-    if odd := [name for name in own if own[name].shape != encoder[name].shape]:
-        rule = f"{odd[0]} is {tuple(encoder[odd[0]].shape)} instead of {tuple(own[odd[0]].shape)}"
-        raise ValueError(f"--init-from {source} does not fit the encoder: {rule}; use the same --model")
-    model.encoder.backbone.load_state_dict(encoder)
-    whole = model.state_dict()
-    fitting = {name: tensor for name, tensor in rest.items() if name in whole and whole[name].shape == tensor.shape}
-    model.load_state_dict(fitting, strict=False)
-    return f"{len(encoder)} encoder tensors" + (f", {len(fitting)} of mask token and head" if fitting else "")
+        raise ValueError(f"--init-from {source} is not there; give a run or a checkpoint")
+    if target != model.target.name:  # a head for something else
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    try:
+        resized, fresh = adopt(model, state)
+    except ValueError as error:
+        raise ValueError(f"--init-from {source} does not fit the encoder: {error}; use the same --model") from None
+    kept = [*resized, *(f"new {part}" for part in fresh)]
+    return f"{len(state)} tensors" + (f" ({'; '.join(kept)})" if kept else "")
+
+
+def as_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of NumPy arrays."""
+    return {name: torch.tensor(array) for name, array in state.items()}
+
+
+def adopt(model: MaskedImageModel, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Load weights under our names, for another image size, window or channels if need be.
+
+    Returns what was resized, and what keeps its random numbers: mask token or head that are not there or of another
+    kind. `ValueError` where the encoder's weights do not fit (`fit_backbone`).
+    """
+    backbone = {name.removeprefix(BACKBONE): tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
+    fitted, resized = fit_backbone(backbone, model.encoder.backbone)
+    model.encoder.backbone.load_state_dict(fitted)
+    own = model.state_dict()
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(BACKBONE)}
+    if isinstance(model.head, LinearHead) and {"head.weight", "head.bias"} <= set(rest):
+        old, new = len(rest["head.bias"]), len(own["head.bias"])
+        pixels = model.encoder.stride**2
+        if old != new and old % pixels == new % pixels == 0:
+            for name in ("head.weight", "head.bias"):
+                rest[name] = adapt_output_channels(rest[name], old // pixels, new // pixels)
+            resized.append(f"the head's channels {old // pixels} → {new // pixels}")
+    parts = {"mask token": [MASK_TOKEN], "head": [name for name in own if name.startswith("head.")]}
+    fresh = []
+    for part, names in parts.items():
+        if all(name in rest and rest[name].shape == own[name].shape for name in names):
+            model.load_state_dict({name: rest[name] for name in names}, strict=False)
+        else:
+            fresh.append(part)
+    return resized, fresh

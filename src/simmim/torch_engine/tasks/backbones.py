@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.run import Run
 from simmim.task_config import FinetuneConfig
 from simmim.torch_engine.encoders import FAMILIES, default_image_size, find_family
+from simmim.torch_engine.resize import SHARED_BIAS, fit_backbone
 
 _LAYER_DECAY = {
     "vision_transformer": 0.65,
@@ -114,33 +114,19 @@ def create_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, *
 
 
 def load_backbone(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Weights of an encoder into a module that may have another head or size. `ValueError` where they misfit."""
+    """Weights of an encoder into a module that may have another head or size. `ValueError` where they misfit.
+
+    What only the task has keeps its fresh weights, and what only the encoder had is left out.
+    """
     own = backbone.state_dict()
-    weights = dict(weights)
-    shared = weights.pop("rel_pos_bias.relative_position_bias_table", None)
-    if shared is not None and "rel_pos_bias.relative_position_bias_table" in own:
-        weights["rel_pos_bias.relative_position_bias_table"] = shared
-    elif shared is not None:
-        blocks = len(backbone.get_submodule("blocks"))  # type: ignore[arg-type]
-        for block in range(blocks):
-            weights[f"blocks.{block}.attn.relative_position_bias_table"] = shared.clone()
-    filter_weights = _timm_filter(backbone)
-    if any(name in own and own[name].shape != tensor.shape for name, tensor in weights.items()):
-        weights = filter_weights(weights, backbone)
-    fitting = {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape}
-    fresh = ("head", "fc.", "fc_norm.")
-    missing = [name for name in own if name not in fitting and not name.startswith(fresh)]
-    if missing:
-        name = type(backbone).__name__
-        raise ValueError(f"the encoder's weights do not fit {name}: {missing[0]!r} is missing or has another shape")
-    with torch.no_grad():
-        backbone.load_state_dict(fitting, strict=False)
-
-
-def _timm_filter(backbone: nn.Module) -> Any:
-    """timm's own conversion of a checkpoint, which resizes position tables."""
-    module = __import__(type(backbone).__module__, fromlist=["checkpoint_filter_fn"])
-    return getattr(module, "checkpoint_filter_fn", lambda weights, _: weights)
+    kept = {name: tensor for name, tensor in weights.items() if name in own or name == SHARED_BIAS}
+    for name, tensor in own.items():
+        if name.startswith(("head", "fc.", "fc_norm.")) and (name not in kept or kept[name].shape != tensor.shape):
+            kept[name] = tensor
+    try:
+        backbone.load_state_dict(fit_backbone(kept, backbone)[0])
+    except ValueError as error:
+        raise ValueError(f"the encoder's weights do not fit {type(backbone).__name__}: {error}") from None
 
 
 def _file_of(model: str) -> str:
