@@ -151,8 +151,16 @@ def recipes(argv: list[str]) -> int:
     return 0
 
 
+def convert(argv: list[str]) -> int:
+    """Make a run of a checkpoint of official SimMIM, MAE, Swin or BEiT, of Transformers or of timm"""
+    from simmim.torch_engine.convert import ConvertConfig, convert
+
+    print("\n".join(convert(parse(ConvertConfig, "convert", argv))))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    function.__name__: function for function in (pretrain, reconstruct, probe, bench, doctor, recipes)
+    function.__name__: function for function in (pretrain, reconstruct, probe, convert, bench, doctor, recipes)
 }
 
 
