@@ -3,6 +3,8 @@
 Shapes: `B` images, `C` channels, `H W` pixels, `P` predicted values a cell.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ PAIRS = [(target, loss) for target, kind in TARGETS.items() for loss in kind.los
 CENTRES = tuple(map(tuple, np.random.default_rng(0).normal(size=(8, 3)).tolist()))
 
 
-def settings(target: str, loss: str, **others: object) -> PretrainConfig:
+def settings(target: str, loss: str, **others: Any) -> PretrainConfig:
     centres = CENTRES if target == "clusters" else None
     return tiny.config(target=target, loss=loss, cluster_centres=centres, **others)
 
@@ -122,7 +124,7 @@ def test_sine_positions_tell_all_cells_apart() -> None:
          "image size 80 is not a multiple of the stride 32 of swin_tiny_patch4_window7_224; use 64 or 96"),
     ],
 )  # fmt: skip
-def test_sizes_that_do_not_fit_are_refused(kind: str, others: dict[str, object], message: str) -> None:
+def test_sizes_that_do_not_fit_are_refused(kind: str, others: dict[str, Any], message: str) -> None:
     inside = tiny.encoder(kind, size=(96, 96) if kind == "vit" else (64, 64))
     with pytest.raises(ValueError, match="is not a multiple") as error:
         check_sizes(tiny.config(kind, **others), inside)

@@ -90,8 +90,11 @@ def update(settings: PretrainConfig, *, lr: float = 1e-3, world: World = CPU) ->
     if settings.checkpoint_activations:
         step.model.encoder.backbone.set_grad_checkpointing(True)
     optimizer = create_optimizer(step, weight_decay=settings.weight_decay, betas=settings.betas, device=world.device)
-    schedule = MultiStepSchedule(peak_lr=lr, warmup_lr=lr, warmup_steps=0, milestones=())
-    return Update(step, optimizer, schedule, config=settings, world=world)
+    return Update(step, optimizer, constant(lr), config=settings, world=world)
+
+
+def constant(lr: float) -> MultiStepSchedule:
+    return MultiStepSchedule(peak_lr=lr, warmup_lr=lr, warmup_steps=0, milestones=())
 
 
 def batch(settings: PretrainConfig, *, seed: int = 0, broken: bool = False) -> Batch:

@@ -1,0 +1,119 @@
+"""A training that was stopped, however and whenever, ends as if it had not been. Real processes, fp32, the CPU."""
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simmim.config import PretrainConfig
+from simmim.run import Run
+from simmim.torch_engine.checkpoint import checkpoint_path, newest_checkpoint
+
+from . import tiny, worker
+from .worker import STEPS, Finished, rows, settings, weights
+
+
+def assert_same_training(config: PretrainConfig, whole: PretrainConfig) -> None:
+    """Weights bit by bit, each step's figures once and the same, and nothing left behind."""
+    tiny.assert_same(weights(config), weights(whole))
+    keys = ("step", "loss", "lr", "grad_norm", "val_loss")
+    assert [[row.get(key) for key in keys] for row in rows(config)] == [
+        [row.get(key) for key in keys] for row in rows(whole)
+    ]
+    assert config.out
+    assert {path.name for path in Run(Path(config.out)).checkpoints.iterdir()} == {"step-00000015", "step-00000016"}
+
+
+def kill_and_resume(whole: Finished, folder: Path, *, kills: int, seed: int) -> None:
+    """Kill trainings at random moments, resuming each until it has finished, `kills` times in all."""
+    draw = np.random.default_rng(seed)
+    done, number = 0, 0
+    while done < kills:
+        config = dataclasses.replace(whole.config, out=str(folder / f"run {number}"))
+        code = -signal.SIGKILL
+        while code == -signal.SIGKILL:
+            due = int(draw.integers(whole.calls)) if done < kills else None
+            code = worker.run(config, folder / "log", kill_at_call=due)
+            done += code == -signal.SIGKILL
+        assert code == 0, (folder / "log").read_text()
+        assert_same_training(config, whole.config)
+        number += 1
+
+
+def test_a_killed_training_resumes_to_the_same_weights(whole: Finished, tmp_path: Path) -> None:
+    kill_and_resume(whole, tmp_path, kills=3, seed=0)
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_ten_random_moments_resumes_to_the_same_weights(whole: Finished, tmp_path: Path) -> None:
+    kill_and_resume(whole, tmp_path, kills=10, seed=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
+    whole: Finished, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"), save_every_steps=1000, log_every_steps=1)
+    process = worker.start_pretrain(config, tmp_path / "log")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.is_alive() and not (metrics.exists() and metrics.read_text().count("\n") > 1):
+        time.sleep(0.01)
+    assert process.pid
+    os.kill(process.pid, number)
+    process.join(timeout=60)
+    assert process.exitcode == 128 + number, (tmp_path / "log").read_text()
+    newest = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    step = int(newest.name.removeprefix("step-"))
+    assert 2 <= step < STEPS
+    assert f"stopped at step {step} of {STEPS}; run the same command again to resume" in (tmp_path / "log").read_text()
+    assert worker.run(config, tmp_path / "log") == 0
+    tiny.assert_same(weights(config), weights(whole.config))
+    assert [row["step"] for row in rows(config)] == [*range(1, STEPS + 1)]
+
+
+def test_a_finished_training_says_so_and_changes_nothing(whole: Finished, tmp_path: Path) -> None:
+    before = weights(whole.config)
+    assert worker.run(whole.config, tmp_path / "log") == 0
+    assert f"finished already: {whole.config.out} holds all {STEPS} steps" in (tmp_path / "log").read_text()
+    tiny.assert_same(weights(whole.config), before)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(whole: Finished, tmp_path: Path) -> None:
+    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"))
+    assert worker.run(config, tmp_path / "first") == 0
+    damaged = checkpoint_path(tmp_path / "run" / "checkpoints", STEPS)
+    shard = next(damaged.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert worker.run(config, tmp_path / "log") == 0
+    log = (tmp_path / "log").read_text()
+    assert f"checkpoint {damaged} is damaged ({shard.name} does not match its checksum)" in log
+    assert "resumes    after step 15" in log
+    assert_same_training(config, whole.config)
+
+
+def test_another_configuration_is_refused_and_fresh_moves_the_old_run_aside(whole: Finished, tmp_path: Path) -> None:
+    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"), steps=2)
+    assert worker.run(config, tmp_path / "log") == 0
+    other = dataclasses.replace(config, lr=0.1, mask_ratio=0.7)
+    assert worker.run(other, tmp_path / "log") == 2
+    assert "(lr 0.2 → 0.1, mask_ratio 0.6 → 0.7)" in (tmp_path / "log").read_text()
+    assert worker.run(dataclasses.replace(other, fresh=True), tmp_path / "log") == 0
+    old = next(tmp_path.glob("run.old-*"))
+    assert Run(old).read_config(PretrainConfig).lr == 0.2
+    assert Run(tmp_path / "run").read_config(PretrainConfig).lr == 0.1
+
+
+@pytest.mark.slow
+def test_batch_norm_statistics_resume_too(tmp_path: Path) -> None:
+    whole = worker.finish(settings(tmp_path / "whole", "resnet18"), tmp_path / "log")
+    parts = settings(tmp_path / "parts", "resnet18")
+    assert worker.run(parts, tmp_path / "log", kill_at_call=whole.calls * 3 // 4) == -signal.SIGKILL
+    assert worker.run(parts, tmp_path / "log") == 0
+    assert_same_training(parts, whole.config)
