@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from simmim import arguments
 from simmim.errors import TrainingDivergedError
@@ -159,8 +159,29 @@ def convert(argv: list[str]) -> int:
     return 0
 
 
+def export(argv: list[str]) -> int:
+    """Write a run's model for timm, Transformers, ONNX or official SimMIM, and check it"""
+    from tyro.conf import Positional, arg
+
+    from simmim.export import export
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command:
+        run: Positional[Annotated[str, arg(metavar="RUN")]]
+        """The --out directory of a training."""
+        format: Literal["timm", "transformers", "onnx", "official"]
+        """What to write; docs/interop.md says what each keeps."""
+        out: str
+        """The directory to write."""
+        allow_loss: bool = False
+        """Write what the format has a place for although something is lost."""
+
+    print("\n".join(export(**vars(parse(Command, "export", argv)))))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    function.__name__: function for function in (pretrain, reconstruct, probe, convert, bench, doctor, recipes)
+    function.__name__: function for function in (pretrain, reconstruct, probe, convert, export, bench, doctor, recipes)
 }
 
 
