@@ -139,6 +139,8 @@ BAD_OPTIONS = {
     "--schedule multistep --milestones 5 2": "milestones (5.0, 2.0) are not in ascending order; sort them",
     "--init-from nowhere": "--init-from nowhere is not there; give a run or a checkpoint",
     "--init-from file": "--init-from file is damaged or not a PyTorch checkpoint: unpickling stack underflow",
+    "--probe nowhere": "nowhere does not exist; give a folder of classes, a .csv, an .npz, hf:NAME or demo",
+    "--probe images": "folder images has no class folders; put each class's images in a folder of its name",
     # the machine
     "--device gpu": "--device 'gpu' is not known; choose from auto, cpu, cuda, tpu",
     "--precision int8": "--precision 'int8' is not known; choose from auto, fp32, bf16, fp16",

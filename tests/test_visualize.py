@@ -37,11 +37,18 @@ def test_half_of_the_cells_are_grey_in_the_masked_column(run, tmp_path):
     assert ((cells == 128).all((2, 4, 5)).sum((1, 2)) == 8).all()
 
 
-def test_the_same_seed_gives_the_same_picture_and_another_does_not(run, tmp_path):
-    first = reconstruct(run, ("demo",), out=tmp_path / "a.png", count=2, seed=1).read_bytes()
-    again = reconstruct(run, ("demo",), out=tmp_path / "b.png", count=2, seed=1).read_bytes()
-    other = reconstruct(run, ("demo",), out=tmp_path / "c.png", count=2, seed=2).read_bytes()
+def test_the_same_seed_gives_the_same_masks_and_another_does_not(run, tmp_path):
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    file = (str(tmp_path / "red.png"),)
+    first = reconstruct(run, file, out=tmp_path / "a.png", seed=1).read_bytes()
+    again = reconstruct(run, file, out=tmp_path / "b.png", seed=1).read_bytes()
+    other = reconstruct(run, file, out=tmp_path / "c.png", seed=2).read_bytes()
     assert first == again != other
+
+
+def test_another_seed_chooses_other_images(run, tmp_path):
+    chosen = [columns_of(reconstruct(run, ("demo",), out=tmp_path / "a.png", count=2, seed=s), 2)[0] for s in (1, 2)]
+    assert (chosen[0] != chosen[1]).any()
 
 
 def test_files_are_drawn_in_their_order(run, tmp_path):

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, TypeVar
 import pydantic
 import tomli_w
 from pydantic import Field
-from pydantic_core import ErrorDetails
 from tyro.conf import Suppress, arg
 
 from simmim.fields import (
@@ -242,7 +241,7 @@ def from_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         raise ValueError(f"{name.replace('_', ' ')} {_explain(error, fields[name].default)}") from None
 
 
-def _explain(error: ErrorDetails, default: Any) -> str:
+def _explain(error: Mapping[str, Any], default: Any) -> str:
     """Value, rule and remedy of what pydantic found."""
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
