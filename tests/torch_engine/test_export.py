@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from simmim.cli import main
 from simmim.config import PretrainConfig, to_toml
 from simmim.export import export
+from simmim.pickles import read_pickle
 from simmim.run import Run
 from simmim.torch_engine.checkpoint import save_checkpoint
 from simmim.torch_engine.model import MaskedImageModel
@@ -94,6 +96,7 @@ def test_timm_gives_the_maps_of_a_plain_vit(tmp_path: Path) -> None:
     ("kind", "name"),
     [
         ("vit", "ViTForMaskedImageModeling"),
+        ("deit", "ViTForMaskedImageModeling"),
         ("swin", "SwinForMaskedImageModeling"),
         ("swinv2", "Swinv2ForMaskedImageModeling"),
     ],
@@ -113,13 +116,46 @@ def test_transformers_own_loss_and_reconstruction_are_the_run_s(kind: str, name:
 
 @pytest.mark.parametrize("kind", ["vit", "swin", "swinv2"])
 def test_transformers_round_trip_is_bit_identical(kind: str, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file
-
     run, out = save_run(tmp_path / "run", kind), tmp_path / "out"
     export(run, format="transformers", out=out)
     back = from_transformers(load_file(out / "model.safetensors"), kind)
     assert_same_state(load_model(run), back.state)
     assert back.left_out == {}
+
+
+def test_official_checkpoint_converted_and_exported_again_is_bit_identical(tmp_path: Path) -> None:
+    if not tiny.REFERENCE.is_dir():
+        pytest.skip(f"{tiny.REFERENCE} is not there")
+    first = tiny.REFERENCE / "vit" / "official_pretrain.pth"
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["convert", str(first), "--out", str(run)]) == 0
+    assert main(["export", str(run), "--format", "official", "--out", str(out)]) == 0
+    before = read_pickle(first)["model"]
+    after = torch.load(out / "official_pretrain.pth", weights_only=True)["model"]
+    assert set(before) - set(after) == {"encoder.rel_pos_bias.relative_position_index"}  # computed again there
+    assert [name for name in after if not np.array_equal(after[name].numpy(), before[name].array())] == []
+
+
+def test_transformers_checkpoint_converted_and_exported_again_is_bit_identical(tmp_path: Path) -> None:
+    settings = {"image_size": 64, "embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4}
+    first, run, out = tmp_path / "first", tmp_path / "run", tmp_path / "out"
+    model = transformers.SwinForMaskedImageModeling(transformers.SwinConfig(**settings, encoder_stride=8))
+    model.save_pretrained(first)
+    assert main(["convert", str(first), "--out", str(run)]) == 0
+    assert main(["export", str(run), "--format", "transformers", "--out", str(out)]) == 0
+    before, after = load_file(first / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert [name for name in before if not np.array_equal(before[name], after[name])] == []
+
+
+def test_five_channels_are_reconstructed_in_transformers(tmp_path: Path) -> None:
+    run, out = save_run(tmp_path / "run", channels=5, mean=(0.5,) * 5, std=(0.25,) * 5), tmp_path / "out"
+    export(run, format="transformers", out=out)
+    images, mask = example(load_model(run), (64, 64), channels=5)
+    theirs = transformers.AutoModelForMaskedImageModeling.from_pretrained(out).eval()
+    with torch.no_grad():
+        found = theirs(images, bool_masked_pos=mask.flatten(1)).loss
+        assert float(found) == pytest.approx(float(load_model(run)(images, mask)[0]), rel=1e-5)
 
 
 def test_beit_keeps_features_and_mask_token_in_transformers(tmp_path: Path) -> None:

@@ -222,11 +222,12 @@ def _export_wrapped(source: Source, out: Path, transformers: Any) -> list[str]:
 def _quiet(transformers: Any) -> Iterator[None]:
     """Without its progress bars and its warnings of weights that it makes up, which the comparison would find."""
     log = transformers.utils.logging
-    level = log.get_verbosity()
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
         yield
     finally:
         log.set_verbosity(level)
-        log.enable_progress_bar()
+        if bars:
+            log.enable_progress_bar()
