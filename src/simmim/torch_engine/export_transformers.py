@@ -1,6 +1,6 @@
 """Export to Transformers: its own model where it has the same one, else its wrapper of timm's modules.
 
-Shapes: `B` images, `C` channels, `H W` pixels, `h w` patches, `N` tokens, `D` features.
+Shapes: `B` images, `C` channels, `H W` pixels.
 """
 
 import contextlib
@@ -76,15 +76,12 @@ def _why_another(source: Source, kind: str | None) -> str | None:
         to_transformers(arrays(source.model), kind)
     except ValueError as error:
         return f"whose {kind} is another model: {error}"
-    if kind == "vit" and (backbone.pos_embed is None or backbone.pos_embed.shape[1] != 1 + _patches(backbone)):
+    places = 1 + backbone.patch_embed.num_patches
+    if kind == "vit" and (backbone.pos_embed is None or backbone.pos_embed.shape[1] != places):
         return "whose vit has a class token and positions for it and every patch"
     if kind == "swin" and len({block.window_size for layer in backbone.layers for block in layer.blocks}) > 1:
         return "whose swin has one window in all stages, where a stage smaller than the window has a smaller one here"
     return None
-
-
-def _patches(backbone: Any) -> int:
-    return backbone.patch_embed.num_patches
 
 
 def _write(source: Source, out: Path, kind: str, name: str) -> None:
