@@ -28,6 +28,7 @@ SETTINGS: dict[str, Any] = {
     "mask_cell": 16,
     "batch_size": 64,
     "steps": 20,
+    "drop_path": 0.3,
     "precision": "fp32",
     "device": "cpu",
     "workers": 2,
@@ -192,7 +193,9 @@ def test_the_command_refuses_in_one_line(run: Path, words: list[str], message: s
 @pytest.mark.slow
 def test_a_sharded_pretraining_has_the_knn_checks_of_a_plain_one(run: Path, tmp_path: Path):
     words = "--data demo --model vit_tiny_patch16_224 --model-args depth=2 embed_dim=48 num_heads=3 --image-size 32"
-    words += " --mask-cell 16 --batch-size 64 --steps 20 --precision fp32 --device cpu --workers 1 --shard"
+    words += (
+        " --mask-cell 16 --batch-size 64 --steps 20 --drop-path 0.3 --precision fp32 --device cpu --workers 1 --shard"
+    )
     words += f" --probe demo --probe-every-epochs 0.5 --out {tmp_path / 'run'}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
