@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,46 +65,40 @@ def read_checkpoint(path: Path, *, model: str | None = None, model_args: Mapping
     `simmim.pickles.UnsafePickleError` for a pickle that would run code.
     """
     content = _read(path)
+    given = None if model is None else Architecture(model=model, model_args=dict(model_args or {}))
     try:
         for recognise in (_timm_hub, _transformers, _official_simmim, _plain):
-            if found := recognise(content, model is None):
-                break
-        else:
-            names = ", ".join(list(content.arrays)[:4])
-            raise ValueError(f"it is of no known kind: it holds {names} …; known are {_KNOWN}")
+            if found := recognise(content, given):
+                return found
+        names = ", ".join(list(content.arrays)[:4])
+        raise ValueError(f"it is of no known kind: it holds {names} …; known are {_KNOWN}")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: what it says of its model is not understood ({error!r}); give --model") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    if model is None:
-        return found
-    size = found.architecture.image_size if found.architecture else None
-    given = Architecture(model=model, model_args=dict(model_args or {}), image_size=size)
-    return Checkpoint(**{**vars(found), "architecture": given})
 
 
-def _timm_hub(content: _Content, infers: bool) -> Checkpoint | None:
+def _timm_hub(content: _Content, given: Architecture | None) -> Checkpoint | None:
     if "architecture" not in content.config:
         return None
     cfg = content.config.get("pretrained_cfg", {})
     own = ("img_size", "in_chans", "num_classes", "global_pool", "fc_norm", "use_fc_norm", "drop_path_rate")
-    given = content.config.get("model_args", {})
-    arguments = {name: value for name, value in given.items() if name not in own and value is not None}
+    told = content.config.get("model_args", {})
+    arguments = {name: value for name, value in told.items() if name not in own and value is not None}
     mapped = from_timm(content.arrays)
     if pools_before_norm(to_timm(mapped.state)):
         arguments["use_fc_norm" if content.config["architecture"].startswith("beit") else "fc_norm"] = True
-    _, *size = cfg.get("input_size", (3, 224, 224))
+    architecture = given or Architecture(model=content.config["architecture"], model_args=arguments)
+    _, height, width = cfg.get("input_size", (3, 224, 224))
     return Checkpoint(
         what=f"timm's {content.config['architecture']}",
         mapped=mapped,
-        architecture=Architecture(
-            model=content.config["architecture"], model_args=arguments, image_size=(size[0], size[1])
-        ),
+        architecture=replace(architecture, image_size=(height, width)),
         settings={name: tuple(cfg[name]) for name in ("mean", "std") if name in cfg},
     )
 
 
-def _transformers(content: _Content, infers: bool) -> Checkpoint | None:
+def _transformers(content: _Content, given: Architecture | None) -> Checkpoint | None:
     config = content.config
     kind = config.get("model_type")
     if kind is None:
@@ -125,13 +119,13 @@ def _transformers(content: _Content, infers: bool) -> Checkpoint | None:
     return Checkpoint(
         what=f"Transformers' {(config.get('architectures') or [kind])[0]}",
         mapped=mapped,
-        architecture=_infer(mapped, {}, hints) if infers else None,
+        architecture=_infer(given, mapped, {}, hints),
         settings={k: tuple(content.processor[v]) for k, v in colours.items() if v in content.processor},
         note=note if epsilon != _NORM_EPSILON[kind] else None,
     )
 
 
-def _official_simmim(content: _Content, infers: bool) -> Checkpoint | None:
+def _official_simmim(content: _Content, given: Architecture | None) -> Checkpoint | None:
     names = content.arrays
     if not ("encoder.mask_token" in names and "decoder.0.weight" in names):
         return None
@@ -140,7 +134,7 @@ def _official_simmim(content: _Content, infers: bool) -> Checkpoint | None:
     hints, settings = _official_facts(record)
     buffers = {name.removeprefix("encoder."): array for name, array in content.arrays.items()}
     what = "official SimMIM" + (f" ({record['MODEL']['TYPE']})" if record else "")
-    architecture = _infer(mapped, buffers, hints) if infers else None
+    architecture = _infer(given, mapped, buffers, hints)
     return Checkpoint(what=what, mapped=mapped, architecture=architecture, settings=_OFFICIAL_COLOURS | settings)
 
 
@@ -171,7 +165,7 @@ def _official_facts(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     return hints, settings
 
 
-def _plain(content: _Content, infers: bool) -> Checkpoint | None:
+def _plain(content: _Content, given: Architecture | None) -> Checkpoint | None:
     """State dicts that come alone: timm's names or, of Swin, the official ones."""
     arrays = content.arrays
     settings: dict[str, Any] = _OFFICIAL_COLOURS
@@ -181,14 +175,16 @@ def _plain(content: _Content, infers: bool) -> Checkpoint | None:
         what, mapped = "official MAE", from_timm(arrays)
     else:
         what, mapped, settings = "weights under timm's names", from_timm(arrays), {}
-    architecture = _infer(mapped, arrays, {}) if infers else None
+    architecture = _infer(given, mapped, arrays, {})
     convolutional = {"conv1.weight", "stem.0.weight", "stem.conv.weight"} & set(arrays)
-    if infers and architecture is None and not convolutional:
+    if architecture is None and not convolutional:
         return None
     return Checkpoint(what=what, mapped=mapped, architecture=architecture, settings=settings)
 
 
-def _infer(mapped: Mapped, buffers: State, hints: Mapping[str, Any]) -> Architecture | None:
+def _infer(given: Architecture | None, mapped: Mapped, buffers: State, hints: Mapping[str, Any]) -> Architecture | None:
+    if given is not None:
+        return replace(given, image_size=hints.get("image_size"))
     return infer(to_timm(mapped.state), buffers, hints)
 
 
@@ -282,4 +278,4 @@ def _read_torch(path: Path) -> tuple[State, Mapping[str, Any]]:
 
 
 def _as_float32(array: Any) -> Any:
-    return array.astype(np.float32) if array.dtype.kind == "f" else array
+    return array.astype(np.float32, copy=False) if array.dtype.kind == "f" else array

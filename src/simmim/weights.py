@@ -25,7 +25,7 @@ MASK_TOKEN = "encoder.mask_token"
 _LEFT_OUT = {
     r"(relative_position_index|relative_coords_table|attn_mask)$": "computed again",
     r"^(head|head_dist|fc|classifier|lm_head)\.(?!norm\.)": "a classifier",  # ConvNeXt's norm is in its head
-    r"^pooler\.dense\.": "a pooling layer, which only a classifier uses",
+    r"^(pooler\.dense|attn_pool)\.": "a pooling layer, which only a classifier uses",
 }
 _MAE_DECODER = {r"^decoder_|^mask_token$": "MAE's decoder, which mask tokens enter only there"}
 

@@ -101,6 +101,19 @@ def test_official_weights_come_back_bit_identical(official: tuple[Path, Path]) -
     assert all(np.array_equal(back[name], saved[name].array()) for name in back)
 
 
+@needs_reference
+def test_a_model_that_is_given_keeps_the_image_size_that_came_with_the_weights(tmp_path: Path) -> None:
+    folder = tiny.REFERENCE / "swin"
+    arguments = {"embed_dim": 24, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "window_size": 4}
+    run = converted(
+        folder / "official_pretrain.pth",
+        tmp_path / "run",
+        model="swin_base_patch4_window7_224",
+        model_args=arguments,
+    )
+    assert Run(run).read_config(PretrainConfig).image_size == (128, 128)
+
+
 def test_official_method_is_in_the_configuration(official: tuple[Path, Path]) -> None:
     config = Run(official[1]).read_config(PretrainConfig)
     assert (config.mask, config.mask_cell, config.mask_ratio, config.target, config.loss) == (
@@ -165,6 +178,23 @@ def write_official_swin(path: Path, *, window: int, size: int) -> Path:
     official = {name: torch.randn(array.shape) * 0.1 for name, array in to_official_simmim(state).items()}
     torch.save({"model": official, "epoch": 7}, path)
     return path
+
+
+def test_an_official_swinv2_has_its_window_and_normalised_target(tmp_path: Path) -> None:
+    config = tiny.config("swinv2", model_args=tiny.KINDS["swinv2"].arguments | {"window_size": 4})
+    state = {name: tensor.numpy() for name, tensor in build_step(config).model.state_dict().items()}
+    part = {"EMBED_DIM": 24, "DEPTHS": [1, 1, 2, 1], "NUM_HEADS": [1, 2, 4, 8], "WINDOW_SIZE": 4}
+    model = {"TYPE": "swinv2", "DROP_PATH_RATE": 0.1, "SWINV2": part | {"PRETRAINED_WINDOW_SIZES": [0, 0, 0, 0]}}
+    model["SIMMIM"] = {"NORM_TARGET": {"ENABLE": True, "PATCH_SIZE": 47}}
+    record = {"DATA": {"IMG_SIZE": 64, "MASK_PATCH_SIZE": 16, "MASK_RATIO": 0.5}, "MODEL": model}
+    weights = {name: torch.from_numpy(array) for name, array in to_official_simmim(state).items()}
+    weights["encoder.layers.0.blocks.0.attn.relative_coords_table"] = torch.zeros(1, 7, 7, 2)
+    torch.save({"model": weights, "config": record}, tmp_path / "a.pth")
+    run = Run(converted(tmp_path / "a.pth", tmp_path / "run"))
+    found = run.read_config(PretrainConfig)
+    assert found.model_args["window_size"] == 4
+    assert (found.target, found.mask_cell, found.mask_ratio, found.drop_path) == ("local_normalized", 16, 0.5, 0.1)
+    tiny.assert_same(load_model(run.path).state_dict(), {k: torch.from_numpy(v) for k, v in state.items()})
 
 
 # Transformers
@@ -261,9 +291,8 @@ def test_timm_weights_come_back_bit_identical(kind: str, tmp_path: Path) -> None
     assert torch.equal(load_encoder(run)(images), load_encoder(tmp_path / "theirs")(images))
 
 
-def mae_state() -> dict[str, Tensor]:
+def mae_state(**arguments: Any) -> dict[str, Tensor]:
     """As the official code names them: a ViT, and a decoder that the mask token belongs to."""
-    arguments = {"embed_dim": 192, "depth": 12, "num_heads": 3}
     torch.manual_seed(0)
     encoder = create_backbone("vit_tiny_patch16_224", image_size=(64, 64), model_args=arguments).state_dict()
     decoder = {"mask_token": (1, 1, 32), "decoder_pos_embed": (1, 17, 32), "decoder_embed.weight": (32, 192)}
@@ -325,6 +354,10 @@ def test_other_channels_take_weights_in_turn(tmp_path: Path) -> None:
 # What is refused
 
 
+SMALL = tiny.KINDS["vit"].arguments
+GIVEN = ("--model", "vit_tiny_patch16_224", "--model-args", *(f"{name}={value}" for name, value in SMALL.items()))
+
+
 class WritesAFile:
     def __init__(self, path: Path):
         self.path = path
@@ -343,27 +376,27 @@ def refusal(checkpoint: Path, capsys: pytest.CaptureFixture[str], *options: str)
 
 
 def test_a_malicious_pickle_is_refused_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"model": mae_state(), "config": WritesAFile(tmp_path / "victim")}, tmp_path / "a.pth")
+    torch.save({"model": mae_state(**SMALL), "config": WritesAFile(tmp_path / "victim")}, tmp_path / "a.pth")
     assert "a.pth is refused: it asks to run posix.system" in refusal(tmp_path / "a.pth", capsys)
     assert not (tmp_path / "victim").exists()
 
 
 def test_a_truncated_safetensors_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save_file(mae_state(), tmp_path / "whole")
+    save_file(mae_state(**SMALL), tmp_path / "whole")
     (tmp_path / "a.safetensors").write_bytes((tmp_path / "whole").read_bytes()[:-1000])
     assert "a.safetensors is damaged or not a safetensors file" in refusal(tmp_path / "a.safetensors", capsys)
 
 
 def test_a_wrong_shape_is_refused_with_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(mae_state() | {"blocks.3.norm1.bias": torch.zeros(7)}, tmp_path / "a.pth")
-    assert "blocks.3.norm1.bias is (7,) instead of (192,)" in refusal(tmp_path / "a.pth", capsys)
+    torch.save(mae_state(**SMALL) | {"blocks.1.norm1.bias": torch.zeros(7)}, tmp_path / "a.pth")
+    assert "blocks.1.norm1.bias is (7,) instead of (48,)" in refusal(tmp_path / "a.pth", capsys, *GIVEN)
 
 
 def test_a_missing_weight_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = mae_state()
-    del state["blocks.3.norm1.bias"]
+    state = mae_state(**SMALL)
+    del state["blocks.1.norm1.bias"]
     torch.save(state, tmp_path / "a.pth")
-    assert "the checkpoint lacks 'blocks.3.norm1.bias' (1 such names)" in refusal(tmp_path / "a.pth", capsys)
+    assert "the checkpoint lacks 'blocks.1.norm1.bias' (1 such names)" in refusal(tmp_path / "a.pth", capsys, *GIVEN)
 
 
 def test_an_unknown_checkpoint_is_refused_with_names_that_it_holds(
@@ -389,8 +422,8 @@ def test_a_file_without_weights_is_refused(
 
 
 def test_a_window_is_refused_for_a_model_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(mae_state(), tmp_path / "a.pth")
-    assert "--window is for Swin and SwinV2" in refusal(tmp_path / "a.pth", capsys, "--window", "7")
+    torch.save(mae_state(**SMALL), tmp_path / "a.pth")
+    assert "--window is for Swin and SwinV2" in refusal(tmp_path / "a.pth", capsys, "--window", "7", *GIVEN)
 
 
 def test_a_vit_of_unusual_width_does_not_tell_its_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -400,13 +433,13 @@ def test_a_vit_of_unusual_width_does_not_tell_its_heads(tmp_path: Path, capsys: 
 
 
 def test_a_taken_directory_is_refused(tmp_path: Path) -> None:
-    torch.save({"model": mae_state()}, tmp_path / "a.pth")
-    converted(tmp_path / "a.pth", tmp_path / "run")
+    torch.save({"model": mae_state(**SMALL)}, tmp_path / "a.pth")
+    converted(tmp_path / "a.pth", tmp_path / "run", model="vit_tiny_patch16_224", model_args=SMALL)
     with pytest.raises(ValueError, match="holds a run; give a new directory as --out"):
         converted(tmp_path / "a.pth", tmp_path / "run")
 
 
 def test_a_run_is_not_converted(tmp_path: Path) -> None:
-    torch.save({"model": mae_state()}, tmp_path / "a.pth")
+    torch.save({"model": mae_state(**SMALL)}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=re.escape("is a run already; every command takes it as it is")):
-        read_checkpoint(converted(tmp_path / "a.pth", tmp_path / "run"))
+        read_checkpoint(converted(tmp_path / "a.pth", tmp_path / "run", model="vit_tiny_patch16_224", model_args=SMALL))
