@@ -76,8 +76,8 @@ def test_pool_token_takes_the_class_token():
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
-        ("vit", {"layer": 3}, "^layer 3 is not one of the encoder's 3 layers; use -3 to 2$"),
-        ("swin", {"layer": -5}, "^layer -5 is not one of the encoder's 4 layers; use -4 to 3$"),
+        ("vit", {"layer": 3}, "^layer 3 is not among the encoder's 3 layers; use -3 to 2$"),
+        ("swin", {"layer": -5}, "^layer -5 is not among the encoder's 4 layers; use -4 to 3$"),
         ("swin", {"pool": "token"}, "^pool token needs a class token, and SwinTransformer has none; use avg$"),
     ],
 )

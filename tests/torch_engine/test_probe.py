@@ -172,7 +172,7 @@ def test_the_command_prints_the_figures_for_a_person(run: Path, capsys: pytest.C
     ("words", "message"),
     [
         (["nowhere", "--data", "demo"], "nowhere has no encoder directory; give the --out directory of a run"),
-        (["RUN", "--data", "demo", "--layer", "7"], "layer 7 is not one of the encoder's 2 layers; use -2 to 1"),
+        (["RUN", "--data", "demo", "--layer", "7"], "layer 7 is not among the encoder's 2 layers; use -2 to 1"),
         (
             ["RUN", "--data", "demo", "--labels-per-class", "2"],
             "20 neighbours are more than the 16 training images; use k of 16 or less",

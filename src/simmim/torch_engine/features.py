@@ -34,7 +34,7 @@ class PooledFeatures(nn.Module):
         self.backbone: Any = backbone
         layers = len(self.backbone.feature_info)
         if not -layers <= layer < layers:
-            raise ValueError(f"layer {layer} is not among the encoder's {layers}; use {-layers} to {layers - 1}")
+            raise ValueError(f"layer {layer} is not among the encoder's {layers} layers; use {-layers} to {layers - 1}")
         if pool == "token" and getattr(backbone, "cls_token", None) is None:
             raise ValueError(f"pool token needs a class token, and {type(backbone).__name__} has none; use avg")
         self.layer = layer
