@@ -77,11 +77,11 @@ def demo() -> PretrainConfig:
         model="vit_tiny_patch16_224",
         model_args={"patch_size": 8, "depth": 6},
         image_size=(64, 64),
-        mask_cell=16,
-        mask_ratio=0.5,
-        batch_size=64,
-        epochs=100.0,
-        lr=4e-3,
+        mask_cell=8,
+        mask_ratio=0.4,
+        batch_size=32,
+        epochs=30.0,
+        lr=1.2e-2,
     )
 
 
