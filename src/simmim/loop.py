@@ -160,8 +160,8 @@ class Loop:
         limit = self._engine.bad_limit
         if any(bad >= limit for _, _, bad in fetched):
             raise TrainingDivergedError(
-                f"the loss was not finite for {limit} steps in a row, up to step {done}; they changed nothing, and the "
-                "last checkpoint is intact: lower --lr, or use --precision fp32"
+                f"loss or gradient was not finite for {limit} steps in a row, up to step {done}; they changed nothing "
+                "and the last checkpoint is intact; start again (--fresh) with a lower --lr or --precision fp32"
             )
 
     def _track(self, step: int, values: dict[str, float]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,17 +18,18 @@ Config = TypeVar("Config", bound=TrainingConfig)
 def written_whole(path: Path) -> Iterator[Path]:
     """A path to write instead of `path`, renamed onto it at the end: readers see the old file or the new, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    aside = Path(name)
+    aside = _aside(path)  # always the same name: what a killed process left is written over
     try:
         yield aside
-        aside.chmod(0o644)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def open_run(config: TrainingConfig) -> Run:
                 f"{run.path} holds a run with another configuration ({differences}); "
                 "repeat its command to resume it, give another --out, or start again with --fresh"
             )
-    elif run.path.exists() and not (run.path.is_dir() and _is_empty(run.path)):
+    elif run.path.exists() and not (run.path.is_dir() and _is_empty(run)):
         raise ValueError(f"{run.path} exists and is not a run; give a new directory as --out")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
@@ -101,8 +101,8 @@ def open_run(config: TrainingConfig) -> Run:
     return run
 
 
-def _is_empty(path: Path) -> bool:
-    return not any(path.iterdir())
+def _is_empty(run: Run) -> bool:
+    return set(run.path.iterdir()) <= {_aside(run.config)}  # left by a process that was killed as it began
 
 
 def _set_aside(run: Run) -> None:

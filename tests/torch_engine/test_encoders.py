@@ -76,10 +76,11 @@ def test_the_mask_token_is_what_the_features_of_a_hidden_image_depend_on(built: 
 @torch.no_grad()
 def test_nothing_hidden_gives_the_features_of_the_plain_backbone(built: dict[str, Encoder], kind: str) -> None:
     encoder = built[kind]
-    name, arguments = tiny.KINDS[kind].model, dict(find_family(tiny.KINDS[kind].model).arguments)
+    name = tiny.KINDS[kind].model
+    arguments = dict(find_family(name).arguments) | tiny.KINDS[kind].arguments
     if find_family(name).sized:
         arguments["img_size"] = SIZE
-    plain = timm.create_model(name, num_classes=0, in_chans=CHANNELS, **arguments, **tiny.KINDS[kind].arguments).eval()
+    plain = timm.create_model(name, num_classes=0, in_chans=CHANNELS, **arguments).eval()
     plain.load_state_dict(encoder.backbone.state_dict())
     expected = plain.forward_features(images())  # type: ignore[operator]
     if expected.ndim == 3:  # tokens, after those of class and registers

@@ -98,18 +98,6 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(whole: Finish
     assert_same_training(config, whole.config)
 
 
-def test_another_configuration_is_refused_and_fresh_moves_the_old_run_aside(whole: Finished, tmp_path: Path) -> None:
-    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"), steps=2)
-    assert worker.run(config, tmp_path / "log") == 0
-    other = dataclasses.replace(config, lr=0.1, mask_ratio=0.7)
-    assert worker.run(other, tmp_path / "log") == 2
-    assert "(lr 0.2 → 0.1, mask_ratio 0.6 → 0.7)" in (tmp_path / "log").read_text()
-    assert worker.run(dataclasses.replace(other, fresh=True), tmp_path / "log") == 0
-    old = next(tmp_path.glob("run.old-*"))
-    assert Run(old).read_config(PretrainConfig).lr == 0.2
-    assert Run(tmp_path / "run").read_config(PretrainConfig).lr == 0.1
-
-
 @pytest.mark.slow
 def test_batch_norm_statistics_resume_too(tmp_path: Path) -> None:
     whole = worker.finish(settings(tmp_path / "whole", "resnet18"), tmp_path / "log")

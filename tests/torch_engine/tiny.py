@@ -37,6 +37,7 @@ KINDS = {
     "vit": Kind("vit_tiny_patch16_224", _VIT),
     "vit with registers": Kind("vit_wee_patch16_reg1_gap_256", _VIT),
     "vit with class and register tokens": Kind("vit_small_patch14_reg4_dinov2", _VIT | {"patch_size": 16}),
+    "vit that pools by attention": Kind("vit_tiny_patch16_224", _VIT | {"global_pool": "map", "fc_norm": True}),
     "deit": Kind("deit_tiny_patch16_224", _VIT),
     "deit3": Kind("deit3_small_patch16_224", _VIT),
     "beit": Kind("beit_base_patch16_224", _VIT),

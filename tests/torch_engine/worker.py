@@ -128,10 +128,9 @@ def pretrain(config: PretrainConfig, kill_at_call: int | None = None) -> None:
     assert config.out
     settings = Path(f"{config.out}.{os.getpid()}.toml")
     settings.write_text(to_toml(config))
-    fresh = ["--fresh"] if config.fresh else []  # which --config never brings back
     counter = _CallCounter(kill_at_call)
     sys.setprofile(counter)
-    code = cli.main(["pretrain", "--config", str(settings), "--out", config.out, *fresh])
+    code = cli.main(["pretrain", "--config", str(settings), "--out", config.out])
     sys.setprofile(None)
     print(f"{counter.calls} calls")
     sys.exit(code)

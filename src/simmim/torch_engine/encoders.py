@@ -32,7 +32,7 @@ class Encoder(nn.Module):
         backbone.get_submodule(token_module).register_forward_hook(self._put_mask_token)
         for name, parameter in backbone.named_parameters():
             # Parts that only a classifier uses: without a gradient DDP would wait for them for ever.
-            if name.split(".")[0] in ("head", "head_dist", "fc", "fc_norm", "attn_pool"):
+            if name.split(".")[0] in ("head", "fc_norm", "attn_pool"):
                 parameter.requires_grad_(False)
 
     @property

@@ -1,0 +1,169 @@
+"""The training loop with an engine that only keeps a diary."""
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simmim.config import PretrainConfig
+from simmim.errors import TrainingDivergedError
+from simmim.loop import Event, Loop, Outcome
+from simmim.run import Run
+
+
+class Diary:
+    """An `Engine` whose loss at step n is n, written down with all that it is asked to do."""
+
+    is_main = True
+    bad_limit = 3
+
+    def __init__(self, start: int = 0, bad: Sequence[int] = ()):
+        self.start, self.bad_steps = start, set(bad)
+        self.bad = 0
+        self.done: list[str] = []
+        self.closed = False
+        self.signals: dict[int, list[int]] = {}
+
+    def resume(self) -> int:
+        return self.start
+
+    def batches(self, start_step: int) -> Iterator[int]:
+        try:
+            while True:
+                yield start_step
+                start_step += 1
+        finally:
+            self.closed = True
+
+    def update(self, step: int, batch: int) -> tuple[float, Any]:
+        assert batch == step
+        self.bad = self.bad + 1 if step in self.bad_steps else 0
+        for number in self.signals.get(step, []):
+            os.kill(os.getpid(), number)
+        return 0.5, [math.nan if self.bad else float(step + 1), 1.0, float(self.bad)]
+
+    def fetch(self, figures: Sequence[Any]) -> list[list[float]]:
+        self.done.append(f"fetch {len(figures)}")
+        return [list(each) for each in figures]
+
+    def save(self, done: int) -> None:
+        self.done.append(f"save {done}")
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+def loop(engine: Diary, out: Path, *, total: int = 10, save_every: int = 4, log_every: int = 3, **others: Any) -> Loop:
+    config = PretrainConfig(out=str(out), log_every_steps=log_every, batch_size=2)
+    out.mkdir(exist_ok=True)
+    return Loop(engine, Run(out), config, total_steps=total, steps_per_epoch=5, save_every_steps=save_every, **others)
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_is_logged_once_before_the_checkpoint_that_holds_it(tmp_path: Path) -> None:
+    engine = Diary()
+    assert loop(engine, tmp_path).fit() == Outcome(10, 0)
+    assert engine.done == [
+        "fetch 3",
+        "fetch 1",
+        "save 4",
+        "fetch 2",
+        "fetch 2",
+        "save 8",
+        "fetch 1",
+        "fetch 1",
+        "save 10",
+    ]
+    assert [(row["step"], row["loss"], row["epoch"]) for row in rows(tmp_path)] == [
+        (step, step, step / 5) for step in range(1, 11)
+    ]
+    assert engine.closed
+
+
+def test_a_resumed_run_drops_the_lines_of_the_steps_that_it_does_again(tmp_path: Path) -> None:
+    loop(Diary(), tmp_path, total=7).fit()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    assert loop(Diary(start=4), tmp_path).fit() == Outcome(10, 4)
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 11)]
+
+
+def test_a_finished_run_does_nothing(tmp_path: Path) -> None:
+    engine = Diary(start=10)
+    assert loop(engine, tmp_path).fit() == Outcome(10, 10)
+    assert engine.done == []
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_figures_of_events_are_in_their_steps_line_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    event = Event(every_steps=4, call=lambda done: {"val_loss": done / 10})
+    loop(Diary(), tmp_path, events=[event, Event(every_steps=8, call=lambda done: {"knn": 0.5})]).fit()
+    found = {row["step"]: (row.get("val_loss"), row.get("knn")) for row in rows(tmp_path)}
+    assert found[4] == (0.4, None)
+    assert found[8] == (0.8, 0.5)
+    assert found[10] == (1.0, 0.5)
+    assert all(found[step] == (None, None) for step in found.keys() - {4, 8, 10})
+    assert "step 8  val_loss 0.8000  knn 0.5000" in capsys.readouterr().err
+
+
+def test_skipped_steps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop(Diary(bad=[3, 4, 7]), tmp_path, log_every=10, save_every=10).fit()
+    assert [row.get("skipped_in_a_row") for row in rows(tmp_path)] == [None] * 3 + [1, 2, None, None, 1, None, None]
+    assert rows(tmp_path)[3]["loss"] is None
+    assert "step 10  3 of the last 10 steps skipped: loss or gradient not finite" in capsys.readouterr().err
+
+
+def test_too_many_skipped_steps_end_the_run_without_another_checkpoint(tmp_path: Path) -> None:
+    engine = Diary(bad=[5, 6, 7, 8, 9])
+    with pytest.raises(TrainingDivergedError) as error:
+        loop(engine, tmp_path).fit()
+    assert str(error.value) == (
+        "loss or gradient was not finite for 3 steps in a row, up to step 8; they changed nothing and the last "
+        "checkpoint is intact; start again (--fresh) with a lower --lr or --precision fp32"
+    )
+    assert [entry for entry in engine.done if entry.startswith("save")] == ["save 4"]
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 9)]
+    assert engine.closed
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    engine = Diary()
+    engine.signals = {4: [number]}
+    assert loop(engine, tmp_path).fit() == Outcome(5, 0, number)
+    assert engine.done[-1] == "save 5"
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 6)]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    engine = Diary()
+    engine.signals = {4: [signal.SIGINT, signal.SIGINT]}
+    with pytest.raises(KeyboardInterrupt):
+        loop(engine, tmp_path).fit()
+    assert engine.done[-1] == "save 4"
+    assert engine.closed
+
+
+def test_a_signal_in_the_last_step_does_not_undo_that_the_run_is_finished(tmp_path: Path) -> None:
+    engine = Diary()
+    engine.signals = {9: [signal.SIGTERM]}
+    assert loop(engine, tmp_path).fit() == Outcome(10, 0)
+
+
+def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Diary()
+    engine.is_main = False
+    loop(engine, tmp_path).fit()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+    assert engine.done[-1] == "save 10"

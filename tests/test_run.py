@@ -1,0 +1,113 @@
+"""The run directory: made, found again, refused, moved aside, and never half written."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simmim.config import PretrainConfig
+from simmim.run import Run, drop_metrics_after, open_run, written_whole
+
+
+def config(out: Path, **others: Any) -> PretrainConfig:
+    return PretrainConfig(data="demo", out=str(out), image_size=(64, 64), **others)
+
+
+def refusal(config: PretrainConfig) -> str:
+    with pytest.raises(ValueError, match="run") as error:
+        open_run(config)
+    return str(error.value)
+
+
+def test_a_new_run_holds_its_configuration(tmp_path: Path) -> None:
+    mine = config(tmp_path / "deep" / "run", lr=1e-3, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 1.0))
+    assert open_run(mine).read_config(PretrainConfig) == mine
+
+
+def test_an_empty_directory_becomes_a_run(tmp_path: Path) -> None:
+    assert open_run(config(tmp_path)).config.exists()
+
+
+def test_what_a_process_left_that_was_killed_as_it_began_becomes_a_run(tmp_path: Path) -> None:
+    with written_whole(Run(tmp_path).config) as left:
+        left.write_text("data = ")
+    Run(tmp_path).config.rename(left)  # a killed process does not clean up
+    assert open_run(config(tmp_path)).read_config(PretrainConfig) == config(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
+def test_the_same_configuration_is_resumed_and_what_does_not_matter_may_change(tmp_path: Path) -> None:
+    open_run(config(tmp_path))
+    other = config(tmp_path, device="cpu", workers=3, save_every_steps=7, accumulate_steps=2, compile=True, keep=5)
+    assert open_run(other).read_config(PretrainConfig) == other
+
+
+def test_a_changed_configuration_is_refused_naming_the_fields(tmp_path: Path) -> None:
+    open_run(config(tmp_path))
+    message = refusal(config(tmp_path, lr=1e-3, seed=4, keep=5))
+    assert message == (
+        f"{tmp_path} holds a run with another configuration (lr 0.0002 → 0.001, seed 0 → 4); "
+        "repeat its command to resume it, give another --out, or start again with --fresh"
+    )
+
+
+def test_fresh_moves_the_old_run_aside(tmp_path: Path) -> None:
+    old = config(tmp_path / "run")
+    open_run(old)
+    new = dataclasses.replace(old, lr=1e-3, fresh=True)
+    assert open_run(new).read_config(PretrainConfig).lr == 1e-3
+    (aside,) = tmp_path.glob("run.old-*")
+    assert Run(aside).read_config(PretrainConfig) == old
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_directory_with_something_else_in_it_is_refused_and_left_alone(tmp_path: Path, fresh: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("…")
+    assert refusal(config(tmp_path, fresh=fresh)) == (
+        f"{tmp_path} exists and is not a run; give a new directory as --out"
+    )
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_file_in_its_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    assert refusal(config(tmp_path / "run")).endswith("exists and is not a run; give a new directory as --out")
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    message = refusal(config(tmp_path / "file" / "run"))
+    assert message == f"{tmp_path}/file/run cannot be written: Not a directory; give another --out"
+
+
+def test_reading_the_configuration_of_what_is_no_run_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is not a run") as error:
+        Run(tmp_path).read_config(PretrainConfig)
+    assert str(error.value) == (
+        f"{tmp_path} is not a run: it has no config.toml; give the --out directory of a training"
+    )
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with written_whole(path) as aside:
+        aside.write_text("old")
+    with contextlib.suppress(ZeroDivisionError), written_whole(path) as aside:
+        aside.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_metrics_of_later_steps_and_half_lines_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    drop_metrics_after(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_no_metrics_are_nothing_to_drop(tmp_path: Path) -> None:
+    drop_metrics_after(tmp_path / "metrics.jsonl", 2)
+    assert list(tmp_path.iterdir()) == []

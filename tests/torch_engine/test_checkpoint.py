@@ -1,0 +1,158 @@
+"""Checkpoints: whole or not at all, and what is done about damage."""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from simmim.torch_engine import checkpoint
+from simmim.torch_engine.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    load_model_state,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from simmim.torch_engine.update import Update
+
+from . import tiny
+
+SETTINGS = tiny.config("resnet18")
+
+
+@pytest.fixture
+def trained() -> Update:
+    update = tiny.update(SETTINGS)
+    update(0, tiny.batch(SETTINGS))
+    return update
+
+
+def save(directory: Path, step: int, update: Update, keep: int = 2) -> Path:
+    return save_checkpoint(directory, step, update.model, update.optimizer, update.state(), world=tiny.CPU, keep=keep)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_restores_weights_statistics_optimiser_and_counts(trained: Update, tmp_path: Path) -> None:
+    trained(1, tiny.batch(SETTINGS, broken=True))
+    path = save(tmp_path, 2, trained)
+    other = tiny.update(tiny.config("resnet18", seed=1))
+    other.load_state(load_checkpoint(path, other.model, other.optimizer))
+    tiny.assert_same(tiny.state(other), tiny.state(trained))
+    assert other.state() == trained.state() == {"good": 0.0, "bad": 1.0, "scale": 1.0}
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(trained: Update, tmp_path: Path) -> None:
+    other = tiny.update(SETTINGS)
+    load_checkpoint(save(tmp_path, 1, trained), other.model, other.optimizer)
+    for step in (1, 2):
+        figures = [update(step, tiny.batch(SETTINGS, seed=step))[1] for update in (trained, other)]
+        assert torch.equal(*figures)
+    tiny.assert_same(tiny.state(other), tiny.state(trained))
+
+
+def test_the_model_alone_can_be_loaded(trained: Update, tmp_path: Path) -> None:
+    other = tiny.update(tiny.config("resnet18", seed=1)).model
+    load_model_state(save(tmp_path, 1, trained), other)
+    tiny.assert_same(other.state_dict(), trained.model.state_dict())
+
+
+def test_how_the_optimiser_computes_stays_that_of_this_device(trained: Update, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, trained)
+    other = tiny.update(SETTINGS)
+    for group in other.optimizer.param_groups:
+        group.update(fused=False, capturable=False)
+    load_checkpoint(path, other.model, other.optimizer)
+    assert [group["fused"] for group in other.optimizer.param_groups] == [False, False]
+
+
+def test_the_newest_are_kept(trained: Update, tmp_path: Path) -> None:
+    for step in (1, 2, 3, 10):
+        save(tmp_path, step, trained, keep=2)
+    assert names(tmp_path) == ["step-00000003", "step-00000010"]
+    assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 10)
+
+
+def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_good_one(trained: Update, tmp_path: Path) -> None:
+    for step in (5, 10):
+        save(tmp_path, step, trained, keep=1 if step == 5 else 2)
+    flip_a_byte(checkpoint_path(tmp_path, 10) / checkpoint.EXTRA)
+    save(tmp_path, 7, trained, keep=1)  # resumed after 5
+    assert names(tmp_path) == ["step-00000007"]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a flipped byte in the weights": lambda path: flip_a_byte(next(path.glob("*.distcp"))),
+    "a flipped byte in the metadata": lambda path: flip_a_byte(path / ".metadata"),
+    "a flipped byte in what the host keeps": lambda path: flip_a_byte(path / checkpoint.EXTRA),
+    "a file that is gone": lambda path: next(path.glob("*.distcp")).unlink(),
+    "a manifest that is gone": lambda path: (path / checkpoint.MANIFEST).unlink(),
+    "a manifest that is cut off": lambda path: (path / checkpoint.MANIFEST).write_text('{"extra.js'),
+    "a manifest of something else": lambda path: (path / checkpoint.MANIFEST).write_text("[]"),
+    "a manifest that is empty": lambda path: (path / checkpoint.MANIFEST).write_text(""),
+    "a manifest that is no text": lambda path: (path / checkpoint.MANIFEST).write_bytes(b"\xff\xfe"),
+    "nothing in it": lambda path: [file.unlink() for file in path.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_and_the_checkpoint_before_is_used(trained: Update, tmp_path: Path, damage: str) -> None:
+    good, bad = (save(tmp_path, step, trained) for step in (1, 2))
+    DAMAGES[damage](bad)
+    with pytest.warns(UserWarning, match=r"step-00000002 is damaged \([^\n]+\); using the one before it$"):
+        assert newest_checkpoint(tmp_path) == good
+
+
+def test_damage_to_every_checkpoint_is_an_error_of_one_line(trained: Update, tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip_a_byte(next(save(tmp_path, step, trained).glob("*.distcp")))
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(ValueError, match="every") as error:
+        newest_checkpoint(tmp_path)
+    assert str(error.value) == f"every checkpoint in {tmp_path} is damaged; start again with --fresh"
+
+
+def test_an_intact_checkpoint_gives_no_warning(trained: Update, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, trained)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert newest_checkpoint(tmp_path) == path
+
+
+@pytest.mark.parametrize("moment", ["_digest", "_to_disk"])
+def test_a_save_that_dies_half_way_leaves_the_checkpoint_before_and_no_rubbish(
+    trained: Update, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = save(tmp_path, 1, trained)
+
+    def die(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, moment, die)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, trained)
+    assert newest_checkpoint(tmp_path) == good
+    save(tmp_path, 3, trained)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_no_directory_or_an_empty_one_holds_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "nothing") is None
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_every_file_is_in_the_manifest(trained: Update, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, trained)
+    listed = json.loads((path / checkpoint.MANIFEST).read_text())
+    assert {file.name for file in path.iterdir()} == {checkpoint.MANIFEST, *listed}

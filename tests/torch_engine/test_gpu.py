@@ -1,0 +1,85 @@
+"""The step on an NVIDIA GPU: pytest -m gpu."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from simmim.config import PretrainConfig
+from simmim.torch_engine import distributed
+from simmim.torch_engine.distributed import World
+from simmim.torch_engine.pretrain import pretrain
+
+from . import tiny, worker
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU is seen")]
+GPU = World(device=torch.device("cuda", 0))
+KINDS = ["vit", "beit with a shared bias", "swin", "swinv2", "resnet18", "convnext"]
+
+
+def losses(settings: PretrainConfig, world: World, *, compiled: bool = False) -> list[float]:
+    update = tiny.update(settings, world=world)
+    if compiled:
+        update.model.compile(dynamic=False)
+    return [float(update(step, tiny.batch(settings, seed=step))[1][0]) for step in range(4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp32_losses_are_those_of_the_cpu(kind: str) -> None:
+    settings = tiny.config(kind, drop_path=0.2)
+    np.testing.assert_allclose(losses(settings, GPU), losses(settings, tiny.CPU), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_the_fp32_losses(kind: str, precision: str) -> None:
+    settings = tiny.config(kind, drop_path=0.2)
+    mixed = dataclasses.replace(settings, precision=precision)
+    np.testing.assert_allclose(losses(mixed, GPU), losses(settings, GPU), rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_compiled_step_gives_the_losses_of_the_eager_one(kind: str, precision: str) -> None:
+    settings = tiny.config(kind, precision=precision, drop_path=0.2)
+    tolerance = 1e-3 if precision == "fp32" else 2e-2
+    np.testing.assert_allclose(losses(settings, GPU, compiled=True), losses(settings, GPU), rtol=tolerance)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(kind: str, precision: str) -> None:
+    settings = tiny.config(kind, precision=precision, accumulate_steps=2, drop_path=0.2)
+    update, batch = tiny.update(settings, world=GPU), tiny.batch(settings)
+    update(0, batch)  # the first allocates, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update(1, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_that_is_not_finite_changes_nothing(precision: str) -> None:
+    settings = tiny.config("resnet18", precision=precision)
+    update = tiny.update(settings, world=GPU)
+    update(0, tiny.batch(settings))
+    before = tiny.state(update)
+    update(1, tiny.batch(settings, broken=True))
+    tiny.assert_same(tiny.state(update), before)
+
+
+def test_a_process_alone_trains_on_the_first_gpu() -> None:
+    with distributed.join("cuda") as world:
+        assert world.device == torch.device("cuda", 0)
+
+
+def test_a_whole_training_resumes(tmp_path: Path) -> None:
+    settings = worker.settings(tmp_path / "run")
+    on_gpu = dataclasses.replace(settings, device="cuda", precision="bf16", steps=4, save_every_steps=2)
+    pretrain(on_gpu)
+    _, outcome = pretrain(on_gpu)
+    assert outcome.start == 4
