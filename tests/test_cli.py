@@ -155,7 +155,7 @@ def test_a_whole_run_reports_and_is_reconstructed(terminal, tmp_path, monkeypatc
 def test_its_configuration_repeats_a_run(tmp_path):
     """Also what was found in the images (colours), and a value that is off (clipping)."""
     model = "--model vit_tiny_patch16_224 --model-args depth=1 embed_dim=12 num_heads=1 --image-size 32 --mask-cell 16"
-    task = "--target clusters --loss cross_entropy --clusters 4 --clip-grad none --batch-size 4 --val-images 0 --steps 2"
+    task = "--target clusters --loss cross_entropy --clusters 4 --clip-grad none --batch-size 4 --steps 2"
     assert run(f"pretrain --data demo --out {tmp_path}/a {model} {task} --device cpu --precision fp32") == 0
     assert run(f"pretrain --config {tmp_path}/a/config.toml --out {tmp_path}/b") == 0
     first, second = (
