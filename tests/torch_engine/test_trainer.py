@@ -1,0 +1,39 @@
+"""The engine under the loop."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from simmim.errors import TrainingDivergedError
+from simmim.loop import Loop
+from simmim.run import Run
+from simmim.torch_engine.trainer import TorchTrainer
+from simmim.torch_engine.update import Batch, Update
+
+from . import tiny
+
+SETTINGS = tiny.config(log_every_steps=10)
+
+
+def loop(update: Update, out: Path, *, total: int, broken_from: int) -> Loop:
+    def batches(start: int) -> Iterator[Batch]:
+        for step in range(start, total):
+            yield tiny.batch(SETTINGS, seed=step, broken=step >= broken_from)
+
+    run = Run(out)
+    trainer = TorchTrainer(update, batches, run=run, config=SETTINGS, world=tiny.CPU, on_save=lambda: None)
+    return Loop(trainer, run, SETTINGS, total_steps=total, steps_per_epoch=10, save_every_steps=4)
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_training_and_its_checkpoint_goes_on(tmp_path: Path) -> None:
+    good = tiny.update(SETTINGS)
+    for step in range(5):
+        good(step, tiny.batch(SETTINGS, seed=step))
+    with pytest.raises(TrainingDivergedError, match="for 10 steps in a row, up to step 16"):
+        loop(tiny.update(SETTINGS), tmp_path, total=40, broken_from=5).fit()
+    resumed = tiny.update(SETTINGS)
+    mended = loop(resumed, tmp_path, total=14, broken_from=99)
+    assert mended.start == 12
+    tiny.assert_same(tiny.state(resumed), tiny.state(good))
+    assert mended.fit().step == 14
