@@ -42,6 +42,8 @@ def create_optimizer(
 def create_adamw(
     groups: list[dict[str, Any]], *, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW, fused where the device has it. The learning rate is set at every step, by the schedule."""
-    fused = device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=fused, capturable=device.type == "tpu")
+    """AdamW; its learning rate is set at every step, by the schedule.
+
+    Fused on every device that trains: only so can a step skip itself there, see `Update`.
+    """
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=device.type in ("cpu", "cuda", "tpu"))
