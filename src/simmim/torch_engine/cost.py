@@ -38,22 +38,24 @@ aten = torch.ops.aten
 _BATCHES = (2, 4)
 
 
-def measure_work(config: PretrainConfig, *, like: str = "cuda") -> StepWork:
+def measure_work(config: PretrainConfig) -> StepWork:
     """The work of a step of `config`, complete but for `batch_size`, which does not matter here.
 
-    `like` says whose autocast and attention are followed, "cpu" or "cuda". One-line `ValueError` for what cannot be
-    built.
+    On `device` "cpu" the CPU's autocast and attention are followed, which save other tensors than CUDA's, else CUDA's.
+    One-line `ValueError` for what cannot be built.
     """
-    first, second = (_record(config, images, like) for images in _BATCHES)
+    first, second = (_record(config, images) for images in _BATCHES)
     assert first.names == second.names
     return StepWork(
         forward_flops=round(_line(first.flops, second.flops)[1, : first.forward_ends].sum()),
+        update_starts=first.update_starts,
         parameters=first.parameters,
         trained=first.trained,
         largest_block=first.largest_block,
         flops=_line(first.flops, second.flops),
         traffic=_line(first.traffic, second.traffic),
         live=_line(first.live, second.live),
+        gradients=np.array(first.gradients, np.float64),
     )
 
 
@@ -64,8 +66,9 @@ def _line(first: list[int], second: list[int]) -> np.ndarray:
     return np.stack((low - slope * _BATCHES[0], slope))
 
 
-def _record(config: PretrainConfig, images: int, like: str) -> "_Tape":
+def _record(config: PretrainConfig, images: int) -> "_Tape":
     """One update of `images` images, with AdamW's averages there from the start."""
+    other = contextlib.nullcontext() if config.device == "cpu" else _LikeCuda()
     config = dataclasses.replace(config, batch_size=images, accumulate_steps=1, device="cpu")
     with torch.device("meta"):
         step = build_step(config)
@@ -73,7 +76,7 @@ def _record(config: PretrainConfig, images: int, like: str) -> "_Tape":
         step.model.encoder.backbone.set_grad_checkpointing(True)
     device = torch.device("cpu")
     tape = _Tape(step)
-    with FakeTensorMode(), tape, _LikeCuda() if like == "cuda" else contextlib.nullcontext():
+    with FakeTensorMode(), tape, other:
         step._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=device)
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
@@ -85,7 +88,7 @@ def _record(config: PretrainConfig, images: int, like: str) -> "_Tape":
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         optimizer.step()  # creates AdamW's averages
         optimizer.zero_grad()
-        tape.clear()
+        tape.watch(step, optimizer)
         update(0, batch)
     return tape
 
@@ -102,16 +105,26 @@ class _Tape(TorchDispatchMode):
             (sum(parameter.numel() for parameter in block.parameters()) for block in blocks), default=self.parameters
         )
         self._held: dict[int, int] = {}
-        self._in_use = 0
-        self.clear()
-        step.register_forward_hook(lambda *_: setattr(self, "forward_ends", len(self.names)))
-
-    def clear(self) -> None:
+        self._in_use = self._in_gradients = 0
         self.names: list[str] = []
         self.flops: list[int] = []
         self.traffic: list[int] = []
         self.live: list[int] = []
-        self.forward_ends = 0
+        self.gradients: list[int] = []
+        self.forward_ends = self.update_starts = 0
+
+    def watch(self, step: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Forget the operations so far, and from now on note the parts of the update too."""
+        for notes in (self.names, self.flops, self.traffic, self.live, self.gradients):
+            notes.clear()
+        step.register_forward_hook(lambda *_: setattr(self, "forward_ends", len(self.names)))
+        optimizer.register_step_pre_hook(lambda *_: setattr(self, "update_starts", len(self.names)))
+        for parameter in step.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._note_gradient)
+
+    def _note_gradient(self, parameter: Tensor) -> None:
+        self._in_gradients += parameter.numel() * parameter.itemsize
 
     def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -126,8 +139,10 @@ class _Tape(TorchDispatchMode):
         formula = _FORMULAS.get(packet) or flop_registry.get(packet)
         self.names.append(str(packet))
         self.flops.append(int(formula(*args, **kwargs, out_val=out)) if formula else 0)
-        self.traffic.append(0 if _is_view(func) else sum(map(_bytes, inputs)) + sum(map(_bytes, outputs)))
+        written = _written(func, args) or outputs
+        self.traffic.append(0 if _is_view(func) else sum(map(_bytes, inputs)) + sum(map(_bytes, written)))
         self.live.append(self._in_use)
+        self.gradients.append(self._in_gradients)
         return out
 
     def _hold(self, tensor: Tensor) -> None:
@@ -147,6 +162,16 @@ def _is_view(func: Any) -> bool:
     return any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns) or (
         func.overloadpacket is aten._unsafe_view
     )
+
+
+def _written(func: Any, args: Any) -> list[Tensor]:
+    """The inputs that an operation changes in place."""
+    changed = [
+        value
+        for argument, value in zip(func._schema.arguments, args, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [leaf for leaf in tree_leaves(changed) if isinstance(leaf, Tensor)]
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -191,6 +216,15 @@ class _LikeCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
             args = tuple(arg.float() if isinstance(arg, Tensor) and arg.dtype.itemsize == 2 else arg for arg in args)
+        if func is Tensor.backward:
+            # A mode is off while it handles a call, and in this one checkpointing runs the forward pass again. So go
+            # straight to the engine, since `torch.autograd.backward` would come back here.
+            start = torch.ones_like(args[0])
+            with self:
+                torch.autograd.Variable._execution_engine.run_backward(
+                    (args[0],), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                )
+            return None
         if func is F.scaled_dot_product_attention:
             return _cuda_attention(*args, **kwargs)
         return func(*args, **kwargs)
