@@ -39,7 +39,7 @@ def pretrain(**settings: Any) -> "Run":
     `out` that holds a run with another configuration.
     """
     from simmim.config import PretrainConfig, from_settings
-    from simmim.torch_engine.pretrain import pretrain
+    from simmim.engines import pretrain
 
     return pretrain(from_settings(PretrainConfig, settings))[0]
 

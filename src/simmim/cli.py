@@ -52,7 +52,7 @@ def pretrain(argv: list[str]) -> int:
 
 
 def _pretrain(config: "PretrainConfig") -> int:
-    from simmim.torch_engine.pretrain import pretrain
+    from simmim.engines import pretrain
 
     _, outcome = pretrain(config)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by

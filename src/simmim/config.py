@@ -143,6 +143,10 @@ class PretrainConfig(TrainingConfig):
     """Those colours, normalised (default: found by k-means over the images)."""
     head: Literal["linear", "mlp", "transformer"] = "linear"
     """The prediction head."""
+    engine: Literal["torch", "keras"] = "torch"
+    """What trains: PyTorch, or Keras on JAX or TensorFlow."""
+    backend: Annotated[Literal["jax", "tensorflow"] | None, HINT] = None
+    """What the keras engine runs on (default: jax)."""
     init_from: Word = None
     """Start from the weights of this run or safetensors file."""
     val_images: NotNegative = 8
@@ -160,8 +164,9 @@ class PretrainConfig(TrainingConfig):
 
 # What may differ when a run is resumed: where and how it runs and is watched, never what is learned.
 OPERATIONAL = {
-    "out", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations", "shard",
-    "save_every_steps", "keep", "fresh", "log_every_steps", "log", "picture_every_steps", "probe", "probe_every_epochs",
+    "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
+    "shard", "save_every_steps", "keep", "fresh", "log_every_steps", "log", "picture_every_steps", "probe",
+    "probe_every_epochs",
 }  # fmt: skip
 
 
@@ -188,6 +193,8 @@ def validated(config: Config) -> Config:
             f"use {config.batch_size // config.accumulate_steps * config.accumulate_steps or config.accumulate_steps}"
         )
     if isinstance(config, PretrainConfig):
+        if config.backend is not None and config.engine != "keras":
+            raise ValueError(f"--backend {config.backend} is for the keras engine; add --engine keras")
         for name, table in (("mask", MASKS), ("target", TARGETS), ("loss", LOSSES)):
             if (value := getattr(config, name)) not in table:
                 raise ValueError(f"{name} {value!r} is not known; choose from {', '.join(table)}")

@@ -8,14 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim.torch_engine import checkpoint
-from simmim.torch_engine.checkpoint import (
-    checkpoint_path,
-    load_checkpoint,
-    load_model_state,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from simmim import checkpoints
+from simmim.checkpoints import MANIFEST, checkpoint_path, newest_checkpoint
+from simmim.torch_engine.checkpoint import EXTRA, load_checkpoint, load_model_state, save_checkpoint
 from simmim.torch_engine.update import Update
 
 from . import tiny
@@ -68,15 +63,6 @@ def test_the_model_alone_can_be_loaded(trained: Update, tmp_path: Path) -> None:
     tiny.assert_same(other.state_dict(), trained.model.state_dict())
 
 
-def test_how_the_optimiser_computes_stays_that_of_this_device(trained: Update, tmp_path: Path) -> None:
-    path = save(tmp_path, 1, trained)
-    other = tiny.update(SETTINGS)
-    for group in other.optimizer.param_groups:
-        group.update(fused=False, capturable=False)
-    load_checkpoint(path, other.model, other.optimizer)
-    assert [group["fused"] for group in other.optimizer.param_groups] == [False, False]
-
-
 def test_the_newest_are_kept(trained: Update, tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         save(tmp_path, step, trained, keep=2)
@@ -87,7 +73,7 @@ def test_the_newest_are_kept(trained: Update, tmp_path: Path) -> None:
 def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_good_one(trained: Update, tmp_path: Path) -> None:
     for step in (5, 10):
         save(tmp_path, step, trained, keep=1 if step == 5 else 2)
-    flip_a_byte(checkpoint_path(tmp_path, 10) / checkpoint.EXTRA)
+    flip_a_byte(checkpoint_path(tmp_path, 10) / EXTRA)
     save(tmp_path, 7, trained, keep=1)  # resumed after 5
     assert names(tmp_path) == ["step-00000007"]
 
@@ -95,13 +81,13 @@ def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_good_one(traine
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "a flipped byte in the weights": lambda path: flip_a_byte(next(path.glob("*.distcp"))),
     "a flipped byte in the metadata": lambda path: flip_a_byte(path / ".metadata"),
-    "a flipped byte in what the host keeps": lambda path: flip_a_byte(path / checkpoint.EXTRA),
+    "a flipped byte in what the host keeps": lambda path: flip_a_byte(path / EXTRA),
     "a file that is gone": lambda path: next(path.glob("*.distcp")).unlink(),
-    "a manifest that is gone": lambda path: (path / checkpoint.MANIFEST).unlink(),
-    "a manifest that is cut off": lambda path: (path / checkpoint.MANIFEST).write_text('{"extra.js'),
-    "a manifest of something else": lambda path: (path / checkpoint.MANIFEST).write_text("[]"),
-    "a manifest that is empty": lambda path: (path / checkpoint.MANIFEST).write_text(""),
-    "a manifest that is no text": lambda path: (path / checkpoint.MANIFEST).write_bytes(b"\xff\xfe"),
+    "a manifest that is gone": lambda path: (path / MANIFEST).unlink(),
+    "a manifest that is cut off": lambda path: (path / MANIFEST).write_text('{"extra.js'),
+    "a manifest of something else": lambda path: (path / MANIFEST).write_text("[]"),
+    "a manifest that is empty": lambda path: (path / MANIFEST).write_text(""),
+    "a manifest that is no text": lambda path: (path / MANIFEST).write_bytes(b"\xff\xfe"),
     "nothing in it": lambda path: [file.unlink() for file in path.iterdir()],
 }
 
@@ -139,7 +125,7 @@ def test_a_save_that_dies_half_way_leaves_the_checkpoint_before_and_no_rubbish(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, moment, die)
+        patch.setattr(checkpoints, moment, die)
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2, trained)
     assert newest_checkpoint(tmp_path) == good
@@ -154,5 +140,5 @@ def test_no_directory_or_an_empty_one_holds_no_checkpoint(tmp_path: Path) -> Non
 
 def test_every_file_is_in_the_manifest(trained: Update, tmp_path: Path) -> None:
     path = save(tmp_path, 1, trained)
-    listed = json.loads((path / checkpoint.MANIFEST).read_text())
-    assert {file.name for file in path.iterdir()} == {checkpoint.MANIFEST, *listed}
+    listed = json.loads((path / MANIFEST).read_text())
+    assert {file.name for file in path.iterdir()} == {MANIFEST, *listed}

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simmim.checkpoints import checkpoint_path, newest_checkpoint
 from simmim.config import PretrainConfig
 from simmim.run import Run
-from simmim.torch_engine.checkpoint import checkpoint_path, newest_checkpoint
 
 from . import tiny, worker
 from .worker import STEPS, Finished, rows, settings, weights

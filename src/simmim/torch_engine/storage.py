@@ -12,10 +12,11 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from simmim.checkpoints import newest_checkpoint
 from simmim.config import PretrainConfig, TrainingConfig
 from simmim.foreign import read_checkpoint
 from simmim.run import Run, written_whole
-from simmim.torch_engine.checkpoint import load_model_state, newest_checkpoint
+from simmim.torch_engine.checkpoint import load_model_state
 from simmim.torch_engine.heads import LinearHead
 from simmim.torch_engine.model import MaskedImageModel, PretrainStep, build_model
 from simmim.torch_engine.resize import adapt_output_channels, fit_backbone

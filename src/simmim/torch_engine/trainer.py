@@ -5,15 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from simmim.checkpoints import checkpoint_path, checkpoint_step, newest_checkpoint
 from simmim.config import TrainingConfig
 from simmim.run import Run
-from simmim.torch_engine.checkpoint import (
-    checkpoint_path,
-    checkpoint_step,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from simmim.torch_engine.checkpoint import load_checkpoint, save_checkpoint
 from simmim.torch_engine.distributed import World
 from simmim.torch_engine.update import Batch, Update
 

@@ -1,0 +1,14 @@
+"""Which engine does it. The engines do not know each other; each is loaded when it is asked for."""
+
+from simmim.config import PretrainConfig
+from simmim.loop import Outcome
+from simmim.run import Run
+
+
+def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
+    """Pretrain, or resume, with the engine of the configuration; see `simmim.pretrain`."""
+    if config.engine == "keras":
+        from simmim.keras_engine import pretrain
+    else:
+        from simmim.torch_engine.pretrain import pretrain
+    return pretrain(config)

@@ -1,0 +1,62 @@
+"""Whole training states on disk, the same for JAX and TensorFlow: one safetensors file of named arrays.
+
+`RUN/checkpoints/step-00001000/state.safetensors` holds `model.NAME`, `mean.NAME` and `square.NAME` (AdamW's averages)
+under the torch engine's names and in PyTorch's layout, `updates` and `bad`; `simmim.checkpoints` verifies it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from simmim.checkpoints import begin, publish
+from simmim.keras_engine import weights
+from simmim.keras_engine.model import MaskedImageModel
+from simmim.keras_engine.optim import State
+
+_FILE = "state.safetensors"
+
+
+def save_checkpoint(directory: Path, step: int, model: MaskedImageModel, state: State, *, keep: int) -> Path:
+    """Write the state after `step` steps; one process calls it. Returns the checkpoint's directory."""
+    save_file(_named(model, state), begin(directory, step) / _FILE)
+    return publish(directory, step, keep=keep)
+
+
+def load_checkpoint(path: Path, model: MaskedImageModel) -> State:
+    """The state as saved."""
+    arrays = load_file(path / _FILE)
+    parameters = model.trainable_variables
+    return State(
+        parameters=weights.arrange(parameters, part(arrays, "model")),
+        statistics=weights.arrange(model.non_trainable_variables, part(arrays, "model")),
+        means=weights.arrange(parameters, part(arrays, "mean")),
+        squares=weights.arrange(parameters, part(arrays, "square")),
+        updates=arrays["updates"],
+        bad=arrays["bad"],
+    )
+
+
+def load_weights(path: Path) -> weights.State:
+    """The model's weights alone, under the torch engine's names."""
+    return part(load_file(path / _FILE), "model")
+
+
+def part(arrays: Mapping[str, NDArray[Any]], kind: str) -> weights.State:
+    prefix = f"{kind}."
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def _named(model: MaskedImageModel, state: State) -> dict[str, NDArray[Any]]:
+    parameters = model.trainable_variables
+    groups = {
+        "model": weights.export(parameters, state.parameters)
+        | weights.export(model.non_trainable_variables, state.statistics),
+        "mean": weights.export(parameters, state.means),
+        "square": weights.export(parameters, state.squares),
+    }
+    named = {f"{kind}.{name}": array for kind, group in groups.items() for name, array in group.items()}
+    return named | {"updates": np.asarray(state.updates), "bad": np.asarray(state.bad)}

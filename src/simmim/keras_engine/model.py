@@ -1,0 +1,83 @@
+"""The method on one page, as in the torch engine: hide patches, encode, predict what was hidden, judge that only.
+
+Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of the feature map (both in pixels),
+`h w` = `H/s W/s` feature-map cells, `D` features, `P` predicted values a cell.
+"""
+
+import keras
+import numpy as np
+
+from simmim.config import PretrainConfig
+from simmim.keras_engine import weights
+from simmim.keras_engine.architectures import Architecture, find_architecture
+from simmim.keras_engine.encoders import Encoder, TokenEncoder
+from simmim.keras_engine.first_values import first_values
+from simmim.keras_engine.heads import create_head
+from simmim.keras_engine.layers import Array, Module, ops
+from simmim.keras_engine.resnet import ConvEncoder
+from simmim.keras_engine.swin import SwinEncoder
+from simmim.losses import LOSSES, Loss
+from simmim.plan import build_target, check_sizes
+from simmim.targets import Target
+
+_ENCODERS = {"vit": TokenEncoder, "beit": TokenEncoder, "swin": SwinEncoder, "resnet": ConvEncoder}
+
+
+class MaskedImageModel(Module):
+    """Encoder + head + target + loss (SimMIM §3).
+
+    Takes a batch as the input pipeline delivers it: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p) with
+    True = hidden, drop_path (B, layers). Flips and normalises on the device, so that images cross to it as small
+    integers. Returns the loss, a scalar, and the prediction (B, h, w, P).
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        head: keras.layers.Layer,
+        target: Target,
+        loss: Loss,
+        *,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ):
+        super().__init__("model")
+        self.encoder = encoder
+        self.head = head
+        self.target = target
+        self.loss = loss
+        self.mean = np.array(mean, np.float32) * 255
+        self.scale = np.float32(1) / (np.array(std, np.float32) * 255)
+
+    def call(self, batch: dict[str, Array], training: bool = False) -> tuple[Array, Array]:
+        images = (ops.cast(batch["image"], "float32") - self.mean) * self.scale
+        images = ops.where(batch["flip"][:, None, None, None], ops.flip(images, axis=2), images)
+        features = self.encoder(images, batch["mask"], batch.get("drop_path"), training=training)
+        prediction = ops.cast(self.head(features), "float32")
+        target = self.target(ops, images, self.encoder.stride)
+        weights = self.target.weights(ops, batch["mask"], self.encoder.patch_size, self.encoder.stride)
+        return self.loss(ops, prediction, target, weights), prediction
+
+    def has_weight_decay(self, variable: keras.Variable) -> bool:
+        """As in the torch engine: 1-D parameters, biases, and what the encoder names are exempt."""
+        name = weights.torch_name(variable)
+        return len(variable.shape) > 1 and not name.endswith(".bias") and name not in self.encoder.without_decay
+
+
+def architecture_of(config: PretrainConfig) -> Architecture:
+    return find_architecture(config.model).with_arguments(config.model_args)
+
+
+def build_model(config: PretrainConfig) -> MaskedImageModel:
+    """The model of a complete configuration, with the first weights of its seed."""
+    assert config.image_size is not None and isinstance(config.mean, tuple) and isinstance(config.std, tuple)
+    keras.config.set_dtype_policy("mixed_bfloat16" if config.precision == "bf16" else "float32")
+    architecture = architecture_of(config)
+    encoder = _ENCODERS[architecture.family](architecture, config.image_size, config.channels, config.drop_path)
+    check_sizes(config, encoder)
+    target = build_target(config)
+    head = create_head(config.head, encoder.num_features, target.channels(config.channels, encoder.stride))
+    model = MaskedImageModel(encoder, head, target, LOSSES[config.loss](), mean=config.mean, std=config.std)
+    shapes = {weights.torch_name(variable): weights.torch_shape(variable) for variable in model.variables}
+    weights.assign(model, first_values(shapes, architecture, config.seed))
+    return model

@@ -1,0 +1,102 @@
+"""`simmim pretrain --engine keras` as a user runs it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.numpy import load_file
+
+from .conftest import have, run_python
+
+BACKENDS = [pytest.param(backend, marks=have("keras", backend)) for backend in ("jax", "tensorflow")]
+TINY = {
+    "data": "demo",
+    "engine": "keras",
+    "device": "cpu",
+    "precision": "fp32",
+    "model": "vit_tiny_patch16_224",
+    "image-size": "32x64",
+    "mask-cell": "16",
+    "batch-size": "16",
+    "val-images": "2",
+    "drop-path": "0.1",
+    "log-every-steps": "1",
+    "warmup-epochs": "0",
+}
+COMMAND = ["-m", "simmim", "pretrain", *(word for name, value in TINY.items() for word in (f"--{name}", value))]
+COMMAND += ["--model-args", "depth=2", "embed_dim=48"]
+
+
+def pretrain(out: Path, *options: str) -> None:
+    done = run_python(*COMMAND, "--out", str(out), *options)
+    assert done.returncode == 0, done.stderr
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def state(out: Path, step: int) -> dict[str, Any]:
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / "state.safetensors")
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A run of six steps."""
+    out = tmp_path_factory.mktemp(request.param) / "run"
+    pretrain(out, "--backend", request.param, "--steps", "6", "--save-every-steps", "3")
+    return request.param, out
+
+
+def test_a_run_that_is_resumed_ends_bit_identical(whole: tuple[str, Path], tmp_path: Path) -> None:
+    """What a kill after step 4 leaves: the checkpoint of step 3, and later lines of metrics."""
+    backend, out = whole
+    resumed = tmp_path / "run"
+    (resumed / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "step-00000003").rename(resumed / "checkpoints" / "step-00000003")
+    (resumed / "config.toml").write_text((out / "config.toml").read_text().replace(str(out), str(resumed)))
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (resumed / "metrics.jsonl").write_text("".join(lines[:4]))
+    pretrain(resumed, "--backend", backend, "--steps", "6", "--save-every-steps", "3")
+    assert losses(resumed) == losses(out)
+    expected, found = state(out, 6), state(resumed, 6)
+    assert set(found) == set(expected)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_encoder_loads_in_timm_with_the_runs_weights(whole: tuple[str, Path]) -> None:
+    _, out = whole
+    backbone = timm.create_model(f"local-dir:{out}/encoder", pretrained=True, num_classes=0)
+    trained = state(out, 6)
+    for name, tensor in backbone.state_dict().items():
+        assert np.array_equal(tensor.numpy(), trained[f"model.encoder.backbone.{name}"]), name
+    assert backbone(torch.zeros(1, 3, 32, 64)).shape == (1, 48)
+
+
+def test_a_picture_and_a_validation_loss_are_written(whole: tuple[str, Path]) -> None:
+    _, out = whole
+    assert (out / "reconstructions" / "step-00000006.png").is_file()
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0.3 < last["val_loss"] < 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "fp16"], "--precision fp16 is not for --engine keras --backend jax; use bf16"),
+        (["--no-compile"], "--no-compile is not for --engine keras --backend jax; leave it out"),
+    ],
+)
+@have("keras", "jax")
+def test_an_option_that_it_does_not_honour_is_refused_in_one_line(
+    tmp_path: Path, options: list[str], message: str
+) -> None:
+    done = run_python(*COMMAND, "--out", str(tmp_path / "run"), *options)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
