@@ -145,7 +145,7 @@ class PretrainConfig(TrainingConfig):
     """The prediction head."""
     engine: Literal["torch", "keras"] = "torch"
     """What trains: PyTorch, or Keras on JAX or TensorFlow."""
-    backend: Annotated[Literal["jax", "tensorflow"] | None, HINT] = None
+    backend: Annotated[Literal["jax", "tensorflow"] | None, one_word(str, "jax|tensorflow"), HINT] = None
     """What the keras engine runs on (default: jax)."""
     init_from: Word = None
     """Start from the weights of this run or safetensors file."""
