@@ -97,6 +97,27 @@ def probe(argv: list[str]) -> int:
     return 0
 
 
+def advise(argv: list[str]) -> int:
+    """Say which accelerator, how many, how long, what it costs, and whether it fits"""
+    from simmim.advisor import advise, plot, show
+    from simmim.fields import Word
+    from simmim.wish import Wish
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(Wish):
+        json: bool = False
+        """Print JSON only."""
+        plot: Word = None
+        """Draw time against cost into this PNG file."""
+
+    command = parse(Command, "advise", argv)
+    advice = advise(Wish(**{field.name: getattr(command, field.name) for field in dataclasses.fields(Wish)}))
+    print(advice.as_json() if command.json else show(advice))
+    if command.plot:
+        plot(advice, command.plot)
+    return 0
+
+
 def bench(argv: list[str]) -> int:
     """Measure this machine's step and input speed, and its share of the peak"""
     from simmim.torch_engine.bench import BenchConfig, bench, describe
@@ -181,7 +202,8 @@ def export(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    function.__name__: function for function in (pretrain, reconstruct, probe, convert, export, bench, doctor, recipes)
+    function.__name__: function
+    for function in (pretrain, reconstruct, probe, convert, export, advise, bench, doctor, recipes)
 }
 
 

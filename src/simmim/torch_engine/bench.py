@@ -1,5 +1,7 @@
 """`simmim bench`: how fast this machine takes a pretraining step and reads images, and its share of the peak."""
 
+import json
+import os
 import statistics
 import tempfile
 import time
@@ -20,7 +22,7 @@ from simmim.data.augment import RandomResizedCrop
 from simmim.data.pipeline import BadImages, train_batches
 from simmim.data.sources import ImageSource, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
-from simmim.fields import ImageSize, Positive, PositiveReal, YesNo
+from simmim.fields import ImageSize, Positive, PositiveReal, Word, YesNo
 from simmim.keys import sample_keys
 from simmim.masking import upsample_mask
 from simmim.schedules import CosineSchedule
@@ -52,6 +54,8 @@ class BenchConfig:
     """Compile the step with torch.compile (default: on CUDA and TPU only, as in training)."""
     seconds: PositiveReal = 10.0
     """How long to measure each figure, after warming up."""
+    save_calibration: Word = None
+    """Add the figures to this JSON file, from which simmim advise --calibration learns what the machine reaches."""
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
@@ -73,8 +77,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             std=IMAGENET_STD,
         )
     )
-    return {
+    figures = {
         "device": distributed.device_name(torch.device(device)),
+        "kind": device,
+        "memory_gib": device_memory(device) / 2**30,
         "torch": torch.__version__,
         "model": training.model,
         "image_size": list(training.image_size or ()),
@@ -84,6 +90,25 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "step": measure_step(training, config.seconds),
         "input": measure_input(source, training, config.seconds),
     }
+    if config.save_calibration:
+        add_calibration(Path(config.save_calibration), figures)
+    return figures
+
+
+def device_memory(device: str) -> int:
+    """Bytes: the GPU's, else the machine's."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def add_calibration(path: Path, figures: dict[str, Any]) -> None:
+    steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else []
+    if steps and steps[0]["device"] != figures["device"]:
+        raise ValueError(
+            f"calibration {path} is of {steps[0]['device']!r}; give another file for {figures['device']!r}"
+        )
+    path.write_text(json.dumps({"steps": [*steps, figures]}, indent=1) + "\n", encoding="utf-8")
 
 
 def describe(figures: dict[str, Any]) -> str:

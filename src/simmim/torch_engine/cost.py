@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,7 +43,7 @@ _BATCHES = (2, 4)
 def measure_work(config: PretrainConfig) -> StepWork:
     """The work of a step of `config`, complete but for `batch_size`, which does not matter here.
 
-    On `device` "cpu" the CPU's autocast and attention are followed, which save other tensors than CUDA's, else CUDA's.
+    What autocast and attention do on its `device` is followed ("auto": on CUDA), since each saves other tensors.
     One-line `ValueError` for what cannot be built.
     """
     first, second = (_record(config, images) for images in _BATCHES)
@@ -68,7 +70,7 @@ def _line(first: list[int], second: list[int]) -> np.ndarray:
 
 def _record(config: PretrainConfig, images: int) -> "_Tape":
     """One update of `images` images, with AdamW's averages there from the start."""
-    other = contextlib.nullcontext() if config.device == "cpu" else _LikeCuda()
+    like = _LIKE[config.device]()
     config = dataclasses.replace(config, batch_size=images, accumulate_steps=1, device="cpu")
     with torch.device("meta"):
         step = build_step(config)
@@ -76,7 +78,7 @@ def _record(config: PretrainConfig, images: int) -> "_Tape":
         step.model.encoder.backbone.set_grad_checkpointing(True)
     device = torch.device("cpu")
     tape = _Tape(step)
-    with FakeTensorMode(), tape, other:
+    with FakeTensorMode(), tape, like:
         step._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=device)
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
@@ -228,6 +230,16 @@ class _LikeCuda(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return _cuda_attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+# TorchTPU has no fused attention, and its autocast leaves norms and softmax in the precision of their input, as the
+# CPU's does.
+_LIKE: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "cpu": contextlib.nullcontext,
+    "cuda": _LikeCuda,
+    "auto": _LikeCuda,
+    "tpu": lambda: sdpa_kernel(SDPBackend.MATH),
+}
 
 
 def _cuda_attention(

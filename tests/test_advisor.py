@@ -1,0 +1,216 @@
+"""Choice, ranking and words, on a step whose work is simple enough for arithmetic by hand."""
+
+import dataclasses
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from simmim.advisor import advise, plot, show
+from simmim.cli import main
+from simmim.roofline import StepWork
+from simmim.wish import Wish
+
+MODEL = "vit_tiny_patch16_224"
+GIB = 2**30
+
+
+def step_work(*, gflop=100.0, gib_image=0.05, parameters=100e6, gib_base=0.0) -> StepWork:
+    """All arithmetic: `gflop` an image; states and gradients, and activations of `gib_image` an image."""
+    states, gradients = 12 * parameters, 4 * parameters
+    return StepWork(
+        forward_flops=int(gflop * 1e9 / 3),
+        parameters=int(parameters),
+        trained=int(parameters),
+        largest_block=int(parameters / 10),
+        update_starts=2,
+        flops=np.array([[0.0, 0, 0], [gflop * 1e9, 0, 0]]),
+        traffic=np.zeros((2, 3)),
+        live=np.array([[states, states + gradients, states + gradients], [gib_image * GIB, 0, 0]]) + gib_base * GIB,
+        gradients=np.array([0, gradients, gradients]),
+    )
+
+
+def measure(config) -> StepWork:
+    work = step_work()
+    if config.checkpoint_activations:
+        work = dataclasses.replace(work, flops=work.flops * 4 / 3, live=work.live * [[1.0], [0.2]])
+    return work
+
+
+def wish(**settings) -> Wish:
+    return Wish(**({"model": MODEL, "images": 100_000, "epochs": 10} | settings))
+
+
+def answer(**settings):
+    return advise(wish(**settings), measure)
+
+
+def test_the_hours_are_flops_over_what_the_accelerator_reaches():
+    option = answer(accelerator=("a100-80gb",), devices=1, cores=100).options[0]
+    steps = 100_000 // 512 * 10
+    assert option.hours[1] == pytest.approx(steps * 512 * 100e9 / (312e12 * 0.80) / 3600, rel=0.01)
+
+
+def test_the_cost_is_hours_times_devices_times_price():
+    option = answer(accelerator=("a100-80gb",), devices=4).options[0]
+    assert option.usd == pytest.approx([hours * 4 * 1.79 for hours in option.hours])
+
+
+def test_a_price_that_a_user_gives_rules():
+    option = answer(accelerator=("a100-80gb",), devices=1, price=("a100-80gb=10",)).options[0]
+    assert option.usd[1] == pytest.approx(option.hours[1] * 10)
+
+
+def test_under_a_deadline_the_cheapest_comes_first():
+    advice = answer(deadline=5)
+    costs = [option.usd[1] for option in advice.options if option.usd]
+    assert costs[0] <= min(costs) * 1.05
+    assert all(option.hours[1] <= 5 for option in advice.options)
+
+
+def test_under_a_budget_the_fastest_comes_first():
+    advice = answer(budget=50)
+    hours = [option.hours[1] for option in advice.options]
+    assert hours == sorted(hours)
+    assert all(option.usd[1] <= 50 for option in advice.options)
+
+
+def test_an_accelerator_without_a_price_is_no_answer_to_a_budget():
+    assert "price not known" in answer(budget=50).left_out["rtx-3060"]
+
+
+def test_an_accelerator_that_simmim_cannot_reach_is_left_out():
+    assert answer().left_out["apple-m4-max"] == "simmim has no --device that reaches it"
+
+
+def test_a_batch_too_large_for_the_memory_is_taken_in_pieces():
+    option = answer(accelerator=("rtx-3060",), devices=1, batch_size=512).options[0]
+    assert option.images_at_a_time * option.accumulate_steps == 512
+    assert option.accumulate_steps > 1
+    assert option.memory_gib <= 12 * 0.92
+
+
+def test_checkpointing_is_chosen_only_where_nothing_else_fits():
+    def greedy(config):
+        work = step_work(gib_image=20.0)
+        if config.checkpoint_activations:
+            return dataclasses.replace(work, live=work.live * [[1.0], [0.1]], flops=work.flops * 4 / 3)
+        return work
+
+    small, large = (
+        advise(wish(accelerator=(name,), devices=1), greedy).options[0] for name in ("rtx-3060", "a100-80gb")
+    )
+    assert small.checkpoint_activations
+    assert not large.checkpoint_activations
+
+
+def test_a_model_too_large_for_one_device_is_sharded():
+    def large(config):
+        return step_work(parameters=4e9, gib_image=0.01)
+
+    options = advise(wish(accelerator=("a100-40gb",)), large).options
+    assert options[0].shard
+    assert options[0].devices > 1
+
+
+def test_cards_without_bf16_calculate_in_fp16():
+    assert answer(accelerator=("t4",)).options[0].precision == "fp16"
+
+
+def test_fewer_cores_than_reading_needs_are_the_limit():
+    option = answer(accelerator=("a100-80gb",), devices=1, cores=1).options[0]
+    assert option.limit == "reading images"
+    assert option.images_per_second == pytest.approx(305)
+
+
+def test_more_devices_exchange_gradients_in_the_time_of_the_backward_pass():
+    one, eight = (answer(accelerator=("h100-sxm",), devices=n, batch_size=512).options[0] for n in (1, 8))
+    assert one.hours[1] / eight.hours[1] == pytest.approx(8, rel=0.01)
+
+
+def test_the_exchange_is_waited_for_where_it_is_longer_than_the_backward_pass():
+    def heavy(config):
+        return step_work(gflop=0.1, parameters=500e6, gib_image=0.001)
+
+    option = advise(wish(accelerator=("rtx-4090",), devices=8, batch_size=64, cores=1000), heavy).options[0]
+    assert option.limit == "exchange of gradients"
+
+
+def test_the_command_has_only_options_that_pretrain_has(capsys):
+    settings = {"devices": 2, "batch_size": 1024, "channels": 1, "image_size": (96, 160), "model_args": {"depth": 4}}
+    option = answer(accelerator=("rtx-3060",), **settings).options[0]
+    words = shlex.split(option.command)
+    assert words[:6] == ["torchrun", "--nproc-per-node", "2", "-m", "simmim", "pretrain"]
+    with pytest.raises(SystemExit):
+        main(["pretrain", "--help"])
+    known = capsys.readouterr().out
+    assert [word for word in words[6:] if word.startswith("--") and word not in known] == []
+
+
+def test_pretrain_understands_the_command_as_far_as_its_data_and_device(tmp_path, capsys):
+    option = answer(accelerator=("rtx-3060",), devices=1, batch_size=512, model_args={"depth": 4}).options[0]
+    words = shlex.split(option.command.replace("IMAGES", str(tmp_path)).replace("RUN", str(tmp_path / "run")))
+    assert main(words[1:]) == 2
+    assert re.search(r"holds no images|device 'cuda' is not here", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"accelerator": ("rtx4090",)}, "accelerator 'rtx4090' is not known; did you mean rtx-4090?"),
+        ({"budget": 0.01}, r"budget 0.01 USD is too little: the cheapest way costs about .* USD \(.* h\)"),
+        ({"deadline": 0.0001}, r"deadline 0.0001 h cannot be met: the fastest way takes about .* h \(.*\)"),
+        ({"accelerator": ("rtx-3060",), "budget": 5.0}, "cannot be judged: no price is known; give --price"),
+        ({"accelerator": ("apple-m4-max",)}, "no accelerator is left: apple-m4-max"),
+        ({"accelerator": ("t4",), "precision": "bf16"}, "its FLOP/s in bf16 are not known"),
+        ({"price": ("rtx-4090",)}, "is not NAME=USD an hour; write rtx-4090=0.5"),
+        ({"batch_size": 200_000}, "batch size 200000 is more than 100000 images"),
+        ({"devices": 3}, "their number must divide the batch of 512"),
+        ({"images": 0}, "images 0"),
+    ],
+)
+def test_an_impossible_wish_gets_one_line_and_the_nearest(settings, message):
+    with pytest.raises(ValueError, match=message) as error:
+        answer(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_fits_nowhere_gets_one_line_with_what_it_needs():
+    def huge(config):
+        return step_work(parameters=1e12)
+
+    with pytest.raises(ValueError, match=r"fits nowhere: it needs \d+ GiB a device on 8 × .*the nearest is a model"):
+        advise(wish(), huge)
+
+
+def test_a_measured_machine_is_an_option(tmp_path):
+    file = tmp_path / "calibration.json"
+    step = {"device": "my CPU", "kind": "cpu", "precision": "fp32", "model": MODEL, "image_size": [224, 224]}
+    steps = [step | {"memory_gib": 16, "batch_size": n, "step": {"seconds": n * 0.5}} for n in (4, 8)]
+    file.write_text(json.dumps({"steps": steps}))
+    option = answer(calibration=str(file), accelerator=("this-machine",), batch_size=64).options[0]
+    assert option.title == "my CPU"
+    assert option.images_per_second == pytest.approx(2, rel=0.01)
+    assert "--device cpu" in option.command
+
+
+def test_text_names_every_option_and_its_command():
+    advice = answer(deadline=24)
+    text = show(advice)
+    assert all(option.command in text and option.accelerator in text for option in advice.options)
+
+
+def test_json_can_be_read_back():
+    assert json.loads(answer().as_json())["options"][0]["hours"][0] > 0
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    plot(answer(), str(tmp_path / "advice.png"))
+    assert (tmp_path / "advice.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_spot_price_is_named_as_cheaper():
+    assert any(re.match(r"--spot: about .* USD instead of", hint) for hint in answer(accelerator=("tpu-v5e",)).hints)
