@@ -13,6 +13,8 @@ import warnings
 from pathlib import Path
 
 MANIFEST = "manifest.json"
+ARRAYS = "state.safetensors"
+"""What the keras engine keeps; it holds the model as `model.NAME`, under the torch engine's names and in its layout."""
 
 
 def begin(directory: Path, step: int) -> Path:

@@ -12,6 +12,7 @@ QUICK = [("jax", "vit"), ("jax", "swin"), ("jax", "resnet"), ("tensorflow", "vit
 REST = ["vit in pieces", "vit with hog", "beit, shared bias", "beit, own biases", "swin, padded windows"]
 REST += ["resnet, bottlenecks"]
 SLOW = [(backend, case) for backend in ("jax", "tensorflow") for case in REST]
+SLOW += [("jax", "vit, activations recomputed"), ("jax", "swin, activations recomputed")]
 SLOW += [("tensorflow", case) for case in ("swin", "resnet")]
 PAIRS = [pytest.param(*pair, marks=have("keras", pair[0])) for pair in QUICK]
 PAIRS += [pytest.param(*pair, marks=[have("keras", pair[0]), pytest.mark.slow]) for pair in SLOW]

@@ -10,9 +10,16 @@ import timm
 import torch
 from safetensors.numpy import load_file
 
+from simmim.plan import Plan, open_images
+from simmim.torch_engine.pretrain import judge_and_draw
+from simmim.torch_engine.storage import load_run
+
 from .conftest import have, run_python
 
-BACKENDS = [pytest.param(backend, marks=have("keras", backend)) for backend in ("jax", "tensorflow")]
+BACKENDS = [
+    pytest.param("jax", marks=have("keras", "jax")),
+    pytest.param("tensorflow", marks=[have("keras", "tensorflow"), pytest.mark.slow]),
+]
 TINY = {
     "data": "demo",
     "engine": "keras",
@@ -83,6 +90,26 @@ def test_a_picture_and_a_validation_loss_are_written(whole: tuple[str, Path]) ->
     assert (out / "reconstructions" / "step-00000006.png").is_file()
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0.3 < last["val_loss"] < 3
+
+
+def test_the_torch_engine_loads_the_run_and_finds_the_same_validation_loss(whole: tuple[str, Path]) -> None:
+    _, out = whole
+    step, config = load_run(out)
+    loss, _ = judge_and_draw(step, config, Plan(config, open_images(config)).val_pixels())
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert loss == pytest.approx(last["val_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+@have("keras", "jax")
+def test_it_starts_from_a_run_of_the_torch_engine(tmp_path: Path) -> None:
+    pretrain(tmp_path / "torch", "--steps", "1", "--engine", "torch")
+    pretrain(
+        tmp_path / "keras", "--steps", "1", "--init-from", str(tmp_path / "torch"), "--lr", "1e-30", "--min-lr", "0"
+    )
+    expected, found = (load_file(tmp_path / name / "encoder" / "model.safetensors") for name in ("torch", "keras"))
+    assert set(found) == set(expected)
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(

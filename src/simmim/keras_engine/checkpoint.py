@@ -12,23 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from simmim.checkpoints import begin, publish
+from simmim.checkpoints import ARRAYS, begin, publish
 from simmim.keras_engine import weights
 from simmim.keras_engine.model import MaskedImageModel
 from simmim.keras_engine.optim import State
 
-_FILE = "state.safetensors"
-
 
 def save_checkpoint(directory: Path, step: int, model: MaskedImageModel, state: State, *, keep: int) -> Path:
     """Write the state after `step` steps; one process calls it. Returns the checkpoint's directory."""
-    save_file(_named(model, state), begin(directory, step) / _FILE)
+    save_file(_named(model, state), begin(directory, step) / ARRAYS)
     return publish(directory, step, keep=keep)
 
 
 def load_checkpoint(path: Path, model: MaskedImageModel) -> State:
     """The state as saved."""
-    arrays = load_file(path / _FILE)
+    arrays = load_file(path / ARRAYS)
     parameters = model.trainable_variables
     return State(
         parameters=weights.arrange(parameters, part(arrays, "model")),
@@ -42,7 +40,7 @@ def load_checkpoint(path: Path, model: MaskedImageModel) -> State:
 
 def load_weights(path: Path) -> weights.State:
     """The model's weights alone, under the torch engine's names."""
-    return part(load_file(path / _FILE), "model")
+    return part(load_file(path / ARRAYS), "model")
 
 
 def part(arrays: Mapping[str, NDArray[Any]], kind: str) -> weights.State:

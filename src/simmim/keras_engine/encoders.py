@@ -11,6 +11,7 @@ from simmim.keras_engine.architectures import Architecture
 from simmim.keras_engine.layers import (
     Array,
     Attention,
+    Blocks,
     DropPath,
     DropPaths,
     Mlp,
@@ -102,7 +103,7 @@ class TokenEncoder(Encoder):
         return ops.reshape(features, (-1, *self.grid, self.num_features))
 
 
-class _Tokens(Module):
+class _Tokens(Blocks):
     """The transformer: patch tokens (B, N, D) → all tokens normed (B, 1 + N, D)."""
 
     def __init__(
@@ -144,7 +145,7 @@ class _Tokens(Module):
         shared = None if self.rel_pos_bias is None else self.rel_pos_bias.scores()
         for block, own in zip(self.blocks, self.biases, strict=True):
             terms = [term for term in (shared, None if own is None else own.scores()) if term is not None]
-            x = block(x, sum(terms) if terms else None, draws)
+            x = self.run(block, x, sum(terms) if terms else None, draws)
         return self.norm(x)
 
 

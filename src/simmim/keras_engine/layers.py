@@ -24,9 +24,9 @@ class Module(keras.layers.Layer):
         super().__init__(name=name, dtype="float32", autocast=False)
         self.built = True
 
-    def weight(self, name: str, shape: tuple[int, ...]) -> keras.Variable:
-        """A parameter, zero until `simmim.keras_engine.weights` fills it."""
-        return self.add_weight(name=name, shape=shape, initializer="zeros", autocast=False)
+    def weight(self, name: str, shape: tuple[int, ...], *, trainable: bool = True) -> keras.Variable:
+        """A parameter or a statistic, zero until `simmim.keras_engine.weights` fills it."""
+        return self.add_weight(name=name, shape=shape, initializer="zeros", trainable=trainable, autocast=False)
 
 
 def linear(name: str, inputs: int, outputs: int, *, bias: bool = True) -> keras.layers.Dense:
@@ -84,6 +84,15 @@ def add_branch(stream: Array, branch: Array, drop_path: DropPath | None, draws: 
     """The residual stream, in float32, with a branch that may be dropped."""
     branch = ops.cast(branch, stream.dtype)
     return stream + (branch if drop_path is None else drop_path(branch, draws))
+
+
+class Blocks(Module):
+    """A network of blocks, which a backward pass may run again instead of keeping what they computed."""
+
+    recompute = False
+
+    def run(self, block: keras.layers.Layer, *inputs: Array) -> Array:
+        return keras.remat(block)(*inputs) if self.recompute else block(*inputs)
 
 
 class PatchEmbed(Module):

@@ -74,6 +74,8 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
     keras.config.set_dtype_policy("mixed_bfloat16" if config.precision == "bf16" else "float32")
     architecture = architecture_of(config)
     encoder = _ENCODERS[architecture.family](architecture, config.image_size, config.channels, config.drop_path)
+    if config.checkpoint_activations:
+        encoder.backbone.recompute = True
     check_sizes(config, encoder)
     target = build_target(config)
     head = create_head(config.head, encoder.num_features, target.channels(config.channels, encoder.stride))

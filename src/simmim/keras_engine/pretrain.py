@@ -27,7 +27,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     config = validated(config)
     backend = keras.config.backend()
     architecture = find_architecture(config.model).with_arguments(config.model_args)
-    check_options(config, backend)
+    check_options(config, backend, architecture.family)
     images = open_images(config)
     machine = open_machine(backend, config)
     check_batch(config, machine)
@@ -53,14 +53,17 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     return session.run, outcome
 
 
-def check_options(config: PretrainConfig, backend: str) -> None:
+def check_options(config: PretrainConfig, backend: str, family: str) -> None:
     """One-line `ValueError` for an option that this engine does not honour."""
     refused = {
         "--precision fp16": (config.precision == "fp16", "use bf16, which needs no loss scale"),
         "--probe": (config.probe is not None, "use simmim probe on the run, or --engine torch"),
         "--no-compile": (config.compile is False and backend == "jax", "leave it out: JAX's step is always compiled"),
         "--shard": (config.shard and backend != "jax", "use --backend jax"),
-        "--checkpoint-activations": (config.checkpoint_activations, "use --accumulate-steps to save memory"),
+        "--checkpoint-activations": (
+            config.checkpoint_activations and (backend != "jax" or family == "resnet"),
+            "use --accumulate-steps to save memory, or a transformer on --backend jax",
+        ),
     }
     for option, (given, remedy) in refused.items():
         if given:

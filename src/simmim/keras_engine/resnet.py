@@ -46,8 +46,8 @@ class BatchNorm(Module):
         super().__init__(name)
         self.gamma = self.weight("gamma", (features,))
         self.beta = self.weight("beta", (features,))
-        self.moving_mean = self.add_weight(name="moving_mean", shape=(features,), trainable=False)
-        self.moving_variance = self.add_weight(name="moving_variance", shape=(features,), trainable=False)
+        self.moving_mean = self.weight("moving_mean", (features,), trainable=False)
+        self.moving_variance = self.weight("moving_variance", (features,), trainable=False)
 
     def call(self, x: Array, training: bool) -> Array:
         x = ops.cast(x, "float32")

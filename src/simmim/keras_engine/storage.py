@@ -13,7 +13,7 @@ from simmim.keras_engine import weights
 from simmim.keras_engine.architectures import Architecture
 from simmim.keras_engine.checkpoint import load_weights
 from simmim.keras_engine.encoders import BACKBONE
-from simmim.keras_engine.model import MaskedImageModel, architecture_of, build_model
+from simmim.keras_engine.model import MaskedImageModel, architecture_of
 from simmim.keras_engine.optim import State
 from simmim.run import Run, written_whole
 
@@ -74,21 +74,6 @@ def hub_settings(architecture: Architecture, config: PretrainConfig, features: i
             "classifier": _CLASSIFIERS[architecture.family],
         },
     }
-
-
-def load_run(run: str | Path) -> tuple[MaskedImageModel, PretrainConfig]:
-    """The model of a run's newest checkpoint that verifies, and its configuration; Keras's backend is chosen already.
-
-    `ValueError` where `run` is not a pretraining run or has no checkpoint yet.
-    """
-    directory = Run(Path(run))
-    config = directory.read_config(PretrainConfig)
-    checkpoint = newest_checkpoint(directory.checkpoints)
-    if checkpoint is None:
-        raise ValueError(f"{run} has no checkpoint yet; wait for its first --save-every-steps")
-    model = build_model(config)
-    weights.assign(model, load_weights(checkpoint))
-    return model, config
 
 
 def initialize(model: MaskedImageModel, source: str) -> str:

@@ -15,6 +15,7 @@ from simmim.keras_engine.encoders import BACKBONE, Encoder, drop_path_rates
 from simmim.keras_engine.layers import (
     Array,
     Attention,
+    Blocks,
     DropPath,
     DropPaths,
     Mlp,
@@ -49,7 +50,7 @@ class SwinEncoder(Encoder):
         return self.backbone(tokens, draws if training else None)
 
 
-class _Stages(Module):
+class _Stages(Blocks):
     def __init__(
         self,
         arguments: dict[str, Any],
@@ -78,7 +79,7 @@ class _Stages(Module):
 
     def call(self, x: Array, draws: Array | None) -> Array:
         for stage in self.stages:
-            x = stage(x, draws)
+            x = self.run(stage, x, draws)
         return self.norm(x)
 
 

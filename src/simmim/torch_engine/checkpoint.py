@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from simmim.checkpoints import aside_path, begin, checkpoint_path, publish
+from simmim.checkpoints import ARRAYS, aside_path, begin, checkpoint_path, publish
 from simmim.torch_engine.distributed import World
 
 EXTRA = "extra.json"
@@ -65,7 +66,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def load_model_state(path: Path, model: nn.Module) -> None:
-    """Load the model's weights alone, in place."""
+    """Load the model's weights alone, in place, whichever engine wrote them."""
+    if (path / ARRAYS).is_file():
+        arrays = load_file(path / ARRAYS)
+        model.load_state_dict({name: arrays.get(name, tensor) for name, tensor in model.state_dict().items()})
+        return
     state = {"model": model.state_dict()}
     _read(state, path)
     model.load_state_dict(state["model"])
