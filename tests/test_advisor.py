@@ -64,6 +64,16 @@ def test_a_price_that_a_user_gives_rules():
     assert option.usd[1] == pytest.approx(option.hours[1] * 10)
 
 
+def test_an_accelerator_that_costs_nothing_comes_first():
+    assert answer(price=("rtx-3060=0",)).options[0].accelerator == "rtx-3060"
+
+
+def test_a_batch_that_is_not_a_power_of_two_is_taken_in_pieces_that_divide_it():
+    option = answer(accelerator=("rtx-3060",), devices=1, batch_size=750).options[0]
+    assert option.images_at_a_time * option.accumulate_steps == 750
+    assert option.accumulate_steps == 5
+
+
 def test_under_a_deadline_the_cheapest_comes_first():
     advice = answer(deadline=5)
     costs = [option.usd[1] for option in advice.options if option.usd]
@@ -140,14 +150,18 @@ def test_the_exchange_is_waited_for_where_it_is_longer_than_the_backward_pass():
 
 
 def test_the_command_has_only_options_that_pretrain_has(capsys):
-    settings = {"devices": 2, "batch_size": 1024, "channels": 1, "image_size": (96, 160), "model_args": {"depth": 4}}
-    option = answer(accelerator=("rtx-3060",), **settings).options[0]
+    def large(config):
+        return step_work(parameters=3e9, gib_image=0.1 if config.checkpoint_activations else 10.0)
+
+    settings = {"devices": 4, "batch_size": 1024, "channels": 1, "image_size": (96, 160), "model_args": {"depth": 4}}
+    option = advise(wish(accelerator=("a100-40gb",), head="mlp", **settings), large).options[0]
     words = shlex.split(option.command)
-    assert words[:6] == ["torchrun", "--nproc-per-node", "2", "-m", "simmim", "pretrain"]
+    assert words[:6] == ["torchrun", "--nproc-per-node", "4", "-m", "simmim", "pretrain"]
+    used = {word for word in words[6:] if word.startswith("--")}
+    assert used >= {"--checkpoint-activations", "--shard", "--accumulate-steps", "--channels", "--head", "--model-args"}
     with pytest.raises(SystemExit):
         main(["pretrain", "--help"])
-    known = capsys.readouterr().out
-    assert [word for word in words[6:] if word.startswith("--") and word not in known] == []
+    assert used <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
 def test_pretrain_understands_the_command_as_far_as_its_data_and_device(tmp_path, capsys):
@@ -167,6 +181,7 @@ def test_pretrain_understands_the_command_as_far_as_its_data_and_device(tmp_path
         ({"accelerator": ("apple-m4-max",)}, "no accelerator is left: apple-m4-max"),
         ({"accelerator": ("t4",), "precision": "bf16"}, "its FLOP/s in bf16 are not known"),
         ({"price": ("rtx-4090",)}, "is not NAME=USD an hour; write rtx-4090=0.5"),
+        ({"price": ("rtx-4090=-1",)}, "is not NAME=USD an hour; write rtx-4090=0.5"),
         ({"batch_size": 200_000}, "batch size 200000 is more than 100000 images"),
         ({"devices": 3}, "their number must divide the batch of 512"),
         ({"images": 0}, "images 0"),
@@ -214,3 +229,35 @@ def test_the_plot_is_a_picture(tmp_path):
 
 def test_the_spot_price_is_named_as_cheaper():
     assert any(re.match(r"--spot: about .* USD instead of", hint) for hint in answer(accelerator=("tpu-v5e",)).hints)
+
+
+def test_advice_follows_from_what_bench_saved(tmp_path, capsys):
+    file = str(tmp_path / "mine.json")
+    for model in ("resnet10t", "convnext_atto"):
+        words = f"bench --model {model} --image-size 64 --batch-size 2 --seconds 0.05 --device cpu --precision fp32"
+        assert main([*words.split(), "--save-calibration", file]) == 0
+    capsys.readouterr()
+    words = (
+        "advise --accelerator this-machine --devices 1 --model resnet10t --image-size 64 --images 100 --batch-size 2"
+    )
+    assert main([*words.split(), "--calibration", file, "--json"]) == 0
+    option = json.loads(capsys.readouterr().out)["options"][0]
+    measured = json.loads((tmp_path / "mine.json").read_text())["steps"][0]["step"]["images_per_second"]
+    assert option["images_per_second"] == pytest.approx(measured, rel=0.3)
+
+
+def test_steps_of_two_machines_do_not_mix(tmp_path):
+    from simmim.torch_engine.bench import add_calibration
+
+    file = tmp_path / "mine.json"
+    add_calibration(file, {"device": "one"})
+    with pytest.raises(ValueError, match=r"is of 'one'; give another file for 'two'"):
+        add_calibration(file, {"device": "two"})
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"steps": [{"precision": "fp32"}]}'])
+def test_a_calibration_that_cannot_be_read_is_refused(tmp_path, text):
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"cannot be read; write one with simmim bench --save-calibration"):
+        answer(calibration=str(file))

@@ -73,8 +73,10 @@ def _rank(option: Option, wish: Wish) -> tuple[float, ...]:
     """By time under a budget alone, else by cost in steps of 5 % and then by time; what has no price comes last."""
     if wish.budget is not None and wish.deadline is None:
         return (option.hours[1],)
-    cost = math.inf if option.usd is None else round(math.log(option.usd[1]) / math.log(1.05))
-    return (cost, option.hours[1])
+    if option.usd is None:
+        return (math.inf, option.hours[1])
+    free = option.usd[1] == 0
+    return (-math.inf if free else round(math.log(option.usd[1]) / math.log(1.05)), option.hours[1])
 
 
 def _too_dear(found: Sequence[Option], wish: Wish) -> str:
@@ -141,7 +143,7 @@ def show(advice: Advice) -> str:
             f"{option.images_per_second:.0f}",
             f"{option.memory_gib:.1f}",
             f"{option.images_at_a_time} × {option.accumulate_steps}",
-            option.limit.partition(":")[0],
+            option.limit,
             f"{option.input_cores:.1f}",
         )
     console = Console(file=io.StringIO(), width=140)

@@ -47,21 +47,9 @@ class Study:
         for name in self.wish.accelerator:
             _known(name, rows)
         for text in self.wish.price:
-            name, _, usd = text.partition("=")
-            try:
-                rows = rows | {
-                    name: dataclasses.replace(
-                        _known(name, rows),
-                        price=float(usd),
-                        spot=float(usd),
-                        price_source="as you said",
-                        price_date="now",
-                    )
-                }
-            except ValueError as error:
-                if "not known" in str(error):
-                    raise
-                raise ValueError(f"price {text!r} is not NAME=USD an hour; write rtx-4090=0.5") from None
+            name, usd = _parse_price(text)
+            said = {"price": usd, "spot": usd, "price_source": "as you said", "price_date": "now"}
+            rows = rows | {name: dataclasses.replace(_known(name, rows), **said)}
         return {name: row for name, row in rows.items() if not self.wish.accelerator or name in self.wish.accelerator}
 
     def work(self, row: Accelerator, *, checkpoint: bool, timed: bool = False) -> StepWork:
@@ -154,15 +142,13 @@ class Study:
 
     def _fit(self, row: Accelerator, devices: int, *, checkpoint: bool, shard: bool) -> tuple[int, float] | None:
         """The fewest pieces in which a device's share of the batch fits, and its memory in GiB; `None` for none."""
-        work, share = self.work(row, checkpoint=checkpoint), self.batch_size // devices
-        pieces = 1
-        while share % pieces == 0:
-            kept = pieces > 1 or (devices > 1 and not shard)
-            shards = devices if shard else 1
-            memory = work.peak_bytes(share // pieces, kept_gradients=kept, shards=shards) / 2**30
-            if memory <= self.usable_gib(row):
-                return pieces, memory
-            pieces *= 2
+        work, share, shards = self.work(row, checkpoint=checkpoint), self.batch_size // devices, devices if shard else 1
+        for pieces in range(1, share + 1):
+            if share % pieces == 0:
+                kept = pieces > 1 or (devices > 1 and not shard)
+                memory = work.peak_bytes(share // pieces, kept_gradients=kept, shards=shards) / 2**30
+                if memory <= self.usable_gib(row):
+                    return pieces, memory
         return None
 
     def _spread(self, row: Accelerator, likely: float) -> Range:
@@ -278,11 +264,22 @@ def _known(name: str, rows: dict[str, Accelerator]) -> Accelerator:
     return rows[name]
 
 
+def _parse_price(text: str) -> tuple[str, float]:
+    name, _, usd = text.partition("=")
+    try:
+        price = float(usd)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < math.inf:
+        raise ValueError(f"price {text!r} is not NAME=USD an hour; write rtx-4090=0.5")
+    return name, price
+
+
 def _limit(work: StepWork, images: int, rates: Rates, compute: float, waited: float) -> str:
     if waited > compute:
         return "exchange of gradients"
     if work.seconds(images, dataclasses.replace(rates, launch=0.0)) < 0.6 * work.seconds(images, rates):
-        return "starting operations: give it more images at a time"
+        return "starting operations"
     return "arithmetic" if work.arithmetic_share(images, rates) > 0.5 else "memory traffic"
 
 
@@ -300,30 +297,30 @@ def read_own_machine(path: str, measure: Measure) -> tuple[Accelerator, Rates]:
     """
     try:
         steps = json.loads(Path(path).read_text(encoding="utf-8"))["steps"]
-    except (OSError, ValueError, KeyError):
+        precisions = [step["precision"] for step in steps]
+        used = [step for step in steps if step["precision"] == max(set(precisions), key=precisions.count)]
+        taken = [(step["batch_size"], step["step"]["seconds"]) for step in used]
+        configs = [
+            PretrainConfig(
+                model=step["model"],
+                image_size=tuple(step["image_size"]),
+                device=step["kind"],
+                precision=step["precision"],
+                mean=(0.5,) * 3,
+                std=(0.5,) * 3,
+            )
+            for step in used
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"calibration {path} cannot be read; write one with simmim bench --save-calibration") from None
-    precisions = [step["precision"] for step in steps]
-    precision = max(set(precisions), key=precisions.count)
-    used = [step for step in steps if step["precision"] == precision]
-    measured = []
-    for step in used:
-        config = PretrainConfig(
-            model=step["model"],
-            image_size=tuple(step["image_size"]),
-            device=step["kind"],
-            precision=precision,
-            mean=(0.5,) * 3,
-            std=(0.5,) * 3,
-        )
-        measured.append((measure(config), step["batch_size"], step["step"]["seconds"]))
-    rates = fit_rates(measured)
+    rates = fit_rates([(measure(config), *what) for config, what in zip(configs, taken, strict=True)])
     row = Accelerator(
         name=OWN,
         title=used[0]["device"],
         device=used[0]["kind"],
         memory_gb=used[0]["memory_gib"],
         bandwidth_gb_s=rates.bandwidth / 1e9,
-        tflops={precision: rates.flops / 1e12},
+        tflops={configs[0].precision: rates.flops / 1e12},
         source=path,
     )
     return row, rates
