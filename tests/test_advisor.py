@@ -151,7 +151,7 @@ def test_the_exchange_is_waited_for_where_it_is_longer_than_the_backward_pass():
 
 def test_the_command_has_only_options_that_pretrain_has(capsys):
     def large(config):
-        return step_work(parameters=3e9, gib_image=0.1 if config.checkpoint_activations else 10.0)
+        return step_work(parameters=3e9, gib_image=0.2 if config.checkpoint_activations else 10.0)
 
     settings = {"devices": 4, "batch_size": 1024, "channels": 1, "image_size": (96, 160), "model_args": {"depth": 4}}
     option = advise(wish(accelerator=("a100-40gb",), head="mlp", **settings), large).options[0]
