@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from simmim.cli import main
 from simmim.config import PretrainConfig, from_settings, to_toml, validated
 from simmim.data.sources import open_source
+from simmim.finetune_recipes import FINETUNE_RECIPES
 from simmim.plan import Images, Plan
 from simmim.recipes import RECIPES, find_recipe
 from simmim.torch_engine.model import build_model
@@ -163,7 +164,7 @@ def test_recipe_is_in_the_documentation(name: str) -> None:
 def test_recipes_command_lists_every_recipe_with_its_first_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(RECIPES)
+    assert [line.split()[0] for line in lines] == [*RECIPES, *FINETUNE_RECIPES]
     assert "SimMIM's Swin-L at 192" in lines[list(RECIPES).index("simmim-swin-l-800ep")]
 
 

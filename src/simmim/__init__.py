@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from simmim.torch_engine.storage import load_encoder, load_model
 
 __version__ = "0.1.0"
-__all__ = ["PretrainConfig", "Run", "__version__", "load_encoder", "load_model", "pretrain", "probe"]
+__all__ = ["PretrainConfig", "Run", "__version__", "finetune", "load_encoder", "load_model", "pretrain", "probe"]
 
 # Loaded on first use, so that `import simmim` stays fast.
 _HOMES = {
@@ -42,6 +42,21 @@ def pretrain(**settings: Any) -> "Run":
     from simmim.engines import pretrain
 
     return pretrain(from_settings(PretrainConfig, settings))[0]
+
+
+def finetune(task: str, **settings: Any) -> "Run":
+    """Train an encoder for a task ("classify"), or resume the run in `out`.
+
+    Settings are the fields of `simmim.task_config.ClassifyConfig`; `init` is what the command line calls `--from`: a
+    run, "scratch" or "timm:NAME". Returns the run. Raises a one-line `ValueError` as `pretrain` does.
+    """
+    from simmim.config import from_settings
+    from simmim.task_config import ClassifyConfig
+    from simmim.torch_engine.finetune import finetune
+
+    if task != "classify":
+        raise ValueError(f"task {task!r} is not known; use 'classify'")
+    return finetune(from_settings(ClassifyConfig, settings))[0]
 
 
 def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:

@@ -11,15 +11,16 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from simmim import arguments
 from simmim.errors import TrainingDivergedError
 
 if TYPE_CHECKING:
-    from simmim.config import PretrainConfig
+    from simmim.config import PretrainConfig, TrainingConfig
 
 Arguments = TypeVar("Arguments")
+Config = TypeVar("Config", bound="TrainingConfig")
 
 
 def pretrain(argv: list[str]) -> int:
@@ -35,20 +36,7 @@ def pretrain(argv: list[str]) -> int:
         config: Word = None
         """Take the defaults from this file, such as RUN/config.toml."""
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", nargs="?")
-    first.add_argument("--config", nargs="?")
-    sources = vars(first.parse_known_args(argv)[0])
-    defaults = PretrainConfig()
-    if sources["recipe"] and sources["config"]:
-        raise ValueError("--recipe and --config both give the defaults; use one of them")
-    if sources["recipe"]:
-        defaults = find_recipe(sources["recipe"])
-    if sources["config"]:
-        defaults = dataclasses.replace(read_toml(sources["config"], PretrainConfig), out=None, fresh=False)
-    command = parse(Command, "pretrain", argv, Command(**vars(defaults), **sources))
-    settings = {field.name: getattr(command, field.name) for field in dataclasses.fields(PretrainConfig)}
-    return _pretrain(PretrainConfig(**settings))
+    return _pretrain(parse_with_defaults(Command, "pretrain", argv, PretrainConfig, find_recipe, read_toml))
 
 
 def _pretrain(config: "PretrainConfig") -> int:
@@ -95,6 +83,31 @@ def probe(argv: list[str]) -> int:
     figures = probe(ProbeConfig(**command))
     print(json.dumps(figures, indent=1) if as_json else describe(figures))
     return 0
+
+
+def finetune(argv: list[str]) -> int:
+    """Train a pretrained encoder for a task on labelled images: simmim finetune classify"""
+    from simmim.config import read_toml
+    from simmim.fields import Word
+    from simmim.finetune_recipes import find_finetune_recipe
+    from simmim.task_config import ClassifyConfig
+    from simmim.torch_engine.finetune import finetune
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(ClassifyConfig):
+        recipe: Word = None
+        """Take the defaults from this recipe (simmim recipes)."""
+        config: Word = None
+        """Take the defaults from this file, such as RUN/config.toml."""
+
+    if argv[:1] == ["classify"]:
+        argv = argv[1:]
+    elif argv[:1] not in (["-h"], ["--help"]):
+        what = f"task {argv[0]!r} is not known" if argv else "the task is missing"
+        raise ValueError(f"{what}; write simmim finetune classify")
+    command = parse_with_defaults(Command, "finetune", argv, ClassifyConfig, find_finetune_recipe, read_toml)
+    _, outcome = finetune(command)
+    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
 
 def advise(argv: list[str]) -> int:
@@ -155,6 +168,7 @@ def recipes(argv: list[str]) -> int:
     from tyro.conf import Positional
 
     from simmim.config import to_toml
+    from simmim.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
     from simmim.recipes import RECIPES, find_recipe
 
     @dataclass(frozen=True, kw_only=True)
@@ -164,11 +178,13 @@ def recipes(argv: list[str]) -> int:
 
     command = parse(Command, "recipes", argv)
     if command.name is None:
-        for name, recipe in RECIPES.items():
-            print(f"{name:24}{(recipe.__doc__ or '').splitlines()[0]}")
+        for name, recipe in {**RECIPES, **FINETUNE_RECIPES}.items():
+            print(f"{name:32}{(recipe.__doc__ or '').splitlines()[0]}")
     else:
-        print(to_toml(find_recipe(command.name)))
-        print("\n".join("# " + line.strip() for line in (RECIPES[command.name].__doc__ or "").splitlines()))
+        tuning = command.name in FINETUNE_RECIPES
+        print(to_toml(find_finetune_recipe(command.name) if tuning else find_recipe(command.name)))
+        text = (FINETUNE_RECIPES if tuning else RECIPES)[command.name].__doc__ or ""
+        print("\n".join("# " + line.strip() for line in text.splitlines()))
     return 0
 
 
@@ -203,13 +219,32 @@ def export(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     function.__name__: function
-    for function in (pretrain, reconstruct, probe, convert, export, advise, bench, doctor, recipes)
+    for function in (pretrain, reconstruct, probe, finetune, convert, export, advise, bench, doctor, recipes)
 }
 
 
 def parse(kind: type[Arguments], command: str, argv: list[str], default: Arguments | None = None) -> Arguments:
     """The command's arguments; `--help` prints and exits. Raises a one-line `ValueError`."""
     return arguments.parse(kind, command, COMMANDS[command].__doc__, argv, default)
+
+
+def parse_with_defaults(
+    kind: Any, command: str, argv: list[str], config: type[Config], find: Callable[[str], Config], read: Any
+) -> Config:
+    """As `parse`, with the defaults of `--recipe` or `--config`: a configuration of type `config`."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", nargs="?")
+    first.add_argument("--config", nargs="?")
+    sources = vars(first.parse_known_args(argv)[0])
+    defaults = config()
+    if sources["recipe"] and sources["config"]:
+        raise ValueError("--recipe and --config both give the defaults; use one of them")
+    if sources["recipe"]:
+        defaults = find(sources["recipe"])
+    if sources["config"]:
+        defaults = dataclasses.replace(read(sources["config"], config), out=None, fresh=False)
+    found = parse(kind, command, argv, kind(**vars(defaults), **sources))
+    return config(**{field.name: getattr(found, field.name) for field in dataclasses.fields(config)})
 
 
 def usage() -> str:

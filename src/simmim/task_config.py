@@ -6,18 +6,19 @@ from typing import Annotated, Literal
 from pydantic import Field
 from tyro.conf import Suppress, arg
 
-from simmim.config import NotNegativeReal, Positive, PositiveReal, Share, TrainingConfig
+from simmim.config import TrainingConfig
+from simmim.fields import HINT, Count, NotNegativeReal, PositiveReal, Share, one_word
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
     """Supervised training from a pretrained encoder (SimMIM, appendix A)."""
 
-    init: Annotated[str | None, arg(name="from", metavar="RUN|scratch|timm:NAME")] = None
+    init: Annotated[str | None, one_word(str, "RUN|scratch|timm:NAME", nothing="none"), arg(name="from"), HINT] = None
     """Where the encoder's weights come from: a run, nowhere (scratch), or timm's own. Required."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the images to evaluate on, where the data has no val or test folder."""
-    layer_decay: Annotated[float | None, Field(gt=0, le=1)] = None
+    layer_decay: Annotated[float | None, Field(gt=0, le=1), one_word(float, "FLOAT"), HINT] = None
     """Learning rate of a layer over that of the next (default: 0.65 for ViT and BEiT, 0.8 for Swin, 1 for others)."""
     eval_every_epochs: PositiveReal = 1.0
     """Epochs between evaluations."""
@@ -28,7 +29,7 @@ class FinetuneConfig(TrainingConfig):
     """Learning rate at the first step, for a batch of 512."""
     min_lr: NotNegativeReal = 2.5e-7
     """Learning rate at the end of the cosine, for a batch of 512."""
-    warmup_epochs: NotNegativeReal | None = None
+    warmup_epochs: Annotated[NotNegativeReal | None, one_word(float, "FLOAT"), HINT] = None
     """Epochs of linear warm-up (default: a fifth of the run, 20 of 100 epochs in the paper)."""
     drop_path: Share = 0.1
     """Stochastic depth of the last block."""
@@ -39,7 +40,7 @@ class ClassifyConfig(FinetuneConfig):
     """Image classification."""
 
     task: Suppress[Literal["classify"]] = "classify"
-    labels_per_class: Positive | None = None
+    labels_per_class: Count = None
     """Train on so many images of each class only."""
     label_seed: int = 0
     """Seed of the choice of those images."""
@@ -59,5 +60,5 @@ class ClassifyConfig(FinetuneConfig):
     """Cutmix's alpha; 0 is off."""
     smoothing: Share = 0.1
     """Label smoothing."""
-    ema_decay: Share | None = None
+    ema_decay: Annotated[Share | None, one_word(float, "FLOAT", nothing="none"), HINT] = None
     """Evaluate and keep an exponential average of the weights with this decay."""

@@ -84,7 +84,7 @@ def complete(config: FinetuneConfig, origin: Origin, **machine: Any) -> Finetune
     return dataclasses.replace(
         config,
         model=origin.model,
-        model_args=origin.model_args,
+        model_args={**origin.model_args, **config.model_args},
         image_size=config.image_size or origin.image_size,
         channels=origin.channels,
         mean=mean,
