@@ -7,7 +7,7 @@ import pytest
 
 from simmim.cli import main
 from simmim.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
-from simmim.task_config import ClassifyConfig
+from simmim.task_config import ClassifyConfig, FinetuneConfig
 
 SHARED = {
     "image_size": (224, 224),
@@ -40,7 +40,7 @@ OWN = {
 
 @pytest.mark.parametrize("name", FINETUNE_RECIPES)
 def test_fine_tuning_recipe_equals_the_official_configuration_field_by_field(name: str) -> None:
-    recipe = find_finetune_recipe(name)
+    recipe = find_finetune_recipe(name, ClassifyConfig)
     found = dataclasses.asdict(recipe)
     assert {field: found[field] for field in SHARED} == SHARED
     assert (recipe.layer_decay, recipe.drop_path, recipe.model_args.get("window_size")) == OWN[name]
@@ -48,7 +48,7 @@ def test_fine_tuning_recipe_equals_the_official_configuration_field_by_field(nam
 
 @pytest.mark.parametrize("name", FINETUNE_RECIPES)
 def test_fine_tuning_recipe_changes_nothing_else(name: str) -> None:
-    recipe, plain = find_finetune_recipe(name), ClassifyConfig()
+    recipe, plain = find_finetune_recipe(name, ClassifyConfig), ClassifyConfig()
     changed = {f.name for f in dataclasses.fields(plain) if getattr(recipe, f.name) != getattr(plain, f.name)}
     assert changed <= {*SHARED, "layer_decay", "drop_path", "model_args"}
 
@@ -65,3 +65,12 @@ def test_an_unknown_fine_tuning_recipe_is_refused(capsys: pytest.CaptureFixture[
     assert main(["finetune", "classify", "--recipe", "huge"]) == 2
     names = ", ".join(FINETUNE_RECIPES)
     assert capsys.readouterr().err == f"simmim: fine-tuning recipe 'huge' is not known; choose from {names}\n"
+
+
+def test_a_recipe_of_another_task_is_refused() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class SortConfig(FinetuneConfig):
+        task: str = "sort"
+
+    with pytest.raises(ValueError, match="is for simmim finetune classify; give one of this task"):
+        find_finetune_recipe("simmim-vit-b-finetune", SortConfig)

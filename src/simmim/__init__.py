@@ -45,18 +45,17 @@ def pretrain(**settings: Any) -> "Run":
 
 
 def finetune(task: str, **settings: Any) -> "Run":
-    """Train an encoder for a task ("classify"), or resume the run in `out`.
+    """Train an encoder for a task, or resume the run in `out`.
 
-    Settings are the fields of `simmim.task_config.ClassifyConfig`; `init` is what the command line calls `--from`: a
-    run, "scratch" or "timm:NAME". Returns the run. Raises a one-line `ValueError` as `pretrain` does.
+    `task` is one of `simmim.task_config.TASK_CONFIGS`, and settings are the fields of its configuration there; `init`
+    is what the command line calls `--from`: a run, "scratch" or "timm:NAME". Returns the run. Raises a one-line
+    `ValueError` as `pretrain` does.
     """
     from simmim.config import from_settings
-    from simmim.task_config import ClassifyConfig
+    from simmim.task_config import find_task
     from simmim.torch_engine.finetune import finetune
 
-    if task != "classify":
-        raise ValueError(f"task {task!r} is not known; use 'classify'")
-    return finetune(from_settings(ClassifyConfig, settings))[0]
+    return finetune(from_settings(find_task(task), settings))[0]
 
 
 def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:

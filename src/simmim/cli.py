@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from simmim import arguments
 from simmim.errors import TrainingDivergedError
@@ -25,18 +25,10 @@ Config = TypeVar("Config", bound="TrainingConfig")
 
 def pretrain(argv: list[str]) -> int:
     """Pretrain a backbone on unlabelled images, or resume"""
-    from simmim.config import PretrainConfig, read_toml
-    from simmim.fields import Word
+    from simmim.config import PretrainConfig
     from simmim.recipes import find_recipe
 
-    @dataclass(frozen=True, kw_only=True)
-    class Command(PretrainConfig):
-        recipe: Word = None
-        """Take the defaults from this recipe (simmim recipes)."""
-        config: Word = None
-        """Take the defaults from this file, such as RUN/config.toml."""
-
-    return _pretrain(parse_with_defaults(Command, "pretrain", argv, PretrainConfig, find_recipe, read_toml))
+    return _pretrain(parse_with_defaults(PretrainConfig, "pretrain", argv, find_recipe))
 
 
 def _pretrain(config: "PretrainConfig") -> int:
@@ -86,27 +78,21 @@ def probe(argv: list[str]) -> int:
 
 
 def finetune(argv: list[str]) -> int:
-    """Train a pretrained encoder for a task on labelled images: simmim finetune classify"""
-    from simmim.config import read_toml
-    from simmim.fields import Word
+    """Train a pretrained encoder for a task on labelled images: simmim finetune TASK"""
     from simmim.finetune_recipes import find_finetune_recipe
-    from simmim.task_config import ClassifyConfig
-    from simmim.torch_engine.finetune import finetune
+    from simmim.task_config import TASK_CONFIGS, find_task
 
-    @dataclass(frozen=True, kw_only=True)
-    class Command(ClassifyConfig):
-        recipe: Word = None
-        """Take the defaults from this recipe (simmim recipes)."""
-        config: Word = None
-        """Take the defaults from this file, such as RUN/config.toml."""
+    if argv[:1] in (["-h"], ["--help"]):
+        tasks = "\n".join(f"  {name:10}{kind.__doc__}" for name, kind in TASK_CONFIGS.items())
+        print(f"usage: simmim finetune TASK [OPTIONS]\n\n{finetune.__doc__}\n\n{tasks}")
+        print("\n`simmim finetune TASK --help` shows a task's options and their defaults.")
+        raise SystemExit(0)
+    kind = find_task(*argv[:1])
+    config = parse_with_defaults(kind, f"finetune {argv[0]}", argv[1:], lambda name: find_finetune_recipe(name, kind))
 
-    if argv[:1] == ["classify"]:
-        argv = argv[1:]
-    elif argv[:1] not in (["-h"], ["--help"]):
-        what = f"task {argv[0]!r} is not known" if argv else "the task is missing"
-        raise ValueError(f"{what}; write simmim finetune classify")
-    command = parse_with_defaults(Command, "finetune", argv, ClassifyConfig, find_finetune_recipe, read_toml)
-    _, outcome = finetune(command)
+    from simmim.torch_engine.finetune import finetune as run
+
+    _, outcome = run(config)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
 
@@ -170,6 +156,7 @@ def recipes(argv: list[str]) -> int:
     from simmim.config import to_toml
     from simmim.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
     from simmim.recipes import RECIPES, find_recipe
+    from simmim.task_config import FinetuneConfig
 
     @dataclass(frozen=True, kw_only=True)
     class Command:
@@ -182,7 +169,7 @@ def recipes(argv: list[str]) -> int:
             print(f"{name:32}{(recipe.__doc__ or '').splitlines()[0]}")
     else:
         tuning = command.name in FINETUNE_RECIPES
-        print(to_toml(find_finetune_recipe(command.name) if tuning else find_recipe(command.name)))
+        print(to_toml(find_finetune_recipe(command.name, FinetuneConfig) if tuning else find_recipe(command.name)))
         text = (FINETUNE_RECIPES if tuning else RECIPES)[command.name].__doc__ or ""
         print("\n".join("# " + line.strip() for line in text.splitlines()))
     return 0
@@ -225,26 +212,34 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def parse(kind: type[Arguments], command: str, argv: list[str], default: Arguments | None = None) -> Arguments:
     """The command's arguments; `--help` prints and exits. Raises a one-line `ValueError`."""
-    return arguments.parse(kind, command, COMMANDS[command].__doc__, argv, default)
+    return arguments.parse(kind, command, COMMANDS[command.split()[0]].__doc__, argv, default)
 
 
-def parse_with_defaults(
-    kind: Any, command: str, argv: list[str], config: type[Config], find: Callable[[str], Config], read: Any
-) -> Config:
-    """As `parse`, with the defaults of `--recipe` or `--config`: a configuration of type `config`."""
+def parse_with_defaults(kind: type[Config], command: str, argv: list[str], find: Callable[[str], Config]) -> Config:
+    """As `parse`, where a recipe, which `find` finds by its name, or a file may give the defaults."""
+    from simmim.config import read_toml
+    from simmim.fields import Word
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(kind):
+        recipe: Word = None
+        """Take the defaults from this recipe (simmim recipes)."""
+        config: Word = None
+        """Take the defaults from this file, such as RUN/config.toml."""
+
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")
     first.add_argument("--config", nargs="?")
     sources = vars(first.parse_known_args(argv)[0])
-    defaults = config()
+    defaults = kind()
     if sources["recipe"] and sources["config"]:
         raise ValueError("--recipe and --config both give the defaults; use one of them")
     if sources["recipe"]:
         defaults = find(sources["recipe"])
     if sources["config"]:
-        defaults = dataclasses.replace(read(sources["config"], config), out=None, fresh=False)
-    found = parse(kind, command, argv, kind(**vars(defaults), **sources))
-    return config(**{field.name: getattr(found, field.name) for field in dataclasses.fields(config)})
+        defaults = dataclasses.replace(read_toml(sources["config"], kind), out=None, fresh=False)
+    found = parse(Command, command, argv, Command(**vars(defaults), **sources))
+    return kind(**{field.name: getattr(found, field.name) for field in dataclasses.fields(kind)})
 
 
 def usage() -> str:

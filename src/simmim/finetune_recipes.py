@@ -6,8 +6,11 @@ run directory and the machine.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
-from simmim.task_config import ClassifyConfig
+from simmim.task_config import ClassifyConfig, FinetuneConfig
+
+Config = TypeVar("Config", bound=FinetuneConfig)
 
 FINETUNE_RECIPES: dict[str, Callable[[], ClassifyConfig]] = {}
 
@@ -17,11 +20,14 @@ def recipe(function: Callable[[], ClassifyConfig]) -> Callable[[], ClassifyConfi
     return function
 
 
-def find_finetune_recipe(name: str) -> ClassifyConfig:
-    """The configuration of a recipe; one-line `ValueError` for a name that is not one."""
+def find_finetune_recipe(name: str, kind: type[Config]) -> Config:
+    """The configuration of a recipe; one-line `ValueError` for a name that is not one, or one of another task."""
     if name not in FINETUNE_RECIPES:
         raise ValueError(f"fine-tuning recipe {name!r} is not known; choose from {', '.join(FINETUNE_RECIPES)}")
-    return FINETUNE_RECIPES[name]()
+    found = FINETUNE_RECIPES[name]()
+    if not isinstance(found, kind):
+        raise ValueError(f"recipe {name!r} is for simmim finetune {found.task}; give one of this task, or none")
+    return found
 
 
 # What the official fine-tuning configurations share.

@@ -7,13 +7,15 @@ from pydantic import Field
 from tyro.conf import Suppress, arg
 
 from simmim.config import TrainingConfig
-from simmim.fields import HINT, Count, NotNegativeReal, PositiveReal, Share, one_word
+from simmim.fields import HINT, Count, NotNegativeReal, PositiveReal, Share, Word, one_word
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(TrainingConfig):
     """Supervised training from a pretrained encoder (SimMIM, appendix A)."""
 
+    task: Suppress[str]
+    """The name in `TASK_CONFIGS`."""
     init: Annotated[str | None, one_word(str, "RUN|scratch|timm:NAME", nothing="none"), arg(name="from"), HINT] = None
     """Where the encoder's weights come from: a run, nowhere (scratch), or timm's own. Required."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -40,6 +42,8 @@ class ClassifyConfig(FinetuneConfig):
     """Image classification."""
 
     task: Suppress[Literal["classify"]] = "classify"
+    data: Word = None
+    """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, .csv, .npz, hf:NAME or demo."""
     labels_per_class: Count = None
     """Train on so many images of each class only."""
     label_seed: int = 0
@@ -62,3 +66,14 @@ class ClassifyConfig(FinetuneConfig):
     """Label smoothing."""
     ema_decay: Annotated[Share | None, one_word(float, "FLOAT", nothing="none"), HINT] = None
     """Evaluate and keep an exponential average of the weights with this decay."""
+
+
+TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {"classify": ClassifyConfig}
+
+
+def find_task(name: str | None = None) -> type[FinetuneConfig]:
+    """The kind of a task's configuration; one-line `ValueError` for a name that is none."""
+    if name not in TASK_CONFIGS:
+        what = "the task is missing" if name is None else f"task {name!r} is not known"
+        raise ValueError(f"{what}; choose from {', '.join(TASK_CONFIGS)}")
+    return TASK_CONFIGS[name]

@@ -142,8 +142,8 @@ def test_images_and_labels_are_mixed_as_timm_mixes_them(mixup: float, cutmix: fl
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("finetune", "the task is missing; write simmim finetune classify"),
-        ("finetune detect", "task 'detect' is not known; write simmim finetune classify"),
+        ("finetune", "the task is missing; choose from classify"),
+        ("finetune sort", "task 'sort' is not known; choose from classify"),
         (
             "finetune classify --data demo --out x",
             "--from is missing; give the --out directory of a run, scratch or timm:NAME",

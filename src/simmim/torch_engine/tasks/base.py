@@ -1,11 +1,13 @@
 """What `simmim.torch_engine.finetune` asks of a task. Adding one: a file here and a row in `finetune.TASKS`."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from simmim.data.pipeline import BadImages
@@ -78,4 +80,20 @@ class Task(Protocol):
 
     def save(self, step: TaskStep, directory: Path) -> None:
         """Write the model for `simmim predict` and other tools, each file whole or not at all."""
+        ...
+
+
+class Predictor(Protocol):
+    """A fine-tuned model on images of any size, as `load_predictor(directory, device)` of a task's file reads it."""
+
+    channels: int
+    dtype: np.dtype[Any]
+    """Of the pixels that `predict` takes: uint8, or float32 in 0..255."""
+
+    def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
+        """What the model finds in each image (H, W, C) of a batch; the task says what that is."""
+        ...
+
+    def draw(self, image: NDArray[Any], prediction: dict[str, Any]) -> NDArray[np.uint8]:
+        """A picture (H, W, 3) of an image and what was found in it."""
         ...
