@@ -274,10 +274,14 @@ def check_sizes(config: PretrainConfig, encoder: Sized) -> None:
             f"mask cell {cell} is not a multiple of the patch {patch} of {config.model}; "
             f"use --mask-cell {max(cell // patch, 1) * patch} or {(cell // patch + 1) * patch}"
         )
-    for side in config.image_size:
+    check_stride(config.image_size, stride, config.model)
+
+
+def check_stride(image_size: tuple[int, int], stride: int, model: str) -> None:
+    """One-line `ValueError` where a model's feature map does not cover the image."""
+    for side in image_size:
         if side % stride:
             near = max(side // stride, 1) * stride
             raise ValueError(
-                f"image size {side} is not a multiple of the stride {stride} of {config.model}; "
-                f"use {near} or {near + stride}"
+                f"image size {side} is not a multiple of the stride {stride} of {model}; use {near} or {near + stride}"
             )
