@@ -17,7 +17,8 @@ from simmim.accelerators import cpu_cores
 from simmim.clusters import fit_colour_clusters
 from simmim.config import PretrainConfig, TrainingConfig
 from simmim.data.augment import RandomResizedCrop
-from simmim.data.pipeline import BadImages, eval_images, train_batches
+from simmim.data.bad_images import BadImages
+from simmim.data.pipeline import eval_images, train_batches
 from simmim.data.sources import ImageSource, Subset, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.keys import sample_keys, uniforms

@@ -9,7 +9,17 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop as Torchvision
 
-from simmim.data.augment import Box, CentreCrop, RandomResizedCrop, crop_resize, draw_flips, reduction
+from simmim.data.augment import (
+    Box,
+    CentreCrop,
+    Letterbox,
+    RandomResizedCrop,
+    ScaleJitter,
+    crop_resize,
+    draw_flips,
+    reduction,
+    visible,
+)
 from simmim.keys import sample_keys
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
@@ -87,6 +97,42 @@ def test_the_centre_crop_for_a_wide_output_is_wide():
 def test_a_crop_that_cannot_be_is_refused(make: Any, message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("height", "width"), [(400, 640), (640, 400), (31, 500), (33, 20)])
+def test_a_letterbox_shows_the_whole_image_as_large_as_it_fits(height: int, width: int):
+    part, (top, left, shown_height, shown_width) = visible(
+        Letterbox(size=(128, 96)).box(height, width), height, width, (128, 96)
+    )
+    assert part == Box(0, 0, height, width)
+    assert (top, left) == (0, 0)
+    assert shown_height == 128 or shown_width == 96
+    assert shown_height / height == pytest.approx(shown_width / width, abs=1 / min(height, width))
+
+
+def test_what_a_box_has_beyond_the_image_is_filled():
+    image = np.full((2, 4, 3), 200, np.uint8)
+    pixels = crop_resize(image, Box(-1, 0, 4, 8), (8, 16), fill=(1, 2, 3))
+    assert (pixels[2:6, :8] == 200).all()
+    assert (pixels[[0, 1, 6, 7]] == (1, 2, 3)).all()
+    assert (pixels[:, 8:] == (1, 2, 3)).all()
+
+
+def test_jittered_scales_are_evenly_spread():
+    jitter, nothing = ScaleJitter(size=(64, 64), scale=(0.5, 2.0)), np.zeros((0, 4))
+    keys = [sample_keys(0, 0, index, stream="crop") for index in range(2000)]
+    scales = np.array([640 / jitter.box(key, 640, 320, nothing).height for key in keys])
+    assert scales.min() == pytest.approx(0.5, abs=0.01)
+    assert scales.max() == pytest.approx(2.0, abs=0.01)
+    np.testing.assert_allclose(np.quantile(scales, [0.25, 0.5, 0.75]), [0.875, 1.25, 1.625], atol=0.05)
+
+
+def test_a_jittered_image_that_is_larger_than_its_box_shows_the_middle_of_an_object():
+    jitter, objects = ScaleJitter(size=(64, 64), scale=(2.0, 2.0)), np.array([[90.0, 10.0, 100.0, 20.0]])
+    boxes = [jitter.box(sample_keys(0, 0, index, stream="crop"), 100, 100, objects) for index in range(300)]
+    assert {(box.height, box.width) for box in boxes} == {(50, 50)}
+    assert {box.top for box in boxes} == set(range(16))  # the middle is at 15 from the top
+    assert {box.left for box in boxes} == set(range(46, 51))  # … and at 95 from the left
 
 
 def test_half_of_the_images_are_mirrored_anew_each_epoch():

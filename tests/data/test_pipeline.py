@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from simmim.data.augment import CentreCrop, RandomResizedCrop, draw_flips
-from simmim.data.pipeline import BadImages, Batch, TooManyBadImages, eval_images, load, train_batches
+from simmim.data.bad_images import BadImages, TooManyBadImages
+from simmim.data.pipeline import Batch, eval_images, load, sample_batches, train_batches
 from simmim.data.statistics import measure_mean_std
 from simmim.keys import sample_keys
 
@@ -143,6 +144,20 @@ def test_an_image_is_cropped_by_its_own_key(tmp_path: Path):
                 dtype=np.uint8,
             )
             np.testing.assert_array_equal(image, alone)
+
+
+def test_arrays_of_different_lengths_are_filled_up_with_zeros(tmp_path: Path):
+    def read(epoch: int, index: int) -> dict[str, np.ndarray]:
+        return {"image": np.zeros((8, 8, 3)), "boxes": np.full((index, 4), index, np.float32)}
+
+    source = Noise(4)
+    bad_images = BadImages(tmp_path / "bad_images.txt", total=4)
+    options = {"batch_size": 4, "seed": 0, "start_step": 0, "total_steps": 1, "threads": 1}
+    [batch] = sample_batches(source, read, bad_images=bad_images, **options)
+    assert batch["boxes"].shape == (4, 3, 4)
+    for boxes, index in zip(batch["boxes"], batch["index"], strict=True):
+        assert (boxes[:index] == index).all()
+        assert (boxes[index:] == 0).all()
 
 
 def test_flips_are_drawn_for_the_images_of_the_batch(tmp_path: Path):

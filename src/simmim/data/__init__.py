@@ -1,8 +1,9 @@
 """Unlabelled images from files to batches. Heavy libraries (Pillow, OpenCV, Grain, datasets) load on first use."""
 
 from simmim.data.augment import Box, CentreCrop, RandomResizedCrop, crop_resize
+from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.decode import BadImage
-from simmim.data.pipeline import BadImages, Batch, TooManyBadImages, eval_images, train_batches
+from simmim.data.pipeline import Batch, eval_images, train_batches
 from simmim.data.sources import ImageSource, PathList, Subset, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 

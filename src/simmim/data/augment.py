@@ -16,7 +16,7 @@ from simmim.keys import sample_keys, uniforms
 
 
 class Box(NamedTuple):
-    """A rectangle of pixels."""
+    """A rectangle of pixels; it may reach beyond the image."""
 
     top: int
     left: int
@@ -82,6 +82,58 @@ class CentreCrop:
         return _middle(height, width, self.size[1] / self.size[0], self.fraction)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Letterbox:
+    """The box with the shape of `size` that holds the whole image, at its top left."""
+
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        _check_crop_size(self.size)
+
+    def box(self, height: int, width: int) -> Box:
+        pixels = max(height / self.size[0], width / self.size[1])  # of the image for one of the result
+        return Box(0, 0, max(1, round(pixels * self.size[0])), max(1, round(pixels * self.size[1])))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleJitter:
+    """Large-scale jittering (arXiv 2012.07177): a box with the shape of `size` in which the image is of a random scale.
+
+    1 is the scale at which the whole image just fits. An image that is smaller lies at the top left of its box; of one
+    that is larger a random part is seen, with the middle of a random object in it, where there are objects, so that no
+    step is spent on an image that lost them all. Raises `ValueError`.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.1, 2.0)
+
+    def __post_init__(self) -> None:
+        _check_crop_size(self.size)
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale jitter {self.scale} is not a range of positive numbers; use 0.1 2.0")
+
+    def box(self, key: NDArray[np.uint64], height: int, width: int, objects: NDArray[np.floating]) -> Box:
+        """The box for an image's key (1,) and the boxes of its objects, (n, 4) of left, top, right, bottom."""
+        scale, vertical, horizontal, which = uniforms(key, 4)[0]
+        pixels = max(height / self.size[0], width / self.size[1])  # of the image for one of the result
+        pixels /= self.scale[0] + (self.scale[1] - self.scale[0]) * scale
+        rows, columns = (max(1, round(pixels * side)) for side in self.size)
+        x = y = None
+        if len(objects):
+            left, top, right, bottom = objects[int(which * len(objects))]
+            x, y = int((left + right) / 2), int((top + bottom) / 2)
+        return Box(_begin(vertical, height, rows, y), _begin(horizontal, width, columns, x), rows, columns)
+
+
+def _begin(draw: float, length: int, part: int, within: int | None) -> int:
+    """Where a random part of a length begins that has the place `within` in it, if that is given."""
+    first, last = 0, max(length - part, 0)
+    if within is not None:
+        first, last = max(first, min(within - part + 1, last)), min(last, max(within, first))
+    return first + int(draw * (last - first + 1))
+
+
 def draw_flips(seed: int, epoch: ArrayLike, index: ArrayLike) -> NDArray[np.bool_]:
     """Which images (B,) are mirrored, half of them."""
     return uniforms(sample_keys(seed, epoch, index, stream="flip"), 1)[:, 0] < 0.5
@@ -93,12 +145,29 @@ def reduction(box: Box, size: tuple[int, int]) -> int:
     return next((factor for factor in (8, 4, 2) if factor <= spare), 1)
 
 
-def crop_resize(image: NDArray[Any], box: Box, size: tuple[int, int]) -> NDArray[Any]:
-    """Cut `box` out of an image (H, W, C) and resize it to `size`, without aliasing.
+def visible(box: Box, height: int, width: int, size: tuple[int, int]) -> tuple[Box, Box]:
+    """The part of `box` that is inside an image, and where that lies when `box` is resized to `size`."""
+    top, left = max(box.top, 0), max(box.left, 0)
+    bottom, right = min(box.top + box.height, height), min(box.left + box.width, width)
+    rows = [round((row - box.top) * size[0] / box.height) for row in (top, bottom)]
+    columns = [round((column - box.left) * size[1] / box.width) for column in (left, right)]
+    place = Box(rows[0], columns[0], max(1, rows[1] - rows[0]), max(1, columns[1] - columns[0]))
+    return Box(top, left, bottom - top, right - left), place
+
+
+def crop_resize(image: NDArray[Any], box: Box, size: tuple[int, int], fill: ArrayLike = 0) -> NDArray[Any]:
+    """Cut `box` out of an image (H, W, C) and resize it to `size`, without aliasing; beyond the image is `fill`.
 
     Bilinear interpolation to a power of two times `size`, then halving by means of 2×2 pixels: as free of aliasing as
     an area filter of any other factor, and several times faster, since both steps are vectorised.
     """
+    part, place = visible(box, image.shape[0], image.shape[1], size)
+    if part != box:
+        canvas = np.empty((*size, image.shape[2]), image.dtype)
+        canvas[:] = fill
+        rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
+        canvas[rows, columns] = crop_resize(image, part, (place.height, place.width))
+        return canvas
     height, width = size
     crop = image[box.top : box.top + box.height, box.left : box.left + box.width]
     shrinking = math.sqrt(box.height / height * box.width / width)

@@ -7,104 +7,51 @@ Shapes: `B` images, `H W` pixels, `C` channels; a size is (H, W).
 """
 
 import logging
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from simmim.data.augment import Box, CentreCrop, RandomResizedCrop, crop_resize, draw_flips, reduction
+from simmim.data.augment import Box, CentreCrop, Letterbox, RandomResizedCrop, crop_resize, draw_flips, reduction
+from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.decode import BadImage, Raw, open_picture
 from simmim.data.sources import ImageSource, read_raw
 from simmim.keys import sample_keys
 
-
-class Batch(TypedDict):
-    """The images of one process's part of a step."""
-
-    image: NDArray[Any]
-    """(B, H, W, C) uint8, or float32 in 0..255."""
-    flip: NDArray[np.bool_]
-    """(B,): which images the engine is to mirror."""
-    index: NDArray[np.int64]
-    """(B,): the images' numbers in the source."""
-    epoch: NDArray[np.int64]
-    """(B,): counted from 0."""
-
-
+Sample = dict[str, NDArray[Any]]
+"""What is read of one image: "image" (H, W, C), and whatever a task has beside it."""
+Batch = dict[str, NDArray[Any]]
+"""One process's part of a step: the samples' arrays stacked, as "image" (B, H, W, C), and flip (B,): which images the
+engine is to mirror; index (B,): the images' numbers in the source; epoch (B,): counted from 0."""
 Augment = Callable[[NDArray[Any], NDArray[np.uint64]], NDArray[Any]]
 """A cropped image (H, W, C) and its key (1,) → the image that is trained on."""
 
 
-class TooManyBadImages(ValueError):
-    """More images than a run puts up with cannot be read."""
-
-
-class BadImages:
-    """The images that cannot be read, each listed once in a file of `NAME<TAB>REASON` lines.
-
-    The file may be there already, and other processes may add to it. `add` raises `TooManyBadImages` once more than
-    `max_fraction` (0..1) of `total` images are listed.
-    """
-
-    def __init__(self, path: Path, *, total: int, max_fraction: float = 0.01):
-        if not 0 <= max_fraction <= 1:
-            raise ValueError(f"--max-bad-fraction {max_fraction} is not within 0..1; use 0.01")
-        self.path = path
-        self.total = total
-        self.max_fraction = max_fraction
-        self._names: set[str] = set()
-        self._bytes_read = 0
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        with self._lock:
-            self._catch_up()
-            return len(self._names)
-
-    def add(self, name: str, reason: str) -> None:
-        with self._lock:
-            self._catch_up()
-            name = re.sub(r"[\t\n]", " ", name)
-            if name not in self._names:
-                with self.path.open("ab") as file:
-                    file.write(f"{name}\t{reason}\n".encode(errors="surrogateescape"))
-                self._catch_up()
-            bad = len(self._names)
-        if bad > self.max_fraction * self.total:
-            raise TooManyBadImages(
-                f"{bad} of {self.total} images ({bad / self.total:.1%}) cannot be read, more than --max-bad-fraction "
-                f"{self.max_fraction}; they are listed in {self.path}"
-            )
-
-    def _catch_up(self) -> None:
-        """Read the lines that are new in the file."""
-        if not self.path.exists():
-            return
-        with self.path.open("rb") as file:
-            file.seek(self._bytes_read)
-            lines = file.read().split(b"\n")[:-1]  # what follows the last line's end is not written yet
-        self._bytes_read += sum(len(line) + 1 for line in lines)
-        self._names |= {line.split(b"\t")[0].decode(errors="surrogateescape") for line in lines}
-
-
 def load(
-    raw: Raw, choose_box: Callable[[int, int], Box], *, size: tuple[int, int], channels: int, dtype: DTypeLike
+    raw: Raw,
+    choose_box: Callable[[int, int], Box],
+    *,
+    size: tuple[int, int],
+    channels: int,
+    dtype: DTypeLike,
+    fill: ArrayLike = 0,
 ) -> NDArray[Any]:
-    """The part of an image that `choose_box(height, width)` names, at `size`: (H, W, C). Raises `BadImage`."""
+    """The part of an image that `choose_box(height, width)` names, at `size`: (H, W, C). Raises `BadImage`.
+
+    What the box has beyond the image is filled with the colour `fill`, (C,) or one number.
+    """
     picture = open_picture(raw)
     box = choose_box(picture.height, picture.width)
     pixels = picture.decode(channels=channels, dtype=dtype, reduction=reduction(box, size))
     height, width = pixels.shape[:2]
     if (height, width) != (picture.height, picture.width):
         box = box.scaled(height / picture.height, width / picture.width)
-    return crop_resize(pixels, box, size)
+    return crop_resize(pixels, box, size, fill)
 
 
 def train_batches(
@@ -123,11 +70,55 @@ def train_batches(
     bad_images: BadImages,
     augment: Augment | None = None,
 ) -> Iterator[Batch]:
+    """The batches of `sample_batches` of an image each, cropped and resized, and augmented if asked for."""
+
+    def read(epoch: int, index: int) -> Sample:
+        key = sample_keys(seed, epoch, index, stream="crop")
+        image = load(
+            read_raw(source, index),
+            lambda height, width: crop.box(key, height, width),
+            size=crop.size,
+            channels=channels,
+            dtype=dtype,
+        )
+        if augment is not None:
+            image = augment(image, sample_keys(seed, epoch, index, stream="augment"))
+        return {"image": image}
+
+    return sample_batches(
+        source,
+        read,
+        batch_size=batch_size,
+        seed=seed,
+        start_step=start_step,
+        total_steps=total_steps,
+        rank=rank,
+        world=world,
+        threads=threads,
+        bad_images=bad_images,
+    )
+
+
+def sample_batches(
+    source: ImageSource,
+    read: Callable[[int, int], Sample],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int,
+    total_steps: int,
+    rank: int = 0,
+    world: int = 1,
+    threads: int,
+    bad_images: BadImages,
+) -> Iterator[Batch]:
     """The batches of steps `start_step` to `total_steps` (not included) for the process `rank` of `world`.
 
-    A step has `batch_size` images, dealt out to the processes one by one. The last images of an epoch's order that
-    fill no batch are left out of it. An image that cannot be read is listed in `bad_images`, and the next one of the
-    source taken. Close the iterator to stop its threads. Raises one-line `ValueError`s; at once where sizes don't fit.
+    `read(epoch, index)` is called from several threads at once; arrays whose first sides differ within a batch are
+    filled up with zeros. A step has `batch_size` images, dealt out to the processes one by one. The last images of an
+    epoch's order that fill no batch are left out of it. An image that cannot be read is listed in `bad_images`, and the
+    next one of the source taken. Close the iterator to stop its threads. Raises one-line `ValueError`s; at once where
+    sizes don't fit.
     """
     if batch_size > len(source):
         raise ValueError(
@@ -140,17 +131,13 @@ def train_batches(
         )
     loader = _Loader(
         source=source,
-        crop=crop,
-        channels=channels,
-        dtype=np.dtype(dtype),
+        read=read,
         order=_Order(len(source), seed),
         usable=len(source) // batch_size * batch_size,
-        seed=seed,
         bad_images=bad_images,
-        augment=augment,
     )
     positions = range(start_step * batch_size + rank, total_steps * batch_size, world)
-    return _stream(loader, positions, batch_size // world, threads)
+    return _stream(loader, positions, batch_size // world, threads, seed)
 
 
 def eval_images(
@@ -179,17 +166,21 @@ def eval_images(
 def eval_batches(
     source: ImageSource,
     *,
-    crop: CentreCrop,
+    crop: CentreCrop | Letterbox,
     channels: int,
     dtype: DTypeLike,
     batch_size: int,
     threads: int,
+    fill: ArrayLike = 0,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """All images in order, by the batch: their indices (B,) and middles (B, H, W, C). Bad ones are left out."""
+    """All images in order, by the batch: their indices (B,) and what `crop` shows (B, H, W, C). Bad ones are left out.
+
+    `fill` is the colour beyond an image.
+    """
 
     def read(index: int) -> NDArray[Any] | None:
         try:
-            return load(read_raw(source, index), crop.box, size=crop.size, channels=channels, dtype=dtype)
+            return load(read_raw(source, index), crop.box, size=crop.size, channels=channels, dtype=dtype, fill=fill)
         except BadImage:
             return None
 
@@ -202,7 +193,7 @@ def eval_batches(
 
 
 class _Element(NamedTuple):
-    image: NDArray[Any]
+    sample: Sample
     index: int
     epoch: int
 
@@ -212,14 +203,10 @@ class _Loader:
     """What a position of the stream holds."""
 
     source: ImageSource
-    crop: RandomResizedCrop
-    channels: int
-    dtype: np.dtype[Any]
+    read: Callable[[int, int], Sample]
     order: "_Order"
     usable: int
-    seed: int
     bad_images: BadImages
-    augment: Augment | None
 
     def __call__(self, position: int) -> _Element:
         epoch, place = divmod(int(position), self.usable)
@@ -227,25 +214,12 @@ class _Loader:
         for step in range(len(self.source)):
             index = (first + step) % len(self.source)
             try:
-                return _Element(self._load(epoch, index), index, epoch)
+                return _Element(self.read(epoch, index), index, epoch)
             except BadImage as error:
                 self.bad_images.add(self.source.name(index), str(error))
         raise TooManyBadImages(
             f"none of the {len(self.source)} images can be read; they are listed in {self.bad_images.path}"
         )
-
-    def _load(self, epoch: int, index: int) -> NDArray[Any]:
-        key = sample_keys(self.seed, epoch, index, stream="crop")
-        image = load(
-            read_raw(self.source, index),
-            lambda height, width: self.crop.box(key, height, width),
-            size=self.crop.size,
-            channels=self.channels,
-            dtype=self.dtype,
-        )
-        if self.augment is None:
-            return image
-        return self.augment(image, sample_keys(self.seed, epoch, index, stream="augment"))
 
 
 class _Order:
@@ -267,16 +241,12 @@ class _Order:
             return int(self._orders[epoch][place])
 
 
-def _stream(loader: _Loader, positions: range, size: int, threads: int) -> Iterator[Batch]:
+def _stream(loader: _Loader, positions: range, size: int, threads: int, seed: int) -> Iterator[Batch]:
     def batch(elements: Sequence[_Element]) -> Batch:
-        images, indices, epochs = zip(*elements, strict=True)
+        samples, indices, epochs = zip(*elements, strict=True)
         index, epoch = np.array(indices, np.int64), np.array(epochs, np.int64)
-        return {
-            "image": np.stack(images),
-            "flip": draw_flips(loader.seed, epoch, index),
-            "index": index,
-            "epoch": epoch,
-        }
+        arrays = {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
+        return {**arrays, "flip": draw_flips(seed, epoch, index), "index": index, "epoch": epoch}
 
     grain = _import_grain()
     # One batch that is ready and one in the making: more would only take memory.
@@ -287,6 +257,17 @@ def _stream(loader: _Loader, positions: range, size: int, threads: int) -> Itera
         yield from batches
     finally:
         batches.close()
+
+
+def _stack(arrays: list[NDArray[Any]]) -> NDArray[Any]:
+    """Arrays of one batch together, the shorter ones filled up with zeros."""
+    lengths = {len(array) for array in arrays}
+    if len(lengths) == 1:
+        return np.stack(arrays)
+    stacked = np.zeros((len(arrays), max(lengths), *arrays[0].shape[1:]), arrays[0].dtype)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[: len(array)] = array
+    return stacked
 
 
 def _import_grain() -> ModuleType:

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from simmim.accelerators import cpu_cores, gpu_peak_flops
 from simmim.config import PretrainConfig, from_settings, validated
 from simmim.data.augment import RandomResizedCrop
-from simmim.data.pipeline import BadImages, train_batches
+from simmim.data.bad_images import BadImages
+from simmim.data.pipeline import train_batches
 from simmim.data.sources import ImageSource, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.fields import ImageSize, Positive, PositiveReal, Word, YesNo

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from simmim.data.pipeline import BadImages
+from simmim.data.bad_images import BadImages
 from simmim.plan import Batch, TrainingPlan
 from simmim.task_config import FinetuneConfig
 from simmim.torch_engine.encoders import DropPathDraws

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from simmim.accelerators import cpu_cores
 from simmim.data.augment import CentreCrop, RandomResizedCrop
+from simmim.data.bad_images import BadImages
 from simmim.data.labelled import LabelledImages
-from simmim.data.pipeline import Augment, BadImages, eval_batches, train_batches
+from simmim.data.pipeline import Augment, eval_batches, train_batches
 from simmim.metrics import balanced_accuracy, confusion_matrix, top1
 from simmim.plan import Batch, TrainingPlan, drop_path_numbers
 from simmim.run import written_whole
