@@ -11,7 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # A distribution by the name of what it is imported as, where the two differ.
-MODULES = {"pillow": "pil", "opencv-python-headless": "cv2", "tomli-w": "tomli_w", "tensorflow-cpu": "tensorflow"}
+MODULES = {
+    "pillow": "pil",
+    "opencv-python-headless": "cv2",
+    "tomli-w": "tomli_w",
+    "tensorflow-cpu": "tensorflow",
+    "faster-coco-eval": "faster_coco_eval",
+}
 # timm imports torchvision without listing the versions of it that fit torch's.
 BY_OTHERS = {"torchvision"}
 
