@@ -4,7 +4,7 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import KNeighborsClassifier
 
-from simmim.metrics import balanced_accuracy, confusion_matrix, knn_predict, top1
+from simmim.metrics import balanced_accuracy, confusion_matrix, intersection_over_union, knn_predict, top1
 
 
 @pytest.fixture
@@ -53,3 +53,16 @@ def test_knn_votes_weigh_by_nearness() -> None:
 def test_knn_with_fewer_training_images_than_neighbours_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^20 neighbours are more than the 3 training images; use k of 3 or less$"):
         knn_predict(np.eye(3), [0, 1, 2], np.eye(3), num_classes=3)
+
+
+def test_intersection_over_union_equals_scikit_learn_where_pixels_are_ignored() -> None:
+    rng = np.random.default_rng(0)
+    masks = rng.choice(np.array([0, 1, 2, 3, 5, 255]), (4, 20, 30), p=[0.5, 0.2, 0.1, 0.05, 0.05, 0.1])
+    predicted = np.where(rng.random(masks.shape) < 0.6, masks % 255, rng.integers(0, 5, masks.shape))
+    judged = masks != 255
+    found = intersection_over_union(confusion_matrix(masks[judged], predicted[judged], num_classes=7))
+    classes = [0, 1, 2, 3, 4, 5]  # 4 is predicted only
+    expected = sklearn_metrics.jaccard_score(masks[judged], predicted[judged], average=None, labels=classes)
+    assert found[:6].tolist() == pytest.approx(expected.tolist())
+    assert found[4] == 0
+    assert np.isnan(found[6])  # of this class nothing is known

@@ -1,4 +1,4 @@
-"""Measures of classification, and the k-nearest-neighbour check of frozen features. NumPy.
+"""Measures of classification and segmentation, and the k-nearest-neighbour check of frozen features. NumPy.
 
 Shapes: `N` images, `M` training images, `D` features, `K` classes. Classes are 0 … K-1.
 """
@@ -24,6 +24,14 @@ def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike, num_classes: in
     images = matrix.sum(axis=1)
     present = images > 0
     return float(np.mean(matrix.diagonal()[present] / images[present]))
+
+
+def intersection_over_union(confusion: NDArray[np.integer]) -> NDArray[np.float64]:
+    """Of each class (K,), from a confusion matrix of pixels (K, K): those that are of a class and predicted as it, over
+    those that are or are predicted as it; not a number for a class that neither labels nor predictions have."""
+    right = confusion.diagonal()
+    either = confusion.sum(axis=0) + confusion.sum(axis=1) - right
+    return np.divide(right, either, out=np.full(len(right), np.nan), where=either > 0)
 
 
 def knn_predict(

@@ -1,8 +1,9 @@
-"""Pictures of reconstructions: original, masked and reconstructed side by side, in true colours.
+"""Pictures: reconstructions beside their originals, and classes of pixels laid over an image.
 
-Shapes: `B` images, `H W` pixels, `C` channels.
+Shapes: `B` images, `H W` pixels, `C` channels, `K` classes.
 """
 
+import colorsys
 import math
 
 import numpy as np
@@ -45,6 +46,35 @@ def reconstruction_panel(
             top = _CAPTION + row * (height + _GAP)
             canvas[top : top + height, left : left + width] = picture[row]
     return canvas[:-_GAP]
+
+
+def class_colours(count: int) -> NDArray[np.uint8]:
+    """Colours (K, 3) that tell classes apart; the first is grey, since class 0 is often the background."""
+    golden = (5**0.5 - 1) / 2  # hues that are never near those just before
+    hues = [colorsys.hsv_to_rgb(k * golden % 1, 0.9, 1 - 0.35 * (k % 3 == 0)) for k in range(1, count)]
+    return np.rint(255 * np.array([(0.5, 0.5, 0.5), *hues])).astype(np.uint8)
+
+
+def lay_classes(image: NDArray[np.uint8], mask: NDArray[np.integer], count: int) -> NDArray[np.uint8]:
+    """An image (H, W, 3) half covered by the colours of its pixels' classes (H, W); black where there is none."""
+    colours = np.zeros((max(count, int(mask.max(initial=0)) + 1), 3), np.uint8)
+    colours[:count] = class_colours(count)
+    return (image // 2) + colours[mask] // 2
+
+
+def class_panel(
+    image: NDArray[np.uint8], true: NDArray[np.integer], predicted: NDArray[np.integer], count: int
+) -> NDArray[np.uint8]:
+    """A picture (rows, columns, 3): image (H, W, 3), true classes (H, W) and predicted ones, side by side."""
+    pictures = {
+        "image": image,
+        "true": lay_classes(image, true, count),
+        "predicted": lay_classes(image, predicted, count),
+    }
+    height, width, _ = image.shape
+    gap = np.full((height + _CAPTION, _GAP, 3), 255, np.uint8)
+    columns = [np.concatenate((_caption(name, width), picture)) for name, picture in pictures.items()]
+    return np.concatenate((columns[0], gap, columns[1], gap, columns[2]), axis=1)
 
 
 def _caption(text: str, width: int) -> NDArray[np.uint8]:

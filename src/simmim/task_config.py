@@ -7,7 +7,7 @@ from pydantic import Field
 from tyro.conf import Suppress, arg
 
 from simmim.config import TrainingConfig
-from simmim.fields import HINT, Count, NotNegativeReal, PositiveReal, Share, Word, one_word
+from simmim.fields import HINT, Count, NotNegativeReal, Positive, PositiveReal, Share, Word, one_word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,28 @@ class ClassifyConfig(FinetuneConfig):
     """Evaluate and keep an exponential average of the weights with this decay."""
 
 
-TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {"classify": ClassifyConfig}
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(FinetuneConfig):
+    """Semantic segmentation: a class for every pixel."""
+
+    task: Suppress[Literal["segment"]] = "segment"
+    data: Word = None
+    """Labelled images: train/images with train/masks (PNG of class numbers, 255 = none), and val/… or test/…."""
+    batch_size: Positive = 16
+    """Images of one optimiser step, over all processes and accumulation together."""
+    lr: PositiveReal = 3.2e-3
+    """Learning rate for a batch of 512 (1e-4 for one of 16); it is scaled by batch size / 512, as the others are."""
+    evaluation: Literal["resize", "slide"] = "resize"
+    """What the model sees of an image: all of it, resized, or windows of the image size that slide over it."""
+    zoom: tuple[PositiveReal, PositiveReal] = (0.5, 2.0)
+    """Range in which training magnifies what evaluation sees, as far as an image holds it."""
+    jitter: Share = 0.5
+    """Strength of the random changes of brightness, contrast, saturation and hue; 0 is off."""
+    decoder_channels: Annotated[int, Field(ge=4)] = 512
+    """Width of the UPerNet decoder."""
+
+
+TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {"classify": ClassifyConfig, "segment": SegmentConfig}
 
 
 def find_task(name: str | None = None) -> type[FinetuneConfig]:

@@ -17,8 +17,10 @@ import simmim
 from simmim.cli import main
 from simmim.keys import sample_keys
 from simmim.loop import Loop
+from simmim.task_config import TASK_CONFIGS
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 
+TASKS = ", ".join(TASK_CONFIGS)
 TINY = ["patch_size=16", "depth=2", "embed_dim=48", "num_heads=2"]
 
 
@@ -142,8 +144,8 @@ def test_images_and_labels_are_mixed_as_timm_mixes_them(mixup: float, cutmix: fl
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("finetune", "the task is missing; choose from classify"),
-        ("finetune sort", "task 'sort' is not known; choose from classify"),
+        ("finetune", f"the task is missing; choose from {TASKS}"),
+        ("finetune sort", f"task 'sort' is not known; choose from {TASKS}"),
         (
             "finetune classify --data demo --out x",
             "--from is missing; give the --out directory of a run, scratch or timm:NAME",

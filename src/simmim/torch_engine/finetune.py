@@ -11,15 +11,17 @@ from timm.optim._param_groups import param_groups_layer_decay
 from simmim.accelerators import cpu_cores
 from simmim.config import validated
 from simmim.data.labelled import open_labelled
+from simmim.data.segmentation import open_segmentation
 from simmim.loop import Event, Loop, Outcome
 from simmim.plan import Batch
 from simmim.run import Run, open_run, written_whole
-from simmim.task_config import ClassifyConfig, FinetuneConfig
+from simmim.task_config import ClassifyConfig, FinetuneConfig, SegmentConfig
 from simmim.torch_engine import distributed
 from simmim.torch_engine.optim import create_adamw
 from simmim.torch_engine.tasks.backbones import complete, find_origin
 from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep
 from simmim.torch_engine.tasks.classify import ClassifyTask
+from simmim.torch_engine.tasks.segment import SegmentTask
 from simmim.torch_engine.trainer import TorchTrainer
 from simmim.torch_engine.update import Update
 
@@ -35,9 +37,15 @@ def open_classify(config: ClassifyConfig) -> Any:
     )
 
 
+def open_segment(config: SegmentConfig) -> Any:
+    assert config.data is not None
+    return open_segmentation(config.data, val_fraction=config.val_fraction, seed=config.seed)
+
+
 # What each task's configuration opens and runs.
 TASKS: dict[type[FinetuneConfig], tuple[Callable[[Any], Any], Callable[..., Any]]] = {
     ClassifyConfig: (open_classify, ClassifyTask),
+    SegmentConfig: (open_segment, SegmentTask),
 }
 
 
@@ -166,6 +174,11 @@ def parameter_groups(step: TaskStep, config: FinetuneConfig) -> list[dict[str, A
     taken = {id(parameter) for parameter in backbone.parameters()}
     rest = [p for p in step.parameters() if p.requires_grad and id(p) not in taken]
     decay, plain = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
-    kept = [{name: group[name] for name in ("params", "weight_decay", "lr_scale")} for group in groups]
+    # timm takes what comes last in the encoder for the head: where a decoder follows, that is one layer below it.
+    last = config.layer_decay if rest else 1.0
+    kept = [
+        {"params": group["params"], "weight_decay": group["weight_decay"], "lr_scale": group["lr_scale"] * last}
+        for group in groups
+    ]
     kept += [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in kept if group["params"]]

@@ -1,7 +1,7 @@
-"""Augmentations of supervised fine-tuning: RandAugment and random erasing on the CPU, mixup and cutmix on the device.
+"""Augmentations of supervised fine-tuning: of single images on the CPU, mixup and cutmix on the device.
 
-The operations are timm's; the numbers are drawn from an image's key, so that an image looks the same after a resume and
-on any number of processes.
+The operations are timm's and torchvision's; the numbers are drawn from an image's key, so that an image looks the same
+after a resume and on any number of processes.
 
 Shapes: `B` images, `H W` pixels, `C` channels, `K` classes.
 """
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from timm.data import auto_augment as ops
 from torch import Tensor
+from torchvision.transforms import functional as transforms
 
 from simmim.keys import sample_keys, uniforms
 
@@ -64,6 +65,30 @@ class RandAugment:
             picture = operation(
                 picture, *argument(strength, 1 if side < 0.5 else -1), fillcolor=fill, resample=Image.Resampling.BICUBIC
             )
+        return np.asarray(picture).reshape(image.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColourJitter:
+    """Random brightness, contrast, saturation and hue, each with probability 1/2, as the segmentation of Swin has them.
+
+    A factor is 1 ± `strength` (0..1), and the hue is turned by a fifth of that at most. uint8 images (H, W, C) of 1 or
+    3 channels.
+    """
+
+    strength: float = 0.5
+
+    def __call__(self, image: NDArray[np.uint8], key: NDArray[np.uint64]) -> NDArray[np.uint8]:
+        draws = uniforms(key, 8)[0].reshape(4, 2)
+        grey = image.shape[-1] == 1
+        picture: Any = Image.fromarray(image[..., 0] if grey else image)
+        changes = [transforms.adjust_brightness, transforms.adjust_contrast]
+        if not grey:
+            changes += [transforms.adjust_saturation, transforms.adjust_hue]
+        for change, (use, amount) in zip(changes, draws, strict=False):
+            if use < 0.5:
+                shift = self.strength * (2 * amount - 1)
+                picture = change(picture, shift / 5 if change is transforms.adjust_hue else 1 + shift)
         return np.asarray(picture).reshape(image.shape)
 
 

@@ -1,0 +1,143 @@
+"""The model of semantic segmentation, what one step trains, and its predictions on images of any size.
+
+The decoder is UPerNet (arXiv 1807.10221), as in SimMIM, Swin, BEiT and MAE, in the implementation of Transformers.
+That of segmentation_models_pytorch was compared: it wants two finer levels that no encoder here has, and leaves them
+unused, normalises each level once more, and has no classifier; and Transformers is a dependency of export already.
+
+Shapes: `B` images, `C` channels, `H W` pixels, `h w` cells of the finest feature map, `K` classes.
+"""
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from simmim.data.augment import crop_resize
+from simmim.data.segmentation import IGNORE, Mask, Windows
+from simmim.panels import lay_classes, to_rgb
+from simmim.task_config import SegmentConfig
+from simmim.torch_engine.encoders import route_drop_path
+from simmim.torch_engine.tasks.base import TaskStep
+from simmim.torch_engine.tasks.pyramid import Pyramid, create_pyramid
+from simmim.torch_engine.update import DTYPES
+
+
+class Segmenter(nn.Module):
+    """Normalised images (B, C, H, W) → class scores (B, K, h, w)."""
+
+    def __init__(self, pyramid: Pyramid, classes: int, channels: int):
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError("segmentation needs the package transformers; pip install 'simmim[tasks]'")
+        from transformers.models.upernet import UperNetConfig
+        from transformers.models.upernet.modeling_upernet import UperNetHead
+
+        super().__init__()
+        self.pyramid = pyramid
+        config: Any = UperNetConfig(hidden_size=channels)
+        config.num_labels = classes
+        self.decoder = UperNetHead(config, list(pyramid.channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decoder(self.pyramid(images))
+
+
+class SegmentStep(TaskStep):
+    """Cross-entropy of a batch's pixels."""
+
+    def __init__(self, model: Segmenter, config: SegmentConfig):
+        assert isinstance(config.mean, tuple)
+        assert isinstance(config.std, tuple)
+        super().__init__(config.mean, config.std)
+        self.draws = route_drop_path(model.pyramid.backbone)
+        self.model = model
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.pyramid.backbone
+
+    def forward(self, image: Tensor, flip: Tensor, label: Tensor, drop_path: Tensor | None = None) -> Tensor:
+        self.draws.uniform = drop_path
+        labels = label.long()  # (B, H, W)
+        labels = torch.where(flip.view(-1, 1, 1), labels.flip(2), labels)
+        scores = _enlarge(self.model(self.prepare(image, flip)).float(), labels.shape[1:])
+        # Over all pixels, those without a class too: so an image weighs the same whatever others are in its batch.
+        return functional.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+
+
+def _enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
+    return functional.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class SegmentPredictor:
+    """The classes of pixels of images of any size, a `simmim.torch_engine.tasks.base.Predictor`."""
+
+    def __init__(self, step: SegmentStep, config: SegmentConfig, classes: tuple[str, ...], dtype: np.dtype[Any]):
+        self.step, self.config, self.classes, self.dtype = step, config, classes, dtype
+        self.channels = config.channels
+        self.windows = windows(config)
+
+    def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
+        """For each image (H, W, C) its classes "mask" (H, W) and "shares": the share of pixels of each class found."""
+        found = []
+        for mask in self.masks(images):
+            counts = np.bincount(mask.ravel(), minlength=len(self.classes)) / mask.size
+            shares = {name: float(share) for name, share in zip(self.classes, counts, strict=True) if share}
+            found.append({"mask": mask, "shares": shares})
+        return found
+
+    def draw(self, image: NDArray[Any], prediction: dict[str, Any]) -> NDArray[np.uint8]:
+        return lay_classes(to_picture(image), prediction["mask"], len(self.classes))
+
+    @torch.no_grad()
+    def masks(self, images: Sequence[NDArray[Any]]) -> list[Mask]:
+        """The classes (H, W) of images (H, W, C): where windows overlap, the sum of their scores decides."""
+        boxes = [self.windows.boxes(*image.shape[:2]) for image in images]
+        crops = [
+            crop_resize(image, box, self.windows.size)
+            for image, covering in zip(images, boxes, strict=True)
+            for box in covering
+        ]
+        training = self.step.training
+        self.step.eval()
+        scores, masks = self._scores(crops), []
+        for image, covering in zip(images, boxes, strict=True):
+            total = torch.zeros(len(self.classes), *image.shape[:2], device=self.step.mean.device)
+            for (top, left, height, width), part in zip(covering, scores, strict=False):
+                total[:, top : top + height, left : left + width] += _enlarge(part[None], (height, width))[0]
+            masks.append(total.argmax(dim=0).cpu().numpy().astype(_mask_dtype(len(self.classes))))
+        self.step.train(training)
+        return masks
+
+    def _scores(self, crops: list[NDArray[Any]]) -> Iterator[Tensor]:
+        """Class scores (K, h, w) of each crop."""
+        device, dtype = self.step.mean.device, DTYPES[self.config.precision]
+        for start in range(0, len(crops), self.config.batch_size):
+            pixels = torch.from_numpy(np.stack(crops[start : start + self.config.batch_size])).to(device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                scores = self.step.model(self.step.normalize(pixels))
+            yield from scores.float()
+
+
+def build_step(config: SegmentConfig, weights: dict[str, Tensor] | None, classes: int) -> SegmentStep:
+    """The model of a complete configuration; the encoder has `weights` (timm's names), or random ones."""
+    # ViTDet's pyramid has 256 channels where UPerNet has 512.
+    pyramid = create_pyramid(config, weights, channels=config.decoder_channels // 2)
+    return SegmentStep(Segmenter(pyramid, classes, config.decoder_channels), config)
+
+
+def windows(config: SegmentConfig) -> Windows:
+    assert config.image_size is not None
+    return Windows(size=config.image_size, whole=config.evaluation == "resize", zoom=config.zoom)
+
+
+def _mask_dtype(classes: int) -> type[np.unsignedinteger[Any]]:
+    return np.uint8 if classes <= IGNORE else np.uint16
+
+
+def to_picture(image: NDArray[Any]) -> NDArray[np.uint8]:
+    return to_rgb(image[None] / np.float32(255))[0]
