@@ -15,7 +15,11 @@ from simmim.config import PretrainConfig, from_settings
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"<!-- tested -->\n```(\w+)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 SMALL = {"image_size": 64, "batch_size": 4, "val_images": 2, "steps": 2, "device": "cpu"}
-SMALL_VIT = "--model-args depth=1 embed_dim=48"
+EXTRA = {
+    "pretrain": " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
+    + " --model-args depth=1 embed_dim=48",
+    "finetune": "--batch-size 4 --steps 2 --device cpu",
+}
 
 
 @pytest.fixture
@@ -32,12 +36,10 @@ def here(tmp_path, monkeypatch):
 
 
 def run_shell(text: str) -> None:
-    small = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
     for line in text.splitlines():
         program, command, *options = shlex.split(line, comments=True)
         assert program == "simmim"
-        extra = shlex.split(f"{small} {SMALL_VIT}") if command == "pretrain" else []
-        assert main([command, *options, *extra]) == 0, line
+        assert main([command, *options, *EXTRA.get(command, "").split()]) == 0, line
 
 
 def run_python(text: str, monkeypatch) -> None:
@@ -66,7 +68,7 @@ def test_every_command_is_named():
     text = README.read_text(encoding="utf-8")
     commands = set(re.findall(r"^\| `simmim (\w+)`", text, re.MULTILINE))
     assert commands <= set(simmim.cli.COMMANDS)
-    assert {"pretrain", "reconstruct", "bench", "doctor", "recipes", "probe"} <= commands
+    assert {"pretrain", "reconstruct", "bench", "doctor", "recipes", "probe", "predict"} <= commands
 
 
 @pytest.mark.parametrize("document", [README, *sorted(README.parent.glob("docs/*.md"))], ids=lambda path: path.name)

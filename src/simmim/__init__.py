@@ -7,6 +7,8 @@ model = simmim.load_model("runs/a")       # model(images, mask) -> (loss, predic
 """
 
 import importlib
+from collections.abc import Sequence
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +17,17 @@ if TYPE_CHECKING:
     from simmim.torch_engine.storage import load_encoder, load_model
 
 __version__ = "0.1.0"
-__all__ = ["PretrainConfig", "Run", "__version__", "finetune", "load_encoder", "load_model", "pretrain", "probe"]
+__all__ = [
+    "PretrainConfig",
+    "Run",
+    "__version__",
+    "finetune",
+    "load_encoder",
+    "load_model",
+    "predict",
+    "pretrain",
+    "probe",
+]
 
 # Loaded on first use, so that `import simmim` stays fast.
 _HOMES = {
@@ -68,3 +80,21 @@ def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
     from simmim.torch_engine.tasks.probe import ProbeConfig, probe
 
     return probe(from_settings(ProbeConfig, {"run": run, "data": data, **settings}))
+
+
+def predict(
+    run: str | PathLike[str], images: str | PathLike[str] | Sequence[str | PathLike[str]], **settings: Any
+) -> dict[str, Any]:
+    """What the model of a fine-tuned run finds in images: files, or one thing that `simmim predict` takes.
+
+    Settings are the other fields of `PredictConfig`. Returns "images", for each "image" (its name) and, from a
+    classifier, "label", "probability" and "top": pairs of these; and "bad_images", those that cannot be read, each with
+    a "reason". With `out`, that is in `out/predictions.json` too, and each image has a "picture" there. Raises a
+    one-line `ValueError` for a run without a fine-tuned model, or where no image can be read.
+    """
+    from simmim.config import from_settings
+    from simmim.torch_engine.predict import PredictConfig, predict
+
+    several = (images,) if isinstance(images, (str, PathLike)) else images
+    names = tuple(fspath(image) for image in several)
+    return predict(from_settings(PredictConfig, {"run": fspath(run), "images": names, **settings}))

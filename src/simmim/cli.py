@@ -96,6 +96,22 @@ def finetune(argv: list[str]) -> int:
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
 
+def predict(argv: list[str]) -> int:
+    """Use a fine-tuned model: labels, masks or boxes of new images"""
+    from simmim.torch_engine.predict import PredictConfig, describe, predict
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(PredictConfig):
+        json: bool = False
+        """Print JSON only."""
+
+    command = vars(parse(Command, "predict", argv))
+    as_json = command.pop("json")
+    found = predict(PredictConfig(**command))
+    print(json.dumps(found, indent=1) if as_json else describe(found, command["out"]))
+    return 0
+
+
 def advise(argv: list[str]) -> int:
     """Say which accelerator, how many, how long, what it costs, and whether it fits"""
     from simmim.advisor import advise, plot, show
@@ -206,7 +222,7 @@ def export(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     function.__name__: function
-    for function in (pretrain, reconstruct, probe, finetune, convert, export, advise, bench, doctor, recipes)
+    for function in (pretrain, reconstruct, probe, finetune, predict, convert, export, advise, bench, doctor, recipes)
 }
 
 

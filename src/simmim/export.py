@@ -1,7 +1,8 @@
 """`simmim export`: a run's model as other tools read it, reloaded and compared before it is there."""
 
-import tempfile
 from pathlib import Path
+
+from simmim.run import new_directory
 
 FORMATS = ("timm", "transformers", "onnx", "official")
 
@@ -15,19 +16,10 @@ def export(run: str | Path, *, format: str, out: str | Path, allow_loss: bool = 
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r} is not known; choose from {', '.join(FORMATS)}")
-    target = Path(out)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"--out {out} exists already; give a new directory")
     from simmim.torch_engine.export import export_official, export_timm, open_source
     from simmim.torch_engine.export_onnx import export_onnx
     from simmim.torch_engine.export_transformers import export_transformers
 
     exporters = dict(zip(FORMATS, (export_timm, export_transformers, export_onnx, export_official), strict=True))
-    source = open_source(Path(run))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".exporting-", dir=target.parent) as parent:
-        aside = Path(parent) / target.name
-        aside.mkdir()
-        lines = exporters[format](source, aside, allow_loss)
-        aside.rename(target)
-    return lines
+    with new_directory(out) as directory:
+        return exporters[format](open_source(Path(run)), directory, allow_loss)

@@ -1,4 +1,4 @@
-"""Pictures: reconstructions beside their originals, and classes of pixels laid over an image.
+"""Pictures: reconstructions beside their originals, classes of pixels laid over an image, captions.
 
 Shapes: `B` images, `H W` pixels, `C` channels, `K` classes.
 """
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 _HIDDEN = 0.5  # grey of a hidden pixel
 _GAP = 4  # pixels between pictures
 _CAPTION = 16
+_HIGH = 128  # the least height of a picture
 
 
 def to_rgb(images: NDArray[np.floating]) -> NDArray[np.uint8]:
@@ -35,8 +36,7 @@ def reconstruction_panel(
         "masked": to_rgb(np.where(mask, _HIDDEN, original)),
         "reconstruction": to_rgb(np.where(mask, predicted, original)),
     }
-    zoom = max(1, math.ceil(128 / original.shape[1]))
-    pictures = [np.repeat(np.repeat(column, zoom, 1), zoom, 2) for column in columns.values()]
+    pictures = [enlarged(column) for column in columns.values()]
     B, height, width, _ = pictures[0].shape
     canvas = np.full((B * (height + _GAP) + _CAPTION, 3 * (width + _GAP) - _GAP, 3), 255, np.uint8)
     for column, picture in enumerate(pictures):
@@ -75,6 +75,26 @@ def class_panel(
     gap = np.full((height + _CAPTION, _GAP, 3), 255, np.uint8)
     columns = [np.concatenate((_caption(name, width), picture)) for name, picture in pictures.items()]
     return np.concatenate((columns[0], gap, columns[1], gap, columns[2]), axis=1)
+
+
+def enlarged(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Pictures (B, H, W, 3), as many times larger as makes them 128 pixels high at least."""
+    zoom = max(1, math.ceil(_HIGH / pictures.shape[1]))
+    return np.repeat(np.repeat(pictures, zoom, 1), zoom, 2)
+
+
+def captioned(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    """A picture (H, W, 3), enlarged if it is small, with a line of text below it, in proportion to it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = enlarged(picture[None])[0]
+    height, width, _ = picture.shape
+    size = max(_CAPTION - 4, round(0.04 * max(height, width)))
+    font = ImageFont.load_default(size)
+    canvas = Image.new("RGB", (max(width, math.ceil(font.getlength(text)) + size), height + 2 * size), "white")
+    canvas.paste(Image.fromarray(picture), ((canvas.width - width) // 2, 0))
+    ImageDraw.Draw(canvas).text((canvas.width // 2, height + size), text, fill="black", font=font, anchor="mm")
+    return np.asarray(canvas)
 
 
 def _caption(text: str, width: int) -> NDArray[np.uint8]:

@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,23 @@ def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
+@contextlib.contextmanager
+def new_directory(out: str | Path) -> Iterator[Path]:
+    """A directory to fill that is `--out` at the end, whole; if it comes to an error, nothing is there.
+
+    One-line `ValueError` where `out` exists and is not an empty directory.
+    """
+    target = Path(out)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(f"--out {out} exists already; give a new directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as parent:
+        aside = Path(parent) / target.name
+        aside.mkdir()
+        yield aside
+        aside.rename(target)
+
+
 @dataclass(frozen=True)
 class Run:
     """Paths of a run directory."""
@@ -49,6 +68,11 @@ class Run:
     @property
     def encoder(self) -> Path:
         return self.path / "encoder"
+
+    @property
+    def model(self) -> Path:
+        """Of a fine-tuning."""
+        return self.path / "model"
 
     @property
     def metrics(self) -> Path:
@@ -70,6 +94,41 @@ class Run:
         if not self.config.is_file():
             raise ValueError(f"{self.path} is not a run: it has no config.toml; give the --out directory of a training")
         return read_toml(self.config, kind)
+
+
+_TASK = "task.json"  # beside a fine-tuned model, so that its directory can be used alone
+
+
+def mark_task(directory: Path, task: str) -> None:
+    """Write down what the model in a directory was fine-tuned for."""
+    with written_whole(directory / _TASK) as path:
+        path.write_text(json.dumps({"task": task}), encoding="utf-8")
+
+
+def find_task_of(path: Path) -> str | None:
+    """What a run, or the model directory of one, was fine-tuned for; `None` for whatever was not."""
+    for file in (path / _TASK, Run(path).model / _TASK):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))["task"]
+    config = Run(path).config
+    return tomllib.loads(config.read_text(encoding="utf-8")).get("task") if config.is_file() else None
+
+
+def find_model(path: Path) -> Path:
+    """The model directory of a fine-tuned run; `path` may be either. One-line `ValueError` where there is none."""
+    if (path / _TASK).is_file():
+        return path
+    run = Run(path)
+    if (run.model / _TASK).is_file():
+        return run.model
+    if find_task_of(path):
+        raise ValueError(f"{path} has no model yet; wait for its first evaluation (--eval-every-epochs)")
+    if run.config.is_file():
+        raise ValueError(
+            f"{path} is a pretraining; fine-tune it first: "
+            f"simmim finetune classify --from {path} --data LABELLED --out RUN2"
+        )
+    raise ValueError(f"{path} is not a fine-tuned run; give the --out directory of simmim finetune")
 
 
 def open_run(config: TrainingConfig) -> Run:

@@ -6,7 +6,7 @@ import numpy as np
 
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.pipeline import eval_images
-from simmim.data.sources import ImageSource, PathList, open_source, sniff
+from simmim.data.sources import open_images, sniff
 from simmim.run import written_whole
 
 
@@ -23,11 +23,11 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
         raise ValueError(f"--out {out} is not a .png file; name one")
     if count < 1:
         raise ValueError(f"count {count} is less than 1; the default is 8")
-    if not images:
-        raise ValueError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
+    source = open_images(images)
+    if len(images) > 1:
+        _check(images)
     step, config = load_run(run)
     assert config.image_size is not None
-    source = _open_images(images)
     chosen = np.arange(len(source))
     if len(chosen) > count:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
@@ -41,15 +41,10 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
     return Path(out)
 
 
-def _open_images(images: tuple[str, ...]) -> ImageSource:
-    """Several files, or one of whatever `--data` takes."""
-    if len(images) == 1 and not (Path(images[0]).is_file() and Path(images[0]).suffix.lower() not in (".txt", ".lst")):
-        return open_source(images[0])
+def _check(images: tuple[str, ...]) -> None:
+    """Refuse an image that is named and cannot be read; of a folder or a list, such are left out."""
     for image in images:
-        if not Path(image).is_file():
-            raise ValueError(f"{image} is not a file; give image files, or one folder, list, hf:NAME or demo")
         try:
             open_picture(Path(image).read_bytes())
         except BadImage as error:
             raise ValueError(f"{image} cannot be read: {error}; give other images") from None
-    return PathList(images)

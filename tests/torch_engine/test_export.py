@@ -17,7 +17,7 @@ from simmim.cli import main
 from simmim.config import PretrainConfig, to_toml
 from simmim.export import export
 from simmim.pickles import read_pickle
-from simmim.run import Run
+from simmim.run import Run, mark_task
 from simmim.torch_engine.checkpoint import save_checkpoint
 from simmim.torch_engine.model import MaskedImageModel
 from simmim.torch_engine.optim import create_optimizer
@@ -332,6 +332,13 @@ def test_fine_tuned_classifier_has_no_official_export(tmp_path: Path) -> None:
         export(run, format="official", out=tmp_path / "out")
 
 
+@pytest.mark.parametrize("format", ["timm", "official"])
+def test_other_tasks_have_no_export(format: str, tmp_path: Path) -> None:
+    mark_task(Run(tmp_path / "run").model, "segment")
+    with pytest.raises(ValueError, match="is fine-tuned for segment, and exports are of encoders and classifiers"):
+        export(tmp_path / "run", format=format, out=tmp_path / "out")
+
+
 def test_export_that_comes_back_different_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import simmim.torch_engine.export as module
 
@@ -387,6 +394,7 @@ def save_classifier(out: Path) -> Path:
     backbone = timm.create_model(kind.model, img_size=(64, 64), num_classes=3, **kind.arguments)
     config: PretrainConfig = dataclasses.replace(tiny.config(), image_size=(64, 64))
     save_hub(out / "model", backbone, backbone.state_dict(), config, classes=("cat", "dog", "owl"))
+    mark_task(out / "model", "classify")
     return out
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
+import simmim
 from simmim.cli import main
 from simmim.data.bad_images import BadImages
 from simmim.data.segmentation import open_segmentation
@@ -116,6 +117,9 @@ def test_a_run_holds_figures_pictures_and_a_model_that_predicts_as_they_say(data
     assert sum(found[0]["shares"].values()) == pytest.approx(1)
     assert found[0]["shares"] == {name: share for k, name in enumerate(NAMES) if (share := (masks[0] == k).mean())}
     assert predictor.draw(images[0], found[0]).shape == (40, 56, 3)
+    written = simmim.predict(run, data / "val/images", out=str(tmp_path / "out"))["images"]
+    assert [row["shares"] for row in written] == [prediction["shares"] for prediction in found]
+    assert (np.stack([Image.open(tmp_path / "out" / row["mask"]) for row in written]) == masks).all()
 
 
 def test_the_weights_of_a_pretraining_are_where_segmentation_starts(data: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ _SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png
 SUFFIXES = tuple(_SUFFIXES.split())
 """The files of a folder that are taken for images."""
 
+_LISTS = (".txt", ".lst", ".npz")  # files that hold or name many images
 _WHOLE = "whole"  # the one part of a Hugging Face set that has no splits
 
 
@@ -147,6 +148,18 @@ def open_source(data: str) -> ImageSource:
     raise ValueError(f"{data} does not exist; pass a folder of images, a .txt list of paths, an .npz, hf:NAME or demo")
 
 
+def open_images(images: Sequence[str]) -> ImageSource:
+    """Several image files, or one thing that `open_source` takes; a one-line `ValueError` likewise."""
+    if not images:
+        raise ValueError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
+    if len(images) == 1 and (not Path(images[0]).is_file() or Path(images[0]).suffix.lower() in _LISTS):
+        return open_source(images[0])
+    for image in images:
+        if not Path(image).is_file():
+            raise ValueError(f"{image} is not a file; give image files, or one folder, list, hf:NAME or demo")
+    return PathList(images)
+
+
 def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
     """The dtype that the images want, uint8 or (deeper than 8 bits) float32, from the first ones that can be read.
 
@@ -221,7 +234,7 @@ def find_images(root: Path) -> list[str]:
 
 
 def _open_list(path: Path) -> PathList:
-    if path.suffix.lower() not in (".txt", ".lst"):
+    if path.suffix.lower() not in _LISTS:
         raise ValueError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
     lines = path.read_text("utf-8-sig", errors="surrogateescape").splitlines()
     names = [name for line in lines if (name := line.strip()) and not name.startswith("#")]

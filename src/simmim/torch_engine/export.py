@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from simmim.config import PretrainConfig
 from simmim.plan import draw_masks
+from simmim.run import find_model, find_task_of
 from simmim.torch_engine.heads import LinearHead
 from simmim.torch_engine.model import MaskedImageModel, build_model
 from simmim.torch_engine.storage import load_run, save_hub
@@ -50,8 +51,13 @@ class Source:
 
 def open_source(path: Path) -> Source:
     """The model of a run. One-line `ValueError` where there is none."""
-    hub = path / "model"  # of a fine-tuning
-    if (hub / "config.json").is_file():
+    if task := find_task_of(path):
+        if task != "classify":
+            raise ValueError(
+                f"{path} is fine-tuned for {task}, and exports are of encoders and classifiers; "
+                "use it with simmim predict, or export the run that it began from"
+            )
+        hub = find_model(path)
         settings = json.loads((hub / "config.json").read_text(encoding="utf-8"))
         data = settings["pretrained_cfg"]
         return Source(
@@ -82,7 +88,8 @@ def export_timm(source: Source, out: Path, _allow_loss: bool) -> list[str]:
 
 def write_hub(source: Source, out: Path) -> None:
     if source.config is None:
-        shutil.copytree(source.run / "model", out, dirs_exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(find_model(source.run) / name, out)
     else:
         save_hub(out, source.backbone, source.backbone.state_dict(), source.config)
 

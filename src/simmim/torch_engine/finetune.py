@@ -14,7 +14,7 @@ from simmim.data.labelled import open_labelled
 from simmim.data.segmentation import open_segmentation
 from simmim.loop import Event, Loop, Outcome
 from simmim.plan import Batch
-from simmim.run import Run, open_run, written_whole
+from simmim.run import Run, mark_task, open_run, written_whole
 from simmim.task_config import ClassifyConfig, FinetuneConfig, SegmentConfig
 from simmim.torch_engine import distributed
 from simmim.torch_engine.optim import create_adamw
@@ -130,7 +130,8 @@ class Session:
         # `not <=` and not `>`: a resumed run comes past the step of its best figure again, and keeps the first.
         if not best or best["step"] > done or not figures[name] <= best[name]:
             best = {"step": done, **figures}
-            self.task.save(self.step, self.run.path / "model")
+            self.task.save(self.step, self.run.model)
+            mark_task(self.run.model, self.config.task)
         with written_whole(self.run.path / "metrics.json") as path:
             path.write_text(json.dumps({**figures, "step": done, "best": best}, indent=1), encoding="utf-8")
         return figures
@@ -155,7 +156,7 @@ class Session:
         figures = read_figures(self.run)
         name, best = self.task.best_figure, figures["best"]
         say(f"{name} {figures[name]:.4f} at the end, {best[name]:.4f} at best (step {best['step']})")
-        say(f"the best model is {self.run.path / 'model'}")
+        say(f"the best model is {self.run.model}")
 
 
 def read_figures(run: Run) -> dict[str, Any]:

@@ -35,18 +35,19 @@ def save_hub(
     state: dict[str, Tensor],
     config: TrainingConfig,
     classes: tuple[str, ...] | None = None,
+    crop: float = 1.0,
 ) -> None:
     """Write a timm hub directory, which timm and Transformers load with nothing of ours; each file whole or not at all.
 
     `state` holds the weights under timm's names; `backbone` says how to build the module again; `classes` are the
-    names of what it tells apart.
+    names of what it tells apart, and `crop` the share of an image's short side that it is to see.
     """
     assert config.image_size is not None and isinstance(config.mean, tuple) and isinstance(config.std, tuple)
     data_config = {
         "input_size": (config.channels, *config.image_size),
         "mean": config.mean,
         "std": config.std,
-        "crop_pct": 1.0,
+        "crop_pct": crop,
     }
     with written_whole(directory / "model.safetensors") as path:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from simmim.data.bad_images import BadImages
+from simmim.data.decode import Raw, decode
 from simmim.plan import Batch, TrainingPlan
 from simmim.task_config import FinetuneConfig
 from simmim.torch_engine.encoders import DropPathDraws
@@ -84,16 +85,25 @@ class Task(Protocol):
 
 
 class Predictor(Protocol):
-    """A fine-tuned model on images of any size, as `load_predictor(directory, device)` of a task's file reads it."""
+    """A fine-tuned model on images of any size. A task's predictor inherits from this; its file's
+    `load_predictor(directory, device)` reads it from what `Task.save` wrote.
+    """
 
     channels: int
     dtype: np.dtype[Any]
-    """Of the pixels that `predict` takes: uint8, or float32 in 0..255."""
+    """Of the pixels that `predict` and `draw` take: uint8, or float32 in 0..255."""
+
+    def read(self, raw: Raw) -> NDArray[Any]:
+        """What `predict` takes of an image as stored: all its pixels (H, W, C), or less. Raises `BadImage`."""
+        return decode(raw, channels=self.channels, dtype=self.dtype)
 
     def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
-        """What the model finds in each image (H, W, C) of a batch; the task says what that is."""
+        """What the model finds in each image of a batch.
+
+        "mask" (H, W), if it is there, is an array of class numbers, uint8 or uint16; all else goes into JSON as it is.
+        """
         ...
 
     def draw(self, image: NDArray[Any], prediction: dict[str, Any]) -> NDArray[np.uint8]:
-        """A picture (H, W, 3) of an image and what was found in it."""
+        """A picture (H, W, 3) of a whole image (H, W, C) and what was found in it."""
         ...

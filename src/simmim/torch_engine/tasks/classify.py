@@ -5,11 +5,13 @@ Shapes: `B` images, `C` channels, `H W` pixels, `K` classes.
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -17,17 +19,22 @@ from torch import Tensor, nn
 from simmim.accelerators import cpu_cores
 from simmim.data.augment import CentreCrop, RandomResizedCrop
 from simmim.data.bad_images import BadImages
+from simmim.data.decode import Raw
 from simmim.data.labelled import LabelledImages
-from simmim.data.pipeline import Augment, eval_batches, train_batches
+from simmim.data.pipeline import Augment, eval_batches, load, train_batches
 from simmim.metrics import balanced_accuracy, confusion_matrix, top1
+from simmim.panels import captioned, to_rgb
 from simmim.plan import Batch, TrainingPlan, drop_path_numbers
 from simmim.run import written_whole
 from simmim.task_config import ClassifyConfig
 from simmim.torch_engine.encoders import route_drop_path
+from simmim.torch_engine.model import PixelStep
 from simmim.torch_engine.storage import save_hub
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.backbones import create_backbone
-from simmim.torch_engine.tasks.base import TaskStep
+from simmim.torch_engine.tasks.base import Predictor, TaskStep
+
+_DTYPE = np.dtype(np.uint8)  # of pixels: the augmentations know no other
 
 
 class ClassifyStep(TaskStep):
@@ -122,7 +129,7 @@ class ClassifyTask:
             self.data.train,
             crop=RandomResizedCrop(size=config.image_size, scale=(config.crop_scale, 1.0)),
             channels=config.channels,
-            dtype=np.uint8,
+            dtype=_DTYPE,
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=start_step,
@@ -185,19 +192,69 @@ class ClassifyTask:
             self.data.val,
             crop=CentreCrop(size=config.image_size, fraction=config.eval_crop),
             channels=config.channels,
-            dtype=np.uint8,
+            dtype=_DTYPE,
             batch_size=max(config.batch_size, 64),
             threads=config.workers or cpu_cores(),
         ):
-            logits = step.evaluated(step.normalize(torch.from_numpy(image).to(step.mean.device)))
-            probabilities.append(logits.float().softmax(dim=1).cpu().numpy())
+            probabilities.append(classify(step.evaluated, step, image))
             indices.append(index)
         step.train(training)
         return np.concatenate(probabilities), np.concatenate(indices)
 
     def save(self, step: ClassifyStep, directory: Path) -> None:
         model = step.evaluated
-        save_hub(directory, model, model.state_dict(), self.config, classes=self.data.classes)
+        config = self.config
+        save_hub(directory, model, model.state_dict(), config, classes=self.data.classes, crop=config.eval_crop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyPredictor(Predictor):
+    """A classifier that sees images as its evaluation did: the same crop, colours and precision."""
+
+    backbone: nn.Module
+    pixels: PixelStep
+    crop: CentreCrop
+    channels: int
+    classes: tuple[str, ...]
+    dtype: np.dtype[Any] = _DTYPE
+
+    def read(self, raw: Raw) -> NDArray[Any]:
+        """The part that evaluation crops; of a large JPEG no more is decoded than that needs."""
+        return load(raw, self.crop.box, size=self.crop.size, channels=self.channels, dtype=self.dtype)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
+        """For each image "label", its "probability", and "top": all pairs [label, probability], most likely first."""
+        return [self._name(row) for row in classify(self.backbone, self.pixels, np.stack(images))]
+
+    def _name(self, probabilities: NDArray[np.float32]) -> dict[str, Any]:
+        order = np.argsort(-probabilities, kind="stable")
+        top = [[self.classes[k], float(probabilities[k])] for k in order]
+        return {"label": top[0][0], "probability": top[0][1], "top": top}
+
+    def draw(self, image: NDArray[Any], prediction: dict[str, Any]) -> NDArray[np.uint8]:
+        picture = to_rgb(image[None] / np.float32(255))[0]
+        return captioned(picture, f"{prediction['label']} {prediction['probability']:.3f}")
+
+
+def load_predictor(directory: Path, device: str) -> ClassifyPredictor:
+    """The classifier of a fine-tuned run's model directory."""
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    facts = settings["pretrained_cfg"]
+    channels, height, width = facts["input_size"]
+    return ClassifyPredictor(
+        backbone=timm.create_model(f"local-dir:{directory}", pretrained=True).eval().to(device),
+        pixels=PixelStep(facts["mean"], facts["std"]).to(device),
+        crop=CentreCrop(size=(height, width), fraction=facts["crop_pct"]),
+        channels=channels,
+        classes=tuple(settings["label_names"]),
+    )
+
+
+def classify(backbone: nn.Module, pixels: PixelStep, images: NDArray[Any]) -> NDArray[np.float32]:
+    """Class probabilities (B, K) of cropped images (B, H, W, C) in 0..255."""
+    logits = backbone(pixels.normalize(torch.from_numpy(images).to(pixels.mean.device)))
+    return logits.float().softmax(dim=1).cpu().numpy()
 
 
 def write_tables(matrix: NDArray[np.int64], classes: tuple[str, ...], out: Path) -> None:

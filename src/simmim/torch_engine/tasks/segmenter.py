@@ -22,7 +22,7 @@ from simmim.data.segmentation import IGNORE, Mask, Windows
 from simmim.panels import lay_classes, to_rgb
 from simmim.task_config import SegmentConfig
 from simmim.torch_engine.encoders import route_drop_path
-from simmim.torch_engine.tasks.base import TaskStep
+from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.pyramid import Pyramid, create_pyramid
 from simmim.torch_engine.update import DTYPES
 
@@ -73,8 +73,8 @@ def _enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
     return functional.interpolate(scores, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-class SegmentPredictor:
-    """The classes of pixels of images of any size, a `simmim.torch_engine.tasks.base.Predictor`."""
+class SegmentPredictor(Predictor):
+    """The classes of pixels of images of any size."""
 
     def __init__(self, step: SegmentStep, config: SegmentConfig, classes: tuple[str, ...], dtype: np.dtype[Any]):
         self.step, self.config, self.classes, self.dtype = step, config, classes, dtype
