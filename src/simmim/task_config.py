@@ -7,7 +7,7 @@ from pydantic import Field
 from tyro.conf import Suppress, arg
 
 from simmim.config import TrainingConfig
-from simmim.fields import HINT, Count, NotNegativeReal, Positive, PositiveReal, Share, Word, one_word
+from simmim.fields import HINT, NONE_WORD, Count, NotNegativeReal, Positive, PositiveReal, Share, Word, one_word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,34 @@ class SegmentConfig(FinetuneConfig):
     """Width of the UPerNet decoder."""
 
 
-TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {"classify": ClassifyConfig, "segment": SegmentConfig}
+@dataclass(frozen=True, kw_only=True)
+class DetectConfig(FinetuneConfig):
+    """Object detection, and masks of the objects if asked for."""
+
+    task: Suppress[Literal["detect"]] = "detect"
+    data: Word = None
+    """Images with boxes: train/images and train/annotations.json (COCO), and the same in val or test. Required."""
+    detector: Literal["faster_rcnn", "mask_rcnn", "fcos", "retinanet"] = "faster_rcnn"
+    """The detector on the encoder's feature pyramid; mask_rcnn finds masks too and needs them in the data."""
+    pyramid_channels: Positive = 256
+    """Width of the feature pyramid, and so of the detector's heads."""
+    scale_jitter: tuple[PositiveReal, PositiveReal] = (0.1, 2.0)
+    """Least and largest random size of an image in training, where 1 just fits the image size."""
+
+    # ViTDet's settings (arXiv 2203.16527), for batches of 64; its falling learning rate has steps instead of a cosine.
+    lr: PositiveReal = 8e-4
+    """Learning rate for a batch of 512; it is scaled by batch size / 512, as warm-up and minimum are."""
+    weight_decay: NotNegativeReal = 0.1
+    """AdamW's weight decay; biases, norms, tokens and position tables are exempt."""
+    clip_grad: Annotated[PositiveReal | None, NONE_WORD, one_word(float, "FLOAT|none", nothing="none")] = 1.0
+    """Largest gradient norm; none is no limit."""
+
+
+TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {
+    "classify": ClassifyConfig,
+    "segment": SegmentConfig,
+    "detect": DetectConfig,
+}
 
 
 def find_task(name: str | None = None) -> type[FinetuneConfig]:

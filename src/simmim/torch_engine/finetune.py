@@ -10,17 +10,19 @@ from timm.optim._param_groups import param_groups_layer_decay
 
 from simmim.accelerators import cpu_cores
 from simmim.config import validated
+from simmim.data.detection import open_detection
 from simmim.data.labelled import open_labelled
 from simmim.data.segmentation import open_segmentation
 from simmim.loop import Event, Loop, Outcome
 from simmim.plan import Batch
 from simmim.run import Run, mark_task, open_run, written_whole
-from simmim.task_config import ClassifyConfig, FinetuneConfig, SegmentConfig
+from simmim.task_config import ClassifyConfig, DetectConfig, FinetuneConfig, SegmentConfig
 from simmim.torch_engine import distributed
 from simmim.torch_engine.optim import create_adamw
 from simmim.torch_engine.tasks.backbones import complete, find_origin
 from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep
 from simmim.torch_engine.tasks.classify import ClassifyTask
+from simmim.torch_engine.tasks.detect import DetectTask
 from simmim.torch_engine.tasks.segment import SegmentTask
 from simmim.torch_engine.trainer import TorchTrainer
 from simmim.torch_engine.update import Update
@@ -42,10 +44,17 @@ def open_segment(config: SegmentConfig) -> Any:
     return open_segmentation(config.data, val_fraction=config.val_fraction, seed=config.seed)
 
 
+def open_detect(config: DetectConfig) -> Any:
+    assert config.data is not None
+    masks = config.detector == "mask_rcnn"
+    return open_detection(config.data, val_fraction=config.val_fraction, seed=config.seed, masks=masks)
+
+
 # What each task's configuration opens and runs.
 TASKS: dict[type[FinetuneConfig], tuple[Callable[[Any], Any], Callable[..., Any]]] = {
     ClassifyConfig: (open_classify, ClassifyTask),
     SegmentConfig: (open_segment, SegmentTask),
+    DetectConfig: (open_detect, DetectTask),
 }
 
 

@@ -21,13 +21,14 @@ from simmim.data.sources import ImageSource, open_images, read_raw
 from simmim.fields import Count, Positive, Word
 from simmim.run import find_model, find_task_of, new_directory
 from simmim.torch_engine import distributed
-from simmim.torch_engine.tasks import classify, segment
+from simmim.torch_engine.tasks import classify, detect, segment
 from simmim.torch_engine.tasks.base import Predictor
 
 # How each task's model is read from its directory, for a device.
 PREDICTORS: dict[str, Callable[[Path, str], Predictor]] = {
     "classify": classify.load_predictor,
     "segment": segment.load_predictor,
+    "detect": detect.load_predictor,
 }
 _TOP = 5
 

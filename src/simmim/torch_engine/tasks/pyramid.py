@@ -30,6 +30,10 @@ class Pyramid(nn.Module):
         super().__init__()
         self.backbone: Any = backbone
 
+    def drop_finest(self) -> None:
+        """Make no finest level from now on, nor learn for it."""
+        self.channels, self.strides = self.channels[1:], self.strides[1:]
+
     def forward(self, images: Tensor) -> list[Tensor]:
         raise AssertionError
 
@@ -56,8 +60,13 @@ class StagePyramid(Pyramid):
             if name.startswith("head."):  # without a gradient DDP would wait for it for ever
                 parameter.requires_grad_(False)
 
+    def drop_finest(self) -> None:
+        super().drop_finest()
+        self.norms = self.norms[1:]
+
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps = self.backbone.forward_intermediates(images, indices=4, norm=True, intermediates_only=True)
+        wanted = len(self.norms)
+        maps = self.backbone.forward_intermediates(images, indices=wanted, norm=True, intermediates_only=True)
         return [norm(level) for norm, level in zip(self.norms, maps, strict=True)]
 
 
@@ -80,6 +89,10 @@ class SimplePyramid(Pyramid):
             nn.Sequential(*scale, *_refine(width, channels))
             for scale, width in zip(scales, (D // 4, D // 2, D, D), strict=True)
         )
+
+    def drop_finest(self) -> None:
+        super().drop_finest()
+        self.levels = self.levels[1:]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         [cells] = self.backbone.forward_intermediates(images, indices=[-1], norm=True, intermediates_only=True)

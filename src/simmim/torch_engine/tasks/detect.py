@@ -1,0 +1,230 @@
+"""Object detection, and masks of the objects: torchvision's detectors on a pretrained encoder.
+
+Shapes: `B` images, `C` channels, `H W` pixels, `n` objects of an image, `K` classes.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from simmim.accelerators import cpu_cores
+from simmim.average_precision import average_precision
+from simmim.data.augment import Letterbox, ScaleJitter, crop_resize
+from simmim.data.bad_images import BadImages
+from simmim.data.decode import decode
+from simmim.data.detection import DetectionData, DetectionReader, decode_masks, encode_mask, import_rle
+from simmim.data.pipeline import eval_batches, sample_batches
+from simmim.data.sources import read_raw
+from simmim.keys import sample_keys
+from simmim.plan import Batch, TrainingPlan, drop_path_numbers
+from simmim.run import written_whole
+from simmim.task_config import DetectConfig
+from simmim.torch_engine.tasks.base import Predictor, TaskStep
+from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detector, save_detector
+from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
+
+_PICTURED = 8  # evaluation images in detections.png
+_DRAWN_SCORE = 0.3  # what is found with less is not drawn
+
+
+class DetectTask:
+    """Detection of the objects of COCO's JSON, a `simmim.torch_engine.tasks.base.Task`."""
+
+    best_figure = "map"
+
+    def __init__(self, config: DetectConfig, data: DetectionData, weights: dict[str, Tensor] | None):
+        self.config, self.data, self._weights = config, data, weights
+        if config.device == "tpu":
+            raise ValueError(
+                "detection does not run on tpu, where torchvision has no nms and roi_align; use cuda or cpu"
+            )
+        assert config.image_size is not None
+        self.letterbox = Letterbox(size=config.image_size)
+        self.jitter = ScaleJitter(size=config.image_size, scale=config.scale_jitter)
+        import_rle()  # before the first step and not at the first evaluation
+
+    @property
+    def train_count(self) -> int:
+        return len(self.data.train)
+
+    def describe(self) -> list[str]:
+        counts = np.bincount(np.concatenate([found.labels for found in self.data.train.objects]))
+        counts = np.pad(counts, (0, len(self.data.classes) - len(counts)))
+        return [
+            f"images     {len(self.data.train)} to train on, {len(self.data.val)} to evaluate on",
+            f"objects    {counts.sum()} of {len(self.data.classes)} classes, {counts.min()} to {counts.max()} of each",
+            f"detector   {self.config.detector}",
+        ]
+
+    def build(self) -> DetectStep:
+        return DetectStep(self.config, len(self.data.classes), self._weights)
+
+    def batches(
+        self, plan: TrainingPlan, step: TaskStep, *, start_step: int, rank: int, world: int, bad_images: BadImages
+    ) -> Iterator[Batch]:
+        config = self.config
+        reader = DetectionReader(
+            images=self.data.train,
+            jitter=self.jitter,
+            channels=config.channels,
+            fill=ground(config),
+            seed=config.seed,
+            masks=config.detector == "mask_rcnn",
+        )
+        for batch in sample_batches(
+            self.data.train,
+            reader,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            total_steps=plan.total_steps,
+            rank=rank,
+            world=world,
+            threads=config.workers or cpu_cores(),
+            bad_images=bad_images,
+        ):
+            epoch, index = batch.pop("epoch"), batch.pop("index")
+            keys = sample_keys(config.seed, epoch, index, stream="proposals")
+            batch["key"] = (keys >> np.uint64(2)).astype(np.int64)
+            if step.draws.layers:
+                batch["drop_path"] = drop_path_numbers(config, epoch, index, step.draws.layers)
+            yield batch
+
+    def evaluate(self, step: DetectStep, out: Path) -> dict[str, float]:
+        found = self._find(step)
+        results = [result for index, things in found.items() for result in coco_results(things, index + 1)]
+        images = [index + 1 for index in found]
+        figures, classes = average_precision(self.data.truth, results, images=images)
+        if step.finds_masks:
+            more, more_classes = average_precision(self.data.truth, results, kind="segm", images=images)
+            figures |= {f"segm_{name}": value for name, value in more.items()}
+            for number, values in more_classes.items():
+                classes[number] |= {f"segm_{name}": value for name, value in values.items()}
+        table = {name: classes[number] for number, name in enumerate(self.data.classes, 1)}
+        with written_whole(out / "per_class.json") as path:
+            path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        chosen = np.linspace(0, len(found) - 1, _PICTURED).astype(int)
+        with written_whole(out / "detections.png") as path:
+            pairs = [self._pair(index, found[index]) for index in (list(found)[place] for place in np.unique(chosen))]
+            side_by_side(pairs, ("truth", "found")).save(path, format="png")
+        return figures
+
+    def _find(self, step: DetectStep) -> dict[int, Found]:
+        """What is found in each evaluation image that can be read. `ValueError` where too many cannot."""
+        config, val = self.config, self.data.val
+        training = step.training
+        step.eval()
+        found: dict[int, Found] = {}
+        for index, image in eval_batches(
+            val,
+            crop=self.letterbox,
+            channels=config.channels,
+            dtype=np.uint8,
+            batch_size=config.batch_size,
+            threads=config.workers or cpu_cores(),
+            fill=ground(config),
+        ):
+            sizes = [(int(height), int(width)) for height, width in val.sizes[index]]
+            found |= zip(index.tolist(), step.find(image, sizes), strict=True)
+        step.train(training)
+        bad = sorted(set(range(len(val))) - set(found))
+        if len(bad) > config.max_bad_fraction * len(val):
+            raise ValueError(
+                f"{len(bad)} of {len(val)} images to evaluate on cannot be read or are not of the annotated size, such "
+                f"as {val.name(bad[0])}; mend them, or allow more with --max-bad-fraction"
+            )
+        return found
+
+    def _pair(self, index: int, found: Found) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Pictures of an evaluation image: with what is in it, and with what is found."""
+        image = decode(read_raw(self.data.val, index), channels=self.config.channels, dtype=np.uint8)
+        objects, masks = self.data.val.objects[index], None
+        if self.config.detector == "mask_rcnn" and len(objects.boxes):
+            masks = np.moveaxis(decode_masks(objects.segmentations, *image.shape[:2]), 2, 0).astype(bool)
+        names = [self.data.classes[label] for label in objects.labels]
+        truth = draw_objects(image, objects.boxes, objects.labels, names, masks)
+        return truth, draw_predicted(image, predicted(found, self.data.classes), self.data.classes)
+
+    def save(self, step: DetectStep, directory: Path) -> None:
+        save_detector(step, self.config, self.data.classes, directory)
+
+
+class DetectPredictor(Predictor):
+    """A trained detector.
+
+    A prediction is `boxes`, best first: each with its label, its score in [0, 1], its box [left, top, width, height] in
+    the image's own pixels, and with Mask R-CNN its mask as `rle`, COCO's compressed run lengths.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, step: DetectStep, config: DetectConfig, classes: tuple[str, ...]):
+        assert config.image_size is not None
+        self.channels = config.channels
+        self._step, self._classes = step, classes
+        self._letterbox, self._fill = Letterbox(size=config.image_size), ground(config)
+
+    def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        boxed = [
+            crop_resize(image, self._letterbox.box(*image.shape[:2]), self._letterbox.size, self._fill)
+            for image in images
+        ]
+        return [predicted(found, self._classes) for found in self._step.find(np.stack(boxed), sizes)]
+
+    def draw(self, image: NDArray[Any], prediction: dict[str, Any]) -> NDArray[np.uint8]:
+        return draw_predicted(image, prediction, self._classes)
+
+
+def load_predictor(directory: Path, device: str) -> DetectPredictor:
+    """The detector that a run keeps in RUN/model."""
+    return DetectPredictor(*load_detector(directory, device))
+
+
+def ground(config: DetectConfig) -> tuple[int, ...]:
+    """The colour around images that do not fill their letterbox: the mean, which is 0 once normalised."""
+    assert isinstance(config.mean, tuple)
+    return tuple(round(255 * mean) for mean in config.mean)
+
+
+def coco_results(found: Found, image_id: int) -> list[dict[str, Any]]:
+    """COCO's results of an image; its category numbers count from 1 on."""
+    results = []
+    for number, (left, top, right, bottom) in enumerate(found.boxes.tolist()):
+        result = {
+            "image_id": image_id,
+            "category_id": int(found.labels[number]) + 1,
+            "bbox": [left, top, right - left, bottom - top],
+            "score": float(found.scores[number]),
+        }
+        if found.masks is not None:
+            result["segmentation"] = encode_mask(found.masks[number])
+        results.append(result)
+    return results
+
+
+def predicted(found: Found, classes: Sequence[str]) -> dict[str, Any]:
+    """What is found in an image as `simmim predict` writes it."""
+    boxes = []
+    for result in coco_results(found, 0):
+        box = {"label": classes[result["category_id"] - 1], "score": result["score"], "box": result["bbox"]}
+        boxes.append(box | ({"rle": result["segmentation"]} if "segmentation" in result else {}))
+    return {"boxes": boxes}
+
+
+def draw_predicted(image: NDArray[Any], prediction: dict[str, Any], classes: Sequence[str]) -> NDArray[np.uint8]:
+    """A picture of an image (H, W, C) with what is found in it of some score."""
+    drawn = [entry for entry in prediction["boxes"] if entry["score"] >= _DRAWN_SCORE]
+    boxes = np.array([entry["box"] for entry in drawn], np.float64).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = np.array([classes.index(entry["label"]) for entry in drawn], np.int64)
+    texts = [f"{entry['label']} {entry['score']:.2f}" for entry in drawn]
+    masks = None
+    if drawn and "rle" in drawn[0]:
+        masks = np.moveaxis(decode_masks([entry["rle"] for entry in drawn], *image.shape[:2]), 2, 0).astype(bool)
+    return draw_objects(image, boxes, labels, texts, masks)

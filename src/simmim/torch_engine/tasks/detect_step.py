@@ -1,0 +1,130 @@
+"""What detection trains, what it finds in images, and the file that holds it.
+
+Shapes: `B` images, `C` channels, `H W` pixels, `n` objects of an image. A box is (left, top, right, bottom) in pixels.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+from simmim.config import from_settings
+from simmim.data.detection import boxes_in_image
+from simmim.run import written_whole
+from simmim.task_config import DetectConfig
+from simmim.torch_engine.encoders import route_drop_path
+from simmim.torch_engine.tasks.base import TaskStep
+from simmim.torch_engine.tasks.detectors import SampleKeys, create_detector, first_label
+from simmim.torch_engine.tasks.pyramid import create_pyramid
+
+# What of a configuration a saved detector is built from again.
+_BUILT_FROM = ("model", "model_args", "image_size", "channels", "mean", "std", "detector", "pyramid_channels")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is found in an image, in its own pixels, best first."""
+
+    boxes: NDArray[np.float64]
+    """(n, 4)."""
+    labels: NDArray[np.int64]
+    """(n,), from 0 on."""
+    scores: NDArray[np.float64]
+    """(n,), in [0, 1]."""
+    masks: NDArray[np.bool_] | None
+    """(n, H, W)."""
+
+
+class DetectStep(TaskStep):
+    """The sum of a detector's losses on a batch; and what it finds in images."""
+
+    def __init__(self, config: DetectConfig, classes: int, weights: dict[str, Tensor] | None):
+        assert isinstance(config.mean, tuple)
+        assert isinstance(config.std, tuple)
+        assert config.image_size is not None
+        super().__init__(config.mean, config.std)
+        self.size, self.keys = config.image_size, SampleKeys()
+        self.first_label, self.finds_masks = first_label(config.detector), config.detector == "mask_rcnn"
+        pyramid = create_pyramid(config, weights, channels=config.pyramid_channels)
+        self.draws = route_drop_path(pyramid.backbone)
+        self.detector = create_detector(config, pyramid, classes, self.keys)
+
+    @property
+    def backbone(self) -> nn.Module:  # type: ignore[override]  # no attribute: the detector holds it already
+        return self.detector.backbone.pyramid.backbone
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile what makes the maps: what follows has shapes that depend on what is found."""
+        self.detector.backbone.compile(*args, **kwargs)
+
+    def forward(
+        self,
+        image: Tensor,
+        flip: Tensor,
+        boxes: Tensor,
+        label: Tensor,
+        key: Tensor,
+        mask: Tensor | None = None,
+        drop_path: Tensor | None = None,
+    ) -> Tensor:
+        """`boxes` (B, n, 4), `label` (B, n) from 1 on, 0 where there is no object, `mask` (B, n, H, W), `key` (B,)."""
+        self.draws.uniform = drop_path
+        self.keys.numbers = key.tolist()
+        mirrored = torch.stack(
+            (self.size[1] - boxes[..., 2], boxes[..., 1], self.size[1] - boxes[..., 0], boxes[..., 3]), dim=-1
+        )
+        boxes = torch.where(flip.view(-1, 1, 1), mirrored, boxes)
+        if mask is not None:
+            mask = torch.where(flip.view(-1, 1, 1, 1), mask.flip(3), mask)
+        targets = []
+        for number, there in enumerate(label > 0):
+            target = {"boxes": boxes[number, there], "labels": label[number, there] - 1 + self.first_label}
+            if mask is not None:
+                target["masks"] = mask[number, there]
+            targets.append(target)
+        return sum(self.detector(self.prepare(image, flip), targets).values(), torch.zeros((), device=image.device))
+
+    @torch.no_grad()
+    def find(self, image: NDArray[Any], sizes: Sequence[tuple[int, int]]) -> list[Found]:
+        """What is in the letterboxes (B, H, W, C) of images of `sizes` (height, width), in evaluation mode."""
+        images = self.normalize(torch.from_numpy(image).to(self.mean.device))
+        return [self._place(found, *size) for found, size in zip(self.detector(images), sizes, strict=True)]
+
+    def _place(self, found: dict[str, Tensor], height: int, width: int) -> Found:
+        boxes = boxes_in_image(found["boxes"].double().cpu().numpy(), height, width, self.size)
+        clipped = boxes.clip(0, [width, height] * 2)
+        kept = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)  # others lie beside the image in its letterbox
+        masks = None
+        if self.finds_masks:
+            shapes = found["masks"].float().cpu()[torch.from_numpy(kept)]
+            masks = (paste_masks_in_image(shapes, torch.from_numpy(boxes[kept]), (height, width))[:, 0] >= 0.5).numpy()
+        labels = found["labels"].cpu().numpy() - self.first_label
+        return Found(clipped[kept], labels[kept], found["scores"].double().cpu().numpy()[kept], masks)
+
+
+def save_detector(step: DetectStep, config: DetectConfig, classes: Sequence[str], directory: Path) -> None:
+    """Write model.safetensors (torchvision's names) and config.json, each whole or not at all."""
+    with written_whole(directory / "model.safetensors") as path:
+        state = step.detector.state_dict()
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    with written_whole(directory / "config.json") as path:
+        settings = {name: getattr(config, name) for name in _BUILT_FROM}
+        path.write_text(json.dumps({**settings, "label_names": list(classes)}, indent=2), encoding="utf-8")
+
+
+def load_detector(directory: Path, device: str) -> tuple[DetectStep, DetectConfig, tuple[str, ...]]:
+    """What `save_detector` wrote, in evaluation mode on a device; its configuration, and the names of its classes."""
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = from_settings(DetectConfig, {name: settings[name] for name in _BUILT_FROM})
+    classes = tuple(settings["label_names"])
+    step = DetectStep(config, len(classes), None)
+    step.detector.load_state_dict(load_file(directory / "model.safetensors"))
+    return step.to(device).eval(), config, classes

@@ -1,0 +1,253 @@
+"""Fine-tuning for detection: the session, its detectors, what they sample, and what they find."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from simmim.average_precision import average_precision
+from simmim.cli import main
+from simmim.data.bad_images import BadImages
+from simmim.data.detection import open_detection
+from simmim.loop import Loop
+from simmim.plan import Batch
+from simmim.task_config import DetectConfig
+from simmim.torch_engine.tasks.base import TaskPlan
+from simmim.torch_engine.tasks.detect import DetectTask, load_predictor
+from simmim.torch_engine.tasks.detect_step import DetectStep
+
+from . import tiny
+
+COLOURS = {"red": (220, 60, 60), "blue": (60, 60, 220)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight images to train on and four to evaluate on, 40x56 pixels, with coloured squares; the last has none."""
+    root = tmp_path_factory.mktemp("detection")
+    random = np.random.default_rng(0)
+    for part, count in (("train", 8), ("val", 4)):
+        (root / part / "images").mkdir(parents=True)
+        images, annotations = [], []
+        for number in range(count):
+            pixels = np.full((40, 56, 3), 30, np.uint8)
+            for category, colour in enumerate(COLOURS.values(), 5):
+                if number == count - 1:
+                    break
+                top, left = (int(value) for value in (random.integers(0, 20), random.integers(0, 36)))
+                pixels[top : top + 16, left : left + 18] = colour
+                box = [left, top, 18, 16]
+                corners = [left, top, left + 18, top, left + 18, top + 16, left, top + 16]
+                annotations.append(
+                    {
+                        "id": len(annotations),
+                        "image_id": number,
+                        "category_id": category,
+                        "bbox": box,
+                        "area": 288,
+                        "iscrowd": 0,
+                        "segmentation": [corners],
+                    }
+                )
+            Image.fromarray(pixels).save(root / part / "images" / f"{number}.png")
+            images.append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 56})
+        categories = [{"id": number, "name": name} for number, name in enumerate(COLOURS, 5)]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        (root / part / "annotations.json").write_text(json.dumps(content))
+    return root
+
+
+def config(data: Path, kind: str = "resnet18", **settings: Any) -> DetectConfig:
+    complete: dict[str, Any] = {
+        "data": str(data),
+        "out": "unused",
+        "init": "scratch",
+        "model": tiny.KINDS[kind].model,
+        "model_args": tiny.KINDS[kind].arguments,
+        "image_size": (64, 64),
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "batch_size": 4,
+        "steps": 2,
+        "warmup_epochs": 0.0,
+        "layer_decay": 1.0,
+        "device": "cpu",
+        "precision": "fp32",
+        "compile": False,
+        "workers": 1,
+        "pyramid_channels": 32,
+    }
+    return DetectConfig(**(complete | settings))
+
+
+def task(settings: DetectConfig) -> DetectTask:
+    assert settings.data
+    return DetectTask(settings, open_detection(settings.data, masks=settings.detector == "mask_rcnn"), None)
+
+
+def read_steps(made: DetectTask, step: DetectStep, tmp: Path, **place: Any) -> list[Batch]:
+    plan = TaskPlan.complete(made.config, made.train_count)
+    options: dict[str, Any] = {"start_step": 0, "rank": 0, "world": 1} | place
+    return list(made.batches(plan, step, bad_images=BadImages(tmp / "bad.txt", total=8), **options))
+
+
+def command(data: Path, out: Path, *more: str) -> list[str]:
+    words = f"finetune detect --from scratch --data {data} --out {out} --model resnet18 --detector faster_rcnn"
+    words += " --model-args channels=[8,16,32,64] --image-size 64 --batch-size 4 --pyramid-channels 16 --steps 4"
+    words += " --precision fp32 --device cpu --workers 1 --eval-every-epochs 1 --save-every-steps 1"
+    return [*words.split(), *more]
+
+
+def test_a_run_holds_figures_a_picture_and_a_model_that_finds_what_they_judge(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(command(data, run, "--detector", "mask_rcnn")) == 0
+    figures = json.loads((run / "metrics.json").read_text())
+    assert figures["step"] == 4
+    assert {"map", "map50", "map75", "map_small", "segm_map", "segm_map50"} <= set(figures)
+    assert set(json.loads((run / "per_class.json").read_text())) == set(COLOURS)
+    assert Image.open(run / "detections.png").size == (4 * 390 - 6, 18 + 2 * 390 - 6)
+
+    predictor = load_predictor(run / "model", "cpu")
+    opened = open_detection(str(data))
+    images = [np.asarray(Image.open(opened.val.name(index))) for index in range(4)]
+    found = predictor.predict(images)
+    results = [
+        {"image_id": number, "category_id": opened.classes.index(box["label"]) + 1, "bbox": box["box"]}
+        | {"score": box["score"], "segmentation": box["rle"]}
+        for number, prediction in enumerate(found, 1)
+        for box in prediction["boxes"]
+    ]
+    again = average_precision(opened.truth, results)[0]
+    assert again["map"] == pytest.approx(figures["best"]["map"], abs=1e-6)
+    json.dumps(found)
+    picture = predictor.draw(images[0], found[0])
+    assert picture.shape == (280, 392, 3)
+
+
+def test_an_interrupted_detection_ends_as_an_uninterrupted_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(command(data, tmp_path / "whole")) == 0
+    log = Loop._log
+
+    def break_off(self: Loop, done: int, *rest: object) -> object:
+        if done == 3:
+            raise KeyboardInterrupt
+        return log(self, done, *rest)
+
+    broken = command(data, tmp_path / "broken", "--log-every-steps", "1")
+    monkeypatch.setattr(Loop, "_log", break_off)
+    assert main(broken) == 130
+    monkeypatch.undo()
+    assert main(broken) == 0
+    whole, resumed = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken"))
+    assert whole == resumed
+    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "broken" / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "fcos", "retinanet"])
+def test_every_parameter_of_every_detector_learns(data: Path, tmp_path: Path, detector: str, kind: str) -> None:
+    made = task(config(data, kind, detector=detector, drop_path=0.1))
+    step = made.build()
+    [batch, _] = read_steps(made, step, tmp_path)
+    loss = step(**{name: torch.from_numpy(array) for name, array in batch.items()})
+    loss.backward()
+    assert torch.isfinite(loss)
+    # DDP would wait for ever for a gradient that never comes.
+    assert [name for name, p in step.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+@pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "fcos", "retinanet"])
+def test_a_batch_without_any_object_is_learned_from(data: Path, tmp_path: Path, detector: str) -> None:
+    made = task(config(data, detector=detector))
+    step = made.build()
+    [batch, _] = read_steps(made, step, tmp_path)
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    for name in ("boxes", "label", "mask"):
+        if name in tensors:
+            tensors[name] = tensors[name][:, :0]
+    loss = step(**tensors)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert loss > 0
+
+
+def test_what_is_sampled_depends_on_an_images_key_alone(data: Path) -> None:
+    step = task(config(data)).build()
+    matched = [torch.zeros(1000), torch.ones(1000), torch.zeros(1000)]
+    sampler = step.detector.rpn.fg_bg_sampler
+    step.keys.numbers = [3, 4, 5]
+    torch.manual_seed(0)
+    _, first = sampler(matched)
+    step.keys.numbers = [5, 3]
+    torch.manual_seed(1)
+    _, again = sampler([matched[2], matched[0]])
+    assert torch.equal(first[0], again[1])
+    assert torch.equal(first[2], again[0])
+    assert not torch.equal(first[0], first[2])
+    assert first[0].sum() == 256
+    assert torch.initial_seed() == 1  # the generator of everything else is where it was
+
+
+def test_batches_are_the_same_after_a_resume_and_among_processes(data: Path, tmp_path: Path) -> None:
+    made = task(config(data, detector="mask_rcnn", drop_path=0.1))
+    step = made.build()
+    whole = read_steps(made, step, tmp_path)
+    assert set(whole[0]) == {"image", "flip", "boxes", "label", "mask", "key", "drop_path"}
+    [later] = read_steps(made, step, tmp_path, start_step=1)
+    assert all((later[name] == array).all() for name, array in whole[1].items())
+    ranks = [read_steps(made, step, tmp_path, rank=rank, world=2)[0] for rank in range(2)]
+    for name in ("image", "flip", "key", "drop_path"):
+        together = np.stack([part[name] for part in ranks], axis=1).reshape(whole[0][name].shape)
+        assert (together == whole[0][name]).all()
+
+
+def test_flipping_turns_image_boxes_and_masks_together(data: Path, tmp_path: Path) -> None:
+    made = task(config(data, "swin", detector="mask_rcnn"))
+    step = made.build()
+    [batch, _] = read_steps(made, step, tmp_path)
+    tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
+    flipped = step(**tensors | {"flip": torch.ones(4, dtype=torch.bool)})
+    boxes = tensors["boxes"]
+    turned = {
+        "image": tensors["image"].flip(2),
+        "mask": tensors["mask"].flip(3),
+        "boxes": torch.stack((64 - boxes[..., 2], boxes[..., 1], 64 - boxes[..., 0], boxes[..., 3]), dim=-1),
+        "flip": torch.zeros(4, dtype=torch.bool),
+    }
+    torch.testing.assert_close(flipped, step(**tensors | turned))
+
+
+def test_boxes_are_fp32_though_the_network_is_bf16(data: Path) -> None:
+    step = task(config(data)).build().eval()
+    seen: list[torch.dtype] = []
+    step.detector.roi_heads.box_coder.decode = lambda codes, boxes: (
+        seen.append(codes.dtype) or torch.zeros(len(codes), 3, 4)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        step.find(np.zeros((1, 64, 64, 3), np.uint8), [(64, 64)])
+    assert seen == [torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--data nowhere", "nowhere has no folder train; give one with train/images and train/annotations.json"),
+        (
+            "--detector fcos --pyramid-channels 40",
+            "pyramid channels 40 do not divide into the groups of 32 of fcos; use a multiple of 32",
+        ),
+        ("--scale-jitter 2 1", "scale jitter (2.0, 1.0) is not a range of positive numbers; use 0.1 2.0"),
+        ("--image-size 48", "image size 48 is not a multiple of the stride 32 of resnet18; use 32 or 64"),
+    ],
+)
+def test_detection_refuses_in_one_line(
+    words: str, line: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(data, tmp_path / "run", *words.split())) == 2
+    assert capsys.readouterr().err == f"simmim: {line}\n"
