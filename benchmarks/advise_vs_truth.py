@@ -78,6 +78,7 @@ def config(case: Case, device: str = "cpu") -> PretrainConfig:
         precision=precision,  # type: ignore[arg-type]
         checkpoint_activations=checkpoint,
         device=device,  # type: ignore[arg-type]
+        plain_step=device == "cuda",  # the published trainings are of whole models
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
     )

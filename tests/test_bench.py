@@ -20,7 +20,9 @@ def printed():
 
 
 def flops(model: str, size: int, **settings) -> int:
-    config = PretrainConfig(model=model, image_size=(size, size), mean=(0.5,) * 3, std=(0.5,) * 3, **settings)
+    config = PretrainConfig(
+        model=model, image_size=(size, size), mean=(0.5,) * 3, std=(0.5,) * 3, plain_step=True, **settings
+    )
     return count_flops(config)
 
 

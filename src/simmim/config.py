@@ -143,6 +143,8 @@ class PretrainConfig(TrainingConfig):
     """Those colours, normalised (default: found by k-means over the images)."""
     head: Literal["linear", "mlp", "transformer"] = "linear"
     """The prediction head."""
+    plain_step: bool = False
+    """Compute also what the loss does not need, as the official code does: slower, equal but for rounding."""
     engine: Literal["torch", "keras"] = "torch"
     """What trains: PyTorch, or Keras on JAX or TensorFlow."""
     backend: Annotated[Literal["jax", "tensorflow"] | None, one_word(str, "jax|tensorflow"), HINT] = None
@@ -165,8 +167,8 @@ class PretrainConfig(TrainingConfig):
 # What may differ when a run is resumed: where and how it runs and is watched, never what is learned.
 OPERATIONAL = {
     "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
-    "shard", "save_every_steps", "keep", "fresh", "log_every_steps", "log", "picture_every_steps", "probe",
-    "probe_every_epochs",
+    "shard", "plain_step", "save_every_steps", "keep", "fresh", "log_every_steps", "log", "picture_every_steps",
+    "probe", "probe_every_epochs",
 }  # fmt: skip
 
 

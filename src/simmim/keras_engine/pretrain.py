@@ -58,6 +58,7 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
     refused = {
         "--precision fp16": (config.precision == "fp16", "use bf16, which needs no loss scale"),
         "--probe": (config.probe is not None, "use simmim probe on the run, or --engine torch"),
+        "--plain-step": (config.plain_step, "leave it out: a step of this engine is always the plain one"),
         "--no-compile": (config.compile is False and backend == "jax", "leave it out: JAX's step is always compiled"),
         "--shard": (config.shard and backend != "jax", "use --backend jax"),
         "--checkpoint-activations": (

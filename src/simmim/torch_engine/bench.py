@@ -155,12 +155,18 @@ def measure_step(config: PretrainConfig, seconds: float) -> dict[str, Any]:
 def build_update(config: PretrainConfig, world: distributed.World) -> tuple[PretrainStep, Update]:
     """What one step trains, and the update that does it, with a small learning rate."""
     torch.manual_seed(0)
-    step = build_step(config).to(world.device)
+    step = build_step(config)
+    return step, update_of(step, config, world)
+
+
+def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.World) -> Update:
+    """The update that trains `step` on the device of `world`, compiled if so configured, with a small learning rate."""
+    step.to(world.device)
     if config.compile:
         step.compile(dynamic=False)
     optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)
     schedule = CosineSchedule(peak_lr=1e-5, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=10**6)
-    return step, Update(step, optimizer, schedule, config=config, world=world)
+    return Update(step, optimizer, schedule, config=config, world=world)
 
 
 def try_devices() -> dict[str, str]:

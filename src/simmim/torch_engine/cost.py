@@ -71,9 +71,9 @@ def _line(first: list[int], second: list[int]) -> np.ndarray:
 def _record(config: PretrainConfig, images: int) -> "_Tape":
     """One update of `images` images, with AdamW's averages there from the start."""
     like = _LIKE[config.device]()
-    config = dataclasses.replace(config, batch_size=images, accumulate_steps=1, device="cpu")
     with torch.device("meta"):
         step = build_step(config)
+    config = dataclasses.replace(config, batch_size=images, accumulate_steps=1, device="cpu")
     if config.checkpoint_activations:
         step.model.encoder.backbone.set_grad_checkpointing(True)
     device = torch.device("cpu")

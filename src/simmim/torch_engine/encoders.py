@@ -15,9 +15,15 @@ import torch
 from timm.layers.drop import DropPath as TimmDropPath
 from torch import Tensor, nn
 
+from simmim.torch_engine.savings import Choice, Chosen, embed_visible, shorten_last_block
+
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) and mask (B, h, w) in units of `patch_size` → features (B, H / stride, W / stride, D)."""
+    """Images (B, C, H, W) and mask (B, h, w) in units of `patch_size` → features (B, H / stride, W / stride, D).
+
+    `visible` and `hidden`, which must be those of the mask, save what a loss of the hidden cells does not need: with
+    `hidden` come the features of these n cells only, (B, n, D).
+    """
 
     # Parameters that AdamW does not decay, besides biases and 1-D ones; see `simmim.torch_engine.optim`.
     without_decay: ClassVar[frozenset[str]] = frozenset({"mask_token"})
@@ -29,6 +35,8 @@ class Encoder(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.drop_path_draws = route_drop_path(backbone)
         self._mask: Tensor | None = None
+        self._choice = Choice()
+        self._short = False
         backbone.get_submodule(token_module).register_forward_hook(self._put_mask_token)
         for name, parameter in backbone.named_parameters():
             # Parts that only a classifier uses: without a gradient DDP would wait for them for ever.
@@ -55,12 +63,35 @@ class Encoder(nn.Module):
     def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         raise AssertionError
 
-    def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+    def save_work(self, *, visible_patches: bool, last_block: bool) -> None:
+        """From now on make these savings where a call says what is visible and hidden, and the backbone is known."""
+        if visible_patches and hasattr(self.backbone, "patch_embed"):
+            embed_visible(self.backbone.patch_embed, self._choice)
+        self._short = last_block and shorten_last_block(self.backbone, self._choice)
+
+    def forward(
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        *,
+        visible: Chosen | None = None,
+        hidden: Chosen | None = None,
+    ) -> Tensor:
         self._mask = mask
-        features = self._to_map(self.backbone.forward_features(self._hide(images)), images)
-        if not self.training:  # else kept: activation checkpointing runs the hook again in the backward pass
-            self._mask = None
+        self._choice.patches = visible
+        self._choice.tokens = self._places(hidden) if self._short and hidden is not None else None
+        features = self.backbone.forward_features(self._hide(images))
+        if self._choice.tokens is None:
+            features = self._to_map(features, images)
+            if hidden is not None:
+                features = hidden.of(features.flatten(1, 2))
+        if not self.training:  # else kept: activation checkpointing runs parts again in the backward pass
+            self._mask, self._choice.patches, self._choice.tokens = None, None, None
         return features
+
+    def _places(self, cells: Chosen) -> Chosen:
+        """Where the last block has these cells among its tokens."""
+        return cells
 
     def _hide(self, images: Tensor) -> Tensor:
         return images
@@ -90,6 +121,9 @@ class TokenEncoder(Encoder):
             return output
         mask = self._mask.flatten(1) if output.ndim == 3 else self._mask  # (B, N, D) or (B, h, w, D)
         return torch.where(mask.unsqueeze(-1), self.mask_token.to(output.dtype), output)
+
+    def _places(self, cells: Chosen) -> Chosen:
+        return cells.after(getattr(self.backbone, "num_prefix_tokens", 0))
 
     def _to_map(self, features: Tensor, images: Tensor) -> Tensor:
         B, _, H, W = images.shape

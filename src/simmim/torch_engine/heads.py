@@ -59,3 +59,5 @@ def sine_positions(h: int, w: int, width: int, device: torch.device) -> Tensor:
 
 
 HEADS = {"linear": LinearHead, "mlp": MLPHead, "transformer": TransformerHead}
+# Those that predict a cell from its own features only, for which a list of cells (B, n, D) will do.
+CELL_BY_CELL = (LinearHead, MLPHead)

@@ -1,7 +1,7 @@
 """The method on one page: hide patches, encode what is left, predict what was hidden, judge the hidden pixels only.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of the feature map (both in pixels),
-`h w` = `H/s W/s` feature-map cells, `D` features, `P` predicted values a cell.
+`h w` = `H/s W/s` feature-map cells, `n` hidden ones of an image, `D` features, `P` predicted values a cell.
 """
 
 import torch
@@ -12,7 +12,8 @@ from simmim.losses import LOSSES, Loss
 from simmim.plan import build_target, check_sizes
 from simmim.targets import Target, unpatchify
 from simmim.torch_engine.encoders import Encoder, create_encoder
-from simmim.torch_engine.heads import HEADS
+from simmim.torch_engine.heads import CELL_BY_CELL, HEADS
+from simmim.torch_engine.savings import Chosen, Counts, Savings, choose
 
 
 class MaskedImageModel(nn.Module):
@@ -41,12 +42,18 @@ class MaskedImageModel(nn.Module):
         """(B, C, H, W), (B, H/p, W/p) → (B, h, w, P)."""
         return self.head(self.encoder(images, mask))
 
-    def judge(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-        """The loss on hidden pixels, in fp32 whatever the prediction's precision."""
+    def judge(self, prediction: Tensor, images: Tensor, mask: Tensor, hidden: Chosen | None = None) -> Tensor:
+        """The loss on hidden pixels, in fp32 whatever the prediction's precision.
+
+        The prediction is of all cells, (B, h, w, P), or of the `hidden` ones, (B, n, P).
+        """
         stride = self.encoder.stride
         with torch.autocast(images.device.type, enabled=False):
             target = self.target(torch, images.float().permute(0, 2, 3, 1), stride)
             weights = self.target.weights(torch, mask, self.encoder.patch_size, stride)
+            if hidden is not None:  # a map of n × 1 cells
+                prediction = prediction.unsqueeze(2)
+                target, weights = (hidden.of(each.flatten(1, 2)).unsqueeze(2) for each in (target, weights))
             return self.loss(torch, prediction.float(), target, weights)
 
 
@@ -75,16 +82,36 @@ class PixelStep(nn.Module):
 
 
 class PretrainStep(PixelStep):
-    """Masked image modelling of a batch."""
+    """Masked image modelling of a batch, whose masks all hide as much as `counts` says."""
 
-    def __init__(self, model: MaskedImageModel, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(
+        self,
+        model: MaskedImageModel,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        counts: Counts,
+        savings: Savings,
+    ):
         super().__init__(mean, std)
         self.model = model
+        model.encoder.save_work(visible_patches=savings.visible_patches, last_block=savings.last_block)
+        self._visible = counts.visible_patches if savings.visible_patches else None
+        # A head that mixes cells needs them all.
+        self._hidden = counts.hidden_cells if savings.hidden_cells and isinstance(model.head, CELL_BY_CELL) else None
 
     def forward(self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None) -> Tensor:
-        self.model.encoder.drop_path_draws.uniform = drop_path
+        encoder = self.model.encoder
+        encoder.drop_path_draws.uniform = drop_path
         images = self.prepare(image, flip)
-        return self.model.judge(self.model.predict(images, mask), images, mask)
+        visible = hidden = None
+        if self._visible is not None:
+            visible = choose(mask, self._visible, hidden=False)
+        if self._hidden is not None:
+            factor = encoder.stride // encoder.patch_size
+            hidden = choose(mask[:, ::factor, ::factor], self._hidden, hidden=True)
+        prediction = self.model.head(encoder(images, mask, visible=visible, hidden=hidden))
+        return self.model.judge(prediction, images, mask, hidden)
 
 
 def build_model(config: PretrainConfig) -> MaskedImageModel:

@@ -20,6 +20,7 @@ from simmim.torch_engine.checkpoint import load_model_state
 from simmim.torch_engine.heads import LinearHead
 from simmim.torch_engine.model import MaskedImageModel, PretrainStep, build_model
 from simmim.torch_engine.resize import adapt_output_channels, fit_backbone
+from simmim.torch_engine.savings import PLAIN, Savings, choose_attention, count
 from simmim.weights import BACKBONE, MASK_TOKEN
 
 
@@ -94,10 +95,16 @@ def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
     return step.eval(), config
 
 
-def build_step(config: PretrainConfig) -> PretrainStep:
-    """What one step trains, of a complete configuration, with random weights."""
-    assert isinstance(config.mean, tuple) and isinstance(config.std, tuple)
-    return PretrainStep(build_model(config), config.mean, config.std)
+def build_step(config: PretrainConfig, savings: Savings | None = None) -> PretrainStep:
+    """What one step trains, of a complete configuration, with random weights; `savings` other than the usual ones."""
+    assert isinstance(config.mean, tuple) and isinstance(config.std, tuple) and config.image_size is not None
+    savings = savings or (PLAIN if config.plain_step else Savings())
+    model = build_model(config)
+    patch, stride = model.encoder.patch_size, model.encoder.stride
+    counts = count(config.mask_strategy(), config.image_size, patch=patch, stride=stride)
+    if savings.attention:
+        choose_attention(model.encoder.backbone, device=config.device, precision=config.precision)
+    return PretrainStep(model, config.mean, config.std, counts=counts, savings=savings)
 
 
 def initialize(model: MaskedImageModel, source: str, name: str) -> str:
