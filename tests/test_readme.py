@@ -1,4 +1,4 @@
-"""The blocks of README.md that are marked `<!-- tested -->` work, in their order, on a small model for a few steps."""
+"""The blocks marked `<!-- tested -->` of README.md and docs/finetuning.md work, in their order, on a small model."""
 
 import re
 import shlex
@@ -11,14 +11,15 @@ from PIL import Image
 import simmim
 from simmim.cli import main
 from simmim.config import PretrainConfig, from_settings
+from simmim.task_config import find_task
 
 README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"<!-- tested -->\n```(\w+)\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+TESTED = [README, README.parent / "docs" / "finetuning.md"]
 SMALL = {"image_size": 64, "batch_size": 4, "val_images": 2, "steps": 2, "device": "cpu"}
 EXTRA = {
     "pretrain": " ".join(f"--{name.replace('_', '-')} {value}" for name, value in SMALL.items())
     + " --model-args depth=1 embed_dim=48",
-    "finetune": "--batch-size 4 --steps 2 --device cpu",
+    "finetune": "--batch-size 4 --steps 2 --device cpu --image-size 64 --model-args depth=1 embed_dim=48",
 }
 
 
@@ -43,25 +44,35 @@ def run_shell(text: str) -> None:
 
 
 def run_python(text: str, monkeypatch) -> None:
-    real = simmim.pretrain
+    pretrain, finetune = simmim.pretrain, simmim.finetune
 
     def small_pretrain(**settings):
         from_settings(PretrainConfig, settings)  # the README's own settings are settings
-        return real(**(settings | SMALL))
+        return pretrain(**(settings | SMALL))
+
+    def small_finetune(task, **settings):
+        from_settings(find_task(task), settings)
+        return finetune(task, **(settings | {"batch_size": 4, "steps": 2, "device": "cpu"}))
 
     monkeypatch.setattr(simmim, "pretrain", small_pretrain)
+    monkeypatch.setattr(simmim, "finetune", small_finetune)
     exec(text, {})
 
 
-def test_the_tested_blocks_work_in_their_order(here, monkeypatch, capsys):
+@pytest.mark.parametrize("document", TESTED, ids=lambda path: path.name)
+def test_the_tested_blocks_work_in_their_order(document, here, monkeypatch, capsys):
     pytest.importorskip("transformers")
-    for language, text in BLOCKS:
+    pytest.importorskip("onnxruntime")
+    text = document.read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- tested -->\n```(\w+)\n(.*?)```", text, re.DOTALL)
+    for language, block in blocks:
         if language == "bash":
-            run_shell(text)
+            run_shell(block)
         else:
-            run_python(text, monkeypatch)
-    assert {"bash", "python"} == {language for language, _ in BLOCKS}
-    assert (here / "reconstruction.png").is_file()
+            run_python(block, monkeypatch)
+    assert {"bash", "python"} == {language for language, _ in blocks}
+    written = re.findall(r"--out (\S+)", "".join(block for _, block in blocks))
+    assert [name for name in written if not (here / name).exists()] == []
 
 
 def test_every_command_is_named():
