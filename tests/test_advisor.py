@@ -227,6 +227,12 @@ def test_the_plot_is_a_picture(tmp_path):
     assert (tmp_path / "advice.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_without_any_price_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no price of rtx-3060 is known; give --price NAME=USD$"):
+        plot(answer(accelerator=("rtx-3060",)), str(tmp_path / "advice.png"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_spot_price_is_named_as_cheaper():
     assert any(re.match(r"--spot: about .* USD instead of", hint) for hint in answer(accelerator=("tpu-v5e",)).hints)
 

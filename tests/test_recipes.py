@@ -109,7 +109,7 @@ def test_learning_rates_at_batch_2048_are_four_times_the_base() -> None:
     recipe = find_recipe("simmim-swin-b-100ep")
     images = Images(_Nothing(1_281_167), _Nothing(0), np.dtype(np.uint8))  # type: ignore[arg-type]
     plan = Plan.complete(
-        dataclasses.replace(recipe, data="x", out="x"), images, device="cpu", precision="fp32", compile=False
+        dataclasses.replace(recipe, data="x", out="x"), images, patch=4, device="cpu", precision="fp32", compile=False
     )
     assert plan.steps_per_epoch == 625
     assert plan.schedule.at_update(0) == pytest.approx(4e-6)
@@ -186,7 +186,7 @@ def test_plan_warns_of_more_views_of_an_image_than_helped_in_the_literature(epoc
     source = open_source("demo")
     config = dataclasses.replace(find_recipe("demo"), out="x", epochs=epochs)
     plan = Plan.complete(
-        config, Images(source, source, np.dtype(np.uint8)), device="cpu", precision="fp32", compile=False
+        config, Images(source, source, np.dtype(np.uint8)), patch=8, device="cpu", precision="fp32", compile=False
     )
     assert any("warning" in line and f"{epochs:.0f} times" in line for line in plan.describe()) == warned
 

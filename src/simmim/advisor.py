@@ -171,16 +171,26 @@ def _spread(values: tuple[float, float, float]) -> str:
 
 
 def plot(advice: Advice, path: str) -> None:
-    """Time against cost of the options whose price is known, as a picture."""
+    """Time against cost of the options whose price is known, as a picture; a `ValueError` where there is none."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
+    if all(option.usd is None for option in advice.options):
+        names = ", ".join(option.accelerator for option in advice.options)
+        raise ValueError(f"{path} is not drawn: no price of {names} is known; give --price NAME=USD")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for option in advice.options:
         if option.usd is not None:
             low, likely, high = option.hours
             axes.errorbar(likely, option.usd[1], xerr=[[likely - low], [high - likely]], fmt="o", capsize=3)
-            axes.annotate(f" {option.devices} × {option.accelerator}", (likely, option.usd[1]))
-    axes.set(xscale="log", yscale="log", xlabel="hours", ylabel="USD", title=f"{advice.wish.model}")
+            name = f"{option.devices} × {option.accelerator}"
+            axes.annotate(name, (likely, option.usd[1]), (0, 6), textcoords="offset points", ha="center")
+    axes.set(xscale="log", yscale="log", xlabel="hours (likely, from low to high)", ylabel="USD (likely)")
+    axes.set_title(f"{advice.wish.model}, {advice.wish.images} images × {advice.wish.epochs:g} epochs")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axes.margins(0.1)
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=120)

@@ -131,8 +131,8 @@ class PretrainConfig(TrainingConfig):
     """How cells to hide are chosen."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of cells that is hidden."""
-    mask_cell: Positive = 32
-    """Side of a cell, in pixels."""
+    mask_cell: Count = None
+    """Side of a cell, in pixels (default: the paper's 32, or the whole number of the model's patches next to it)."""
     target: Annotated[str, arg(metavar="|".join(TARGETS))] = "pixels"
     """What is predicted."""
     loss: Annotated[str, arg(metavar="|".join(LOSSES))] = "l1"
@@ -160,8 +160,10 @@ class PretrainConfig(TrainingConfig):
     probe_every_epochs: PositiveReal = 10.0
     """Epochs between k-NN checks."""
 
-    def mask_strategy(self) -> MaskStrategy:
-        return MASKS[self.mask](ratio=self.mask_ratio, cell=self.mask_cell)
+    def mask_strategy(self, patch: int = 1) -> MaskStrategy:
+        """What draws the masks of an encoder whose patches have sides of `patch` pixels."""
+        cell = self.mask_cell or max(round(32 / patch), 1) * patch
+        return MASKS[self.mask](ratio=self.mask_ratio, cell=cell)
 
 
 # What may differ when a run is resumed: where and how it runs and is watched, never what is learned.

@@ -134,12 +134,14 @@ class Plan(TrainingPlan):
     images: Images
 
     @classmethod
-    def complete(cls, config: PretrainConfig, images: Images, **machine: Any) -> "Plan":
+    def complete(cls, config: PretrainConfig, images: Images, *, patch: int, **machine: Any) -> "Plan":
         """Decide whatever the configuration leaves open: from the images, and from what the engine says of the machine.
 
-        `machine` gives at least image_size, device, precision and compile.
+        `patch` is the side of the encoder's patches, in pixels; `machine` gives at least image_size, device, precision
+        and compile.
         """
-        changes = {"workers": config.workers or cpu_cores(), **machine}
+        cell = config.mask_strategy(patch).cell
+        changes = {"workers": config.workers or cpu_cores(), "mask_cell": cell, **machine}
         if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
             changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         elif not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
@@ -239,7 +241,7 @@ class Plan(TrainingPlan):
 def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
     """The masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch."""
     assert config.image_size is not None
-    masks = config.mask_strategy()
+    masks = config.mask_strategy(patch)
     cells = masks(sample_keys(config.seed, epoch, index, stream="mask"), config.image_size)
     return upsample_mask(cells, masks.cell // patch)
 
@@ -268,8 +270,9 @@ class Sized(Protocol):
 def check_sizes(config: PretrainConfig, encoder: Sized) -> None:
     """One-line `ValueError` where image, cell, patch and stride do not fit each other."""
     assert config.image_size is not None
-    config.mask_strategy().grid(config.image_size)
-    patch, stride, cell = encoder.patch_size, encoder.stride, config.mask_cell
+    patch, stride, masks = encoder.patch_size, encoder.stride, config.mask_strategy(encoder.patch_size)
+    masks.grid(config.image_size)
+    cell = masks.cell
     if cell % patch:
         raise ValueError(
             f"mask cell {cell} is not a multiple of the patch {patch} of {config.model}; "

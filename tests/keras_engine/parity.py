@@ -80,13 +80,14 @@ def config_of(case: str) -> PretrainConfig:
 def batches(config: PretrainConfig, patch: int, layers: int) -> list[dict[str, NDArray[Any]]]:
     assert config.image_size is not None
     rng = np.random.default_rng(0)
-    h, w = (side // config.mask_cell for side in config.image_size)
+    cell = config.mask_strategy(patch).cell
+    h, w = (side // cell for side in config.image_size)
     cells = np.tile(np.arange(h * w) < 3, (BATCH, 1))  # every image hides the same share, as real masks do
     return [
         {
             "image": rng.integers(0, 256, (BATCH, *config.image_size, 3), dtype=np.uint8),
             "flip": rng.random(BATCH) < 0.5,
-            "mask": upsample_mask(rng.permuted(cells, axis=1).reshape(-1, h, w), config.mask_cell // patch),
+            "mask": upsample_mask(rng.permuted(cells, axis=1).reshape(-1, h, w), cell // patch),
         }
         | ({"drop_path": rng.random((BATCH, layers), dtype=np.float32)} if layers else {})
         for _ in range(STEPS)

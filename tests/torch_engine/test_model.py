@@ -3,6 +3,7 @@
 Shapes: `B` images, `C` channels, `H W` pixels, `P` predicted values a cell.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import pixel_shuffle
 
+import simmim
 from simmim.config import PretrainConfig
 from simmim.targets import TARGETS
 from simmim.torch_engine.heads import HEADS, sine_positions
@@ -113,6 +115,17 @@ def test_sine_positions_tell_all_cells_apart() -> None:
     positions = sine_positions(6, 10, 64, torch.device("cpu")).flatten(0, 1)
     distances = torch.cdist(positions, positions) + torch.eye(60) * 9
     assert distances.min() > 0.1
+
+
+@pytest.mark.parametrize(("patch", "cell"), [(4, 32), (14, 28), (16, 32), (20, 40), (48, 48)])
+def test_the_cell_is_whole_patches_next_to_the_paper_s_32_pixels(patch: int, cell: int) -> None:
+    assert tiny.config().mask_strategy(patch).cell == cell
+
+
+def test_a_model_of_patch_14_is_trained_with_cells_of_28_pixels(tmp_path: Path) -> None:
+    settings = {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 14}
+    run = simmim.pretrain(data="demo", out=str(tmp_path / "run"), model_args=settings, image_size=56, steps=1)
+    assert "mask_cell = 28\n" in run.config.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,8 @@ def batch(settings: PretrainConfig, *, seed: int = 0, broken: bool = False) -> B
     inside = build_model(settings).encoder
     numbers = {"image": image, "flip": draw.random(B) < 0.5}
     keys = np.arange(B, dtype=np.uint64) + np.uint64(1000 * seed)
-    cells = settings.mask_strategy()(keys, (H, W))
-    numbers["mask"] = upsample_mask(cells, settings.mask_cell // inside.patch_size)
+    masks = settings.mask_strategy(inside.patch_size)
+    numbers["mask"] = upsample_mask(masks(keys, (H, W)), masks.cell // inside.patch_size)
     if layers := inside.drop_path_draws.layers:
         numbers["drop_path"] = draw.random((B, layers), dtype=np.float32)
     return numbers

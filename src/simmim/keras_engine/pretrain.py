@@ -34,6 +34,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     plan = Plan.complete(
         config,
         images,
+        patch=architecture.arguments.get("patch_size", 1),  # a convolutional net has none
         backend=backend,
         image_size=config.image_size or architecture.image_size,
         device=machine.device,

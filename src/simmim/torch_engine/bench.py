@@ -195,7 +195,7 @@ def try_devices() -> dict[str, str]:
 def random_batch(config: PretrainConfig, size: int, patch: int) -> Batch:
     assert config.image_size is not None
     rng = np.random.default_rng(0)
-    masks = config.mask_strategy()
+    masks = config.mask_strategy(patch)
     cells = masks(sample_keys(0, 0, np.arange(size), stream="mask"), config.image_size)
     return {
         "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),

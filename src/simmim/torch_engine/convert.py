@@ -3,7 +3,6 @@
 Shapes: `O` outputs, `C` channels, `k` side of a kernel.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from simmim.foreign import Checkpoint, read_checkpoint
 from simmim.run import Run, open_run
 from simmim.torch_engine.checkpoint import save_checkpoint
 from simmim.torch_engine.distributed import World
-from simmim.torch_engine.encoders import Encoder, SwinEncoder, create_encoder, default_image_size, find_family
+from simmim.torch_engine.encoders import Encoder, SwinEncoder, default_image_size, find_family, sketch_encoder
 from simmim.torch_engine.storage import adopt, as_tensors, build_step, save_hub
 from simmim.weights import BACKBONE, MASK_TOKEN
 
@@ -78,7 +77,7 @@ def configure(checkpoint: Checkpoint, wanted: ConvertConfig) -> PretrainConfig:
         raise ValueError(f"{wanted.checkpoint} does not tell which model it is of; give --model, its timm name")
     old_size = found.image_size or default_image_size(found.model)
     size = wanted.image_size or old_size
-    encoder = _sketch(found.model, old_size, found.model_args)
+    encoder = sketch_encoder(found.model, old_size, found.model_args)
     old_channels = _channels(checkpoint, encoder)
     channels = wanted.channels or old_channels
     normal = (IMAGENET_MEAN, IMAGENET_STD) if old_channels == 3 else ((0.5,) * old_channels, (0.25,) * old_channels)
@@ -94,12 +93,6 @@ def configure(checkpoint: Checkpoint, wanted: ConvertConfig) -> PretrainConfig:
         **settings,
     )
     return from_settings(PretrainConfig, vars(config))
-
-
-def _sketch(model: str, size: tuple[int, int], model_args: Mapping[str, Any]) -> Encoder:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return create_encoder(model, image_size=size, model_args=dict(model_args))
 
 
 def _channels(checkpoint: Checkpoint, encoder: Encoder) -> int:
@@ -134,7 +127,7 @@ def _with_window(encoder: Encoder, found: Architecture, size: tuple[int, int], w
             raise ValueError(f"--window is for Swin and SwinV2, and {found.model} is neither; leave it out")
         return arguments
     if find_family(found.model).name == "swinv2_*":
-        old, new = _windows(encoder), _windows(_sketch(found.model, size, arguments))
+        old, new = _windows(encoder), _windows(sketch_encoder(found.model, size, arguments))
         if old != new and not any(arguments.get("pretrained_window_sizes", ())):
             arguments["pretrained_window_sizes"] = [side for side, _ in old]
     return arguments

@@ -6,7 +6,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `h w` patches or feature-map cel
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -253,6 +253,12 @@ def create_backbone(
 def create_encoder(model: str, **settings: Any) -> Encoder:
     """An `Encoder` of a timm model; settings as for `create_backbone`."""
     return find_family(model).wrap(create_backbone(model, **settings))
+
+
+def sketch_encoder(model: str, image_size: tuple[int, int], model_args: Mapping[str, Any]) -> Encoder:
+    """The encoder without memory for its weights, for what its sizes tell."""
+    with torch.device("meta"):
+        return create_encoder(model, image_size=image_size, model_args=dict(model_args))
 
 
 class DropPathDraws:

@@ -13,7 +13,7 @@ from simmim.panels import reconstruction_panel
 from simmim.plan import Batch, Plan, draw_masks, open_images
 from simmim.run import Run, open_run, written_whole
 from simmim.torch_engine import distributed
-from simmim.torch_engine.encoders import default_image_size, find_family
+from simmim.torch_engine.encoders import default_image_size, find_family, sketch_encoder
 from simmim.torch_engine.model import PretrainStep
 from simmim.torch_engine.optim import create_optimizer
 from simmim.torch_engine.storage import build_step, full_state, initialize, save_hub
@@ -27,6 +27,8 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     config = validated(config)
     find_family(config.model)
     device = distributed.choose_device(config.device)
+    image_size = config.image_size or default_image_size(config.model)
+    patch = sketch_encoder(config.model, image_size, config.model_args).patch_size
     images = open_images(config)
     check = KnnCheck(config) if config.probe else None
     with distributed.join(device) as world:
@@ -34,7 +36,8 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         plan = Plan.complete(
             config,
             images,
-            image_size=config.image_size or default_image_size(config.model),
+            patch=patch,
+            image_size=image_size,
             device=device,
             precision=distributed.choose_precision(config.precision, device),
             compile=device != "cpu" if config.compile is None else config.compile,
