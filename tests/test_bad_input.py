@@ -2,6 +2,8 @@
 
 import importlib.util
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -282,6 +284,17 @@ def test_cuda_without_a_gpu_is_refused(capsys):
 def test_a_tpu_without_its_library_is_refused(capsys):
     assert error_of(tiny("--device tpu"), capsys) == (
         "device 'tpu' needs TorchTPU: pip install 'simmim[tpu]' on a Cloud TPU machine"
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch_tpu") is None, reason="TorchTPU is not installed: simmim[tpu]")
+def test_a_tpu_that_is_not_there_is_refused():
+    """In a process of its own: TorchTPU changes torch when it is imported."""
+    command = [sys.executable, "-m", "simmim", "pretrain", *tiny("--device tpu")[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "simmim: device 'tpu' is not here: TorchTPU sees no TPU; use --device cpu, or see `simmim doctor`"
     )
 
 

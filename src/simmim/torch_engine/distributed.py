@@ -32,7 +32,11 @@ def choose_device(wanted: str) -> str:
     if wanted == "tpu":
         if importlib.util.find_spec("torch_tpu") is None:
             raise ValueError("device 'tpu' needs TorchTPU: pip install 'simmim[tpu]' on a Cloud TPU machine")
+        os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "1"  # without, importing it does not make the device known
         importlib.import_module("torch_tpu")
+        found = torch.accelerator.current_accelerator(check_available=True)
+        if found is None or found.type != "tpu":
+            raise ValueError("device 'tpu' is not here: TorchTPU sees no TPU; use --device cpu, or see `simmim doctor`")
     return wanted
 
 
@@ -88,7 +92,8 @@ class World:
 def join(device: str) -> Iterator[World]:
     """This process's `World`: alone, or among those that `torchrun` started; left again at the end."""
     size, rank, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
-    place = torch.device("cpu") if device == "cpu" else torch.device(device, local)
+    # On a TPU each process sees one device, its own.
+    place = torch.device(device, local) if device == "cuda" else torch.device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
