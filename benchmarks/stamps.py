@@ -2,11 +2,12 @@
 
     python benchmarks/stamps.py segment --stamps DIR --photos DIR --work DIR
 
-`--stamps` holds train/ and test/ as `simmim finetune segment` reads them (240 and 80 images of 192x192, 9 classes of
-cut-outs and the background; other cut-outs and other photographs in test), `--photos` a manifest.csv of photographs, of
-which those with split "train" are cut into tiles. A small ViT is pretrained on tiles and training images, without labels.
-From it, and from scratch with the same settings, the task is trained; from scratch also without layer decay, which is
-for pretrained layers. Figures are those of the last step, not of the best. All runs resume.
+`--stamps` holds train/ and test/ as `simmim finetune segment` reads them: 240 and 80 images of 192x192, 9 classes of
+cut-outs and the background; other cut-outs and other photographs in test. `--photos` holds a manifest.csv and
+photographs, of which those with split "train" are cut into tiles. A small ViT is pretrained on the tiles and the
+training images, without labels. From it, and from scratch with the same settings, the task is trained; from scratch
+also without layer decay, which is for pretrained layers. Figures are those of the last step, not of the best. Runs
+resume.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 from PIL import Image
 
-import results
 import simmim
 
 MODEL: dict[str, Any] = {"model": "vit_tiny_patch16_224", "model_args": {"depth": 6}, "image_size": 192}
@@ -68,6 +69,7 @@ def main() -> None:
     means = {arm: {name: statistics.mean(row[name] for row in rows) for name in names} for arm, rows in figures.items()}
     found = {
         **results.machine(),
+        "command": f"python benchmarks/stamps.py {options.task} --stamps DIR --photos DIR --work DIR",
         "model": MODEL,
         "pretraining": {**PRETRAINING, "images": tiles},
         "training": TRAINING[options.task],

@@ -63,6 +63,8 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
     config = validated(config)
     if config.init is None:
         raise ValueError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
+    if config.shard:  # one process evaluates and writes the model
+        raise ValueError("--shard is for pretraining: fine-tuning needs the whole model on each process; leave it out")
     open_data, create_task = TASKS[type(config)]
     device = distributed.choose_device(config.device)
     origin = find_origin(config)
