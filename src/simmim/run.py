@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import tempfile
+import textwrap
 import time
 import tomllib
 from collections.abc import Iterator
@@ -144,7 +145,9 @@ def open_run(config: TrainingConfig) -> Run:
     if run.config.exists():
         old = run.read_config(type(config))
         if changed := changed_fields(old, config):
-            differences = ", ".join(f"{name} {getattr(old, name)} → {getattr(config, name)}" for name in changed)
+            differences = ", ".join(
+                f"{name} {_short(getattr(old, name))} → {_short(getattr(config, name))}" for name in changed
+            )
             raise ValueError(
                 f"{run.path} holds a run with another configuration ({differences}); "
                 "repeat its command to resume it, give another --out, or start again with --fresh"
@@ -158,6 +161,10 @@ def open_run(config: TrainingConfig) -> Run:
     except OSError as error:
         raise ValueError(f"{run.path} cannot be written: {error.strerror}; give another --out") from None
     return run
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 80, placeholder=" …")
 
 
 def _is_empty(run: Run) -> bool:

@@ -16,6 +16,8 @@ class FinetuneConfig(TrainingConfig):
 
     task: Suppress[str]
     """The name in `TASK_CONFIGS`."""
+    classes: Suppress[tuple[str, ...] | None] = None
+    """Names of the data's classes in the order of their numbers, found when it is opened."""
     init: Annotated[str | None, one_word(str, "RUN|scratch|timm:NAME", nothing="none"), arg(name="from"), HINT] = None
     """Where the encoder's weights come from: a run, nowhere (scratch), or timm's own. Required."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2

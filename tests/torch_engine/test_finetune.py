@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing as TimmErasing
 
@@ -17,8 +18,9 @@ import simmim
 from simmim.cli import main
 from simmim.keys import sample_keys
 from simmim.loop import Loop
-from simmim.task_config import TASK_CONFIGS
+from simmim.task_config import TASK_CONFIGS, ClassifyConfig
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
+from simmim.torch_engine.tasks.classify import ClassifyStep
 
 TASKS = ", ".join(TASK_CONFIGS)
 TINY = ["patch_size=16", "depth=2", "embed_dim=48", "num_heads=2"]
@@ -83,10 +85,37 @@ def test_an_interrupted_fine_tuning_ends_as_an_uninterrupted_one(
     assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "broken" / "metrics.json").read_text()
 
 
+def test_a_run_whose_classes_got_other_names_is_not_resumed(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / "images" / name / f"{number}.png")
+    words = f"finetune classify --from {pretrained} --data {tmp_path / 'images'} --out {tmp_path / 'run'} --steps 2"
+    again = [*words.split(), "--batch-size", "2", "--val-fraction", "0.5"]
+    assert main(again) == 0
+    (tmp_path / "images" / "cat").rename(tmp_path / "images" / "zebra")
+    capsys.readouterr()
+    assert main(again) == 2
+    assert "(classes ('cat', 'dog') → ('dog', 'zebra')); repeat its command" in capsys.readouterr().err
+
+
+def test_the_average_of_the_weights_leaves_out_a_step_that_was_skipped() -> None:
+    config = ClassifyConfig(mean=(0.5,) * 3, std=(0.5,) * 3, ema_decay=0.9)
+    step = ClassifyStep(torch.nn.Linear(2, 2), config, np.ones(2, np.float32))
+    assert step.average is not None
+    before = step.average.weight.clone()
+    with torch.no_grad():
+        step.backbone.weight.add_(1.0)
+    step.after_update(torch.tensor(False))
+    torch.testing.assert_close(step.average.weight, before, rtol=0, atol=0)
+    step.after_update(torch.tensor(True))
+    torch.testing.assert_close(step.average.weight, before + 0.1)
+
+
 def test_learning_rates_fall_from_head_to_embedding_as_the_paper_decays_them(pretrained: Path) -> None:
-    from simmim.task_config import ClassifyConfig
     from simmim.torch_engine.finetune import parameter_groups
-    from simmim.torch_engine.tasks.classify import ClassifyStep
 
     backbone = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, global_pool="avg")
     config = ClassifyConfig(layer_decay=0.65, mean=(0.5,) * 3, std=(0.5,) * 3)

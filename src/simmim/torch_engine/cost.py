@@ -232,8 +232,8 @@ class _LikeCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# TorchTPU has no fused attention, and its autocast leaves norms and softmax in the precision of their input, as the
-# CPU's does.
+# TorchTPU's autocast leaves norms and softmax in the precision of their input, as the CPU's does. Its kernel for bf16
+# attention is not followed, so memory is on the safe side.
 _LIKE: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "cpu": contextlib.nullcontext,
     "cuda": _LikeCuda,

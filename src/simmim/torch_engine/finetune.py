@@ -78,6 +78,7 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
             precision=distributed.choose_precision(config.precision, device),
             compile=device != "cpu" if config.compile is None else config.compile,
             workers=config.workers or cpu_cores(),
+            classes=tuple(data.classes),
         )
         task: Task = create_task(config, data, origin.weights)
         plan = TaskPlan.complete(config, task.train_count)

@@ -41,7 +41,7 @@ class Update:
         *,
         config: TrainingConfig,
         world: World,
-        after: Callable[[], None] = lambda: None,
+        after: Callable[[Tensor], None] = lambda finite: None,
     ):
         self.model, self.optimizer = model, optimizer
         self._schedule, self._config, self._world, self._after = schedule, config, world, after
@@ -80,7 +80,7 @@ class Update:
         self.optimizer.zero_grad(set_to_none=True)
         for now, before in zip(self._statistics, statistics, strict=True):
             now.copy_(torch.where(finite, now, before))
-        self._after()
+        self._after(finite)
         self._good = torch.where(finite, self._good + 1, 0.0)
         self._bad = torch.where(finite, 0.0, self._bad + 1)
         if self._dtype == torch.float16:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw, decode
@@ -24,8 +24,8 @@ class TaskStep(PixelStep):
     backbone: nn.Module
     draws: DropPathDraws
 
-    def after_update(self) -> None:
-        """Called after each optimiser step."""
+    def after_update(self, finite: Tensor) -> None:
+        """Called after each optimiser step; `finite` is a boolean on the device, false where the step was skipped."""
 
 
 @dataclass(frozen=True)

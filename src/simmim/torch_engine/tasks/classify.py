@@ -65,12 +65,13 @@ class ClassifyStep(TaskStep):
         return -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean()
 
     @torch.no_grad()
-    def after_update(self) -> None:
+    def after_update(self, finite: Tensor) -> None:
         if self.average is None or self.decay is None:
             return
+        weight = finite.float() * (1 - self.decay)
         for average, now in zip(self.average.state_dict().values(), self.backbone.state_dict().values(), strict=True):
             if average.is_floating_point():
-                average.lerp_(now, 1 - self.decay)
+                average.lerp_(now, weight)
             else:
                 average.copy_(now)
 
