@@ -108,7 +108,8 @@ BAD_OPTIONS = {
     "--loss cross_entropy": "loss cross_entropy makes no sense for target pixels; use l1 or mse or smooth_l1",
     "--head big": "--head 'big' is not known; choose from linear, mlp, transformer",
     # data
-    "--data nowhere": "nowhere does not exist; pass a folder of images, a .txt list of paths, an .npz, hf:NAME or demo",
+    "--data nowhere": "nowhere does not exist; "
+    "pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo",
     "--data empty": f"folder empty holds no images; files read end in {SUFFIXES}",
     "--data texts": f"folder texts holds no images; files read end in {SUFFIXES}",
     "--data renamed": "none of the first 6 images can be read, such as renamed/0.jpg: not an image in a format that is "
@@ -196,7 +197,7 @@ def test_a_missing_option_gets_its_line(missing, line, capsys):
         ("bench --seconds 0", "seconds 0.0 is not above 0; the default is 10.0"),
         (
             "bench --data nowhere",
-            "nowhere does not exist; pass a folder of images, a .txt list of paths, an .npz, hf:NAME or demo",
+            "nowhere does not exist; pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo",
         ),
         ("reconstruct", "RUN is missing; see `simmim reconstruct --help`"),
         ("reconstruct foreign", "no image is given; name files, a folder, a list, hf:NAME or demo after the run"),

@@ -112,6 +112,14 @@ def predict(argv: list[str]) -> int:
     return 0
 
 
+def pack(argv: list[str]) -> int:
+    """Convert images once to shards that read at full speed"""
+    from simmim.pack import PackConfig, pack
+
+    print("\n".join(pack(parse(PackConfig, "pack", argv))))
+    return 0
+
+
 def advise(argv: list[str]) -> int:
     """Say which accelerator, how many, how long, what it costs, and whether it fits"""
     from simmim.advisor import advise, plot, show
@@ -222,7 +230,20 @@ def export(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     function.__name__: function
-    for function in (pretrain, reconstruct, probe, finetune, predict, convert, export, advise, bench, doctor, recipes)
+    for function in (
+        pretrain,
+        reconstruct,
+        probe,
+        finetune,
+        predict,
+        convert,
+        export,
+        pack,
+        advise,
+        bench,
+        doctor,
+        recipes,
+    )
 }
 
 

@@ -5,14 +5,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmim.run import Run
+
+Item = TypeVar("Item")
 
 
 class Tracker(Protocol):
@@ -122,6 +124,25 @@ class Console:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def progress(items: Iterable[Item], total: int, what: str, *, every_seconds: float = 10) -> Iterator[Item]:
+    """The items, while standard error shows how many there were: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
+        with Progress(*columns, console=RichConsole(stderr=True)) as bar:
+            yield from bar.track(items, total=total)
+        return
+    begun = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if (now := time.monotonic()) - said >= every_seconds:
+            said = now
+            left = (now - begun) / done * (total - done)
+            print(f"{done} of {total} {what}, {duration(left)} left", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

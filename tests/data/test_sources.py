@@ -78,7 +78,8 @@ def test_a_subset_has_the_chosen_images_in_their_order(tmp_path: Path):
         (
             {},
             "none",
-            "{0}/none does not exist; pass a folder of images, a .txt list of paths, an .npz, hf:NAME or demo",
+            "{0}/none does not exist; "
+            "pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo",
         ),
         ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in .avif, .bmp, .gif, "),
         ({"a.jpg": ""}, "a.jpg", "{0}/a.jpg is neither a folder nor a .txt or .lst of image paths; pass one of these"),

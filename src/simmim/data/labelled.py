@@ -1,4 +1,5 @@
-"""Labelled images for probes and classification: folders of classes, CSV lists, `.npz` arrays, Hugging Face sets, demo.
+"""Labelled images for probes and classification: folders of classes, loose or packed, CSV lists, `.npz` arrays, Hugging
+Face sets, demo.
 
 Shapes: `N` images, `K` classes.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.data.shards import PackedImages, is_packed, open_packed
 from simmim.data.sources import (
     SUFFIXES,
     ArrayImages,
@@ -49,8 +51,8 @@ def open_labelled(
     labels_per_class: int | None = None,
     label_seed: int = 0,
 ) -> LabelledImages:
-    """Open `train/CLASS/*` with `val|test/CLASS/*`, one folder of classes, a `path,label[,split]` CSV, an `.npz` of
-    x_train, y_train, x_test and y_test, `hf:NAME_OR_PATH`, or `demo`.
+    """Open `train/CLASS/*` with `val|test/CLASS/*` or one folder of classes, loose or packed, a CSV of
+    `path,label[,split]`, an `.npz` of x_train, y_train, x_test and y_test, `hf:NAME_OR_PATH`, or `demo`.
 
     Without a split of its own, `val_fraction` of each class is kept to evaluate on, drawn by `seed`. With
     `labels_per_class`, only so many images of each class are trained on, drawn by `label_seed`. One-line `ValueError`s.
@@ -66,6 +68,8 @@ def open_labelled(
         found = _open_npz(path)
     elif path.suffix.lower() == ".csv" and path.is_file():
         found = _open_csv(path, val_fraction, seed)
+    elif "://" in data or is_packed(path):
+        found = _open_packed(data, val_fraction, seed)
     elif path.is_dir():
         found = _open_folders(path, val_fraction, seed)
     else:
@@ -148,6 +152,33 @@ def _read_classes(folder: Path) -> tuple[PathList, list[str]]:
         files += [f"{name}/{file}" for file in found]
         names += [name] * len(found)
     return PathList(files, root=folder), names
+
+
+def _open_packed(data: str, val_fraction: float, seed: int) -> LabelledImages:
+    """As `_open_folders`, by the names that the images had when they were packed."""
+    packed = open_packed(data)
+    names = packed.names()
+    parts = {name.split("/")[0] for name in names}
+    if "train" not in parts:
+        return _split(*_packed_classes(packed, names, "", data), val_fraction, seed)
+    train = _packed_classes(packed, names, "train/", data)
+    for part in ("val", "test"):
+        if part in parts:
+            return _pair(*train, *_packed_classes(packed, names, f"{part}/", data))
+    return _split(*train, val_fraction, seed)
+
+
+def _packed_classes(packed: PackedImages, names: list[str], folder: str, data: str) -> tuple[Subset, list[str]]:
+    """The images in the class folders of `folder`, in the order of `_read_classes`, and each one's class."""
+    found = []
+    for index, name in enumerate(names):
+        label, slash, file = name.removeprefix(folder).partition("/")
+        if slash and name.startswith(folder):
+            found.append((label, file, index))
+    if not found:
+        raise ValueError(f"the images of {data} were in no class folders when they were packed; pack a folder of them")
+    found.sort()
+    return Subset(packed, np.array([index for _, _, index in found])), [label for label, _, _ in found]
 
 
 def _open_csv(path: Path, val_fraction: float, seed: int) -> LabelledImages:

@@ -1,4 +1,5 @@
-"""Where unlabelled images come from: a folder, a list of paths, a Hugging Face data set, the emoji in the package."""
+"""Where unlabelled images come from: a folder, a list of paths, packed shards, a Hugging Face data set, the emoji in
+the package."""
 
 import os
 import zipfile
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Raw, open_picture
+from simmim.data.shards import is_packed, open_packed
 
 _SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 SUFFIXES = tuple(_SUFFIXES.split())
@@ -132,7 +134,8 @@ class HuggingFaceImages:
 
 
 def open_source(data: str) -> ImageSource:
-    """The images that `--data` names: a folder, a .txt or .lst of paths, an .npz, `hf:NAME_OR_PATH[:SPLIT]`, or `demo`.
+    """The images that `--data` names: a folder, a .txt or .lst of paths, an .npz, what `simmim pack` wrote (also by a
+    URL of object storage), `hf:NAME_OR_PATH[:SPLIT]`, or `demo`.
 
     Raises a one-line `ValueError` where there is nothing to read.
     """
@@ -141,11 +144,15 @@ def open_source(data: str) -> ImageSource:
     if data.startswith("hf:"):
         return _open_hugging_face(data.removeprefix("hf:"))
     path = Path(data).expanduser()
+    if "://" in data or is_packed(path):
+        return open_packed(data)
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():
         return _open_arrays(path) if path.suffix.lower() == ".npz" else _open_list(path)
-    raise ValueError(f"{data} does not exist; pass a folder of images, a .txt list of paths, an .npz, hf:NAME or demo")
+    raise ValueError(
+        f"{data} does not exist; pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo"
+    )
 
 
 def open_images(images: Sequence[str]) -> ImageSource:
