@@ -1,4 +1,4 @@
-# make demo | test | lint | bench |: each sets itself up on a fresh machine, in its own virtual environment.
+# make demo | test | lint | bench | bench-gpu: each sets itself up on a fresh machine, in its own virtual environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TPU_SKIP_MDS_QUERY ?= 1
 export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench bench-gpu clean
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,10 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/input_vs_torchvision.py
 	$(BIN)/python benchmarks/step_vs_transformers.py
+
+# On a machine with an NVIDIA GPU whose python3 has torch, timm and transformers; needs no network.
+bench-gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,304 @@
+"""Our pretraining step against its peers', in one run on this machine.
+
+    python benchmarks/step_vs_peers.py [--cases vit swin resnet] [--rounds 5] [--batch-size N] [--tiny]
+    python benchmarks/step_vs_peers.py --device cuda --cases vit --batch-size 256
+
+The peers: Transformers' `ViTForMaskedImageModeling` and `SwinForMaskedImageModeling`, in fp32 as its example script
+runs them and tuned (autocast to bf16, fused attention, fused AdamW, on CUDA compiled too), and the same timm model in
+a plain training loop (mask token, linear head, L1 on hidden pixels), eager and compiled. All train on the same images
+and masks: forward, backward, clip, AdamW. Rounds alternate on the CPU, and the fastest of each contender counts: other
+work on the machine only ever slows a step. The losses of the first step are printed beside the speeds; they differ by
+their random weights.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from results import machine, save
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from simmim.config import PretrainConfig
+from simmim.targets import patchify
+from simmim.torch_engine.bench import build_update, random_batch
+from simmim.torch_engine.distributed import World
+from simmim.torch_engine.encoders import find_family
+
+Step = Callable[[], Tensor]
+CASES = {
+    "vit": ("vit_base_patch16_224", 224, {}),
+    "swin": ("swin_base_patch4_window7_224", 192, {"window_size": 6}),
+    "resnet": ("resnet50", 224, {}),
+}
+TINY = {
+    "vit": (64, {"embed_dim": 48, "depth": 2, "num_heads": 3}),
+    "swin": (64, {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "window_size": 2}),
+    "resnet": (64, {"channels": (8, 16, 32, 64)}),
+}
+
+
+def settings(case: str, batch: int, device: str, *, tiny: bool) -> PretrainConfig:
+    model, size, arguments = CASES[case]
+    if tiny:
+        size, arguments = TINY[case]
+    return PretrainConfig(
+        model=model,
+        model_args=arguments,
+        image_size=(size, size),
+        batch_size=batch,
+        device=device,  # type: ignore[arg-type]
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+
+
+def ours(config: PretrainConfig, **changes: Any) -> Step:
+    config = dataclasses.replace(config, **changes)
+    step, update = build_update(config, World(device=torch.device(config.device)))
+    batch = random_batch(config, config.batch_size, step.model.encoder.patch_size)
+    return lambda: update(0, batch)[1][0]
+
+
+class Peer(nn.Module):
+    """The images and masks of `ours`, and a peer's loss of them."""
+
+    def __init__(self, config: PretrainConfig, patch: int):
+        super().__init__()
+        batch = random_batch(config, config.batch_size, patch)
+        images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).float() / 255 * 2 - 1
+        self.images = torch.where(torch.from_numpy(batch["flip"]).view(-1, 1, 1, 1), images.flip(3), images)
+        self.images = self.images.contiguous().to(config.device)
+        self.mask = torch.from_numpy(batch["mask"]).to(config.device)  # (B, H/p, W/p)
+
+
+class TransformersPeer(Peer):
+    def __init__(self, config: PretrainConfig, case: str, *, attention: str | None):
+        super().__init__(config, 16 if case == "vit" else 4)
+        from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
+
+        assert config.image_size is not None
+        torch.manual_seed(0)
+        args, size = config.model_args, config.image_size[0]
+        chosen: dict[str, Any] = {"image_size": size} | ({"attn_implementation": attention} if attention else {})
+        if case == "vit":
+            small: dict[str, Any] = {
+                "hidden_size": 48,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 3,
+                "intermediate_size": 192,
+            }
+            self.model = ViTForMaskedImageModeling(
+                ViTConfig(encoder_stride=16, **chosen, **(small if "depth" in args else {}))
+            )
+            return
+        self.model = SwinForMaskedImageModeling(
+            SwinConfig(
+                embed_dim=args.get("embed_dim", 128),
+                depths=args.get("depths", (2, 2, 18, 2)),
+                num_heads=args.get("num_heads", (4, 8, 16, 32)),
+                window_size=args["window_size"],
+                drop_path_rate=0.0,
+                encoder_stride=32,
+                **chosen,
+            )
+        )
+
+    def forward(self) -> Tensor:
+        return self.model(self.images, bool_masked_pos=self.mask.flatten(1)).loss
+
+
+class TimmPeer(Peer):
+    """timm's model as one would write it without a package: everything computed, masked in the loss."""
+
+    def __init__(self, config: PretrainConfig, case: str):
+        super().__init__(config, {"vit": 16, "swin": 4, "resnet": 16}[case])
+        torch.manual_seed(0)
+        family = find_family(config.model)
+        arguments = dict(family.arguments) | config.model_args
+        if family.sized:
+            arguments["img_size"] = config.image_size
+        self.model: Any = timm.create_model(config.model, num_classes=0, **arguments)
+        self.case, self.stride = case, 16 if case == "vit" else 32
+        width = 3 if case == "resnet" else self.model.patch_embed.proj.out_channels
+        self.token = nn.Parameter(torch.zeros(width))
+        self.head = nn.Linear(self.model.num_features, 3 * self.stride**2)
+        if case != "resnet":
+            self.model.patch_embed.register_forward_hook(self._put_token)
+
+    def _put_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        mask = self.mask.flatten(1) if output.ndim == 3 else self.mask
+        return torch.where(mask.unsqueeze(-1), self.token.to(output.dtype), output)
+
+    def forward(self) -> Tensor:
+        patch = self.images.shape[2] // self.mask.shape[1]
+        pixels = self.mask.repeat_interleave(patch, 1).repeat_interleave(patch, 2).unsqueeze(1)  # (B, 1, H, W)
+        images = self.images
+        if self.case == "resnet":
+            images = torch.where(pixels, self.token.view(1, 3, 1, 1), images)
+        features = self.model.forward_features(images)
+        if self.case == "vit":
+            features = features[:, self.model.num_prefix_tokens :].unflatten(1, (self.mask.shape[1], -1))
+        elif self.case == "resnet":
+            features = features.permute(0, 2, 3, 1)
+        prediction = self.head(features).float()
+        target = patchify(torch, self.images.permute(0, 2, 3, 1), self.stride)
+        weight = patchify(torch, pixels.float().permute(0, 2, 3, 1).expand(-1, -1, -1, 3), self.stride)
+        return ((prediction - target).abs() * weight).sum() / (weight.sum() + 1e-5)
+
+
+def peer(model: Peer, config: PretrainConfig, *, bf16: bool, compiled: bool = False) -> Step:
+    device = config.device
+    model.to(device).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.05, fused=True if bf16 or compiled else None)
+    if compiled:
+        model.compile(dynamic=False)
+
+    def step() -> Tensor:
+        with torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext():
+            loss = model()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def contenders(config: PretrainConfig, case: str, *, compiled: bool) -> dict[str, Callable[[], Step]]:
+    cuda = config.device == "cuda"
+    found: dict[str, Callable[[], Step]] = {}
+    if case != "resnet":
+        # Transformers' Swin has no fused attention in every release; then it is tuned without.
+        attention = "sdpa" if case == "vit" else None
+        found["transformers fp32"] = lambda: peer(TransformersPeer(config, case, attention=None), config, bf16=False)
+        found["transformers tuned"] = lambda: peer(
+            TransformersPeer(config, case, attention=attention), config, bf16=True, compiled=cuda and compiled
+        )
+    found["timm fp32"] = lambda: peer(TimmPeer(config, case), config, bf16=False)
+    found["timm bf16"] = lambda: peer(TimmPeer(config, case), config, bf16=True)
+    found["simmim fp32"] = lambda: ours(config, precision="fp32", compile=False)
+    found["simmim bf16"] = lambda: ours(config, precision="bf16", compile=False)
+    if compiled:
+        found["timm bf16 compiled"] = lambda: peer(TimmPeer(config, case), config, bf16=True, compiled=True)
+        found["simmim bf16 compiled"] = lambda: ours(config, precision="bf16", compile=True)
+    return found
+
+
+def measure(
+    starts: dict[str, Callable[[], Step]], device: str, *, rounds: int, steps: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds a step of each contender, fastest of the rounds. One that cannot run says why, and the others go on."""
+
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    running: dict[str, Step] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, start in starts.items():
+        try:
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            begun = time.perf_counter()
+            step = start()
+            rows[name] = {"first_loss": float(step())}
+            step()  # the optimiser's averages are there from now on
+            wait()
+            rows[name]["warm_up_seconds"] = time.perf_counter() - begun
+            if device == "cuda":
+                rows[name]["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        except Exception as error:  # out of memory, or a compiler's: the finding
+            rows[name] = {"error": " ".join(str(error).split())[:300]}
+            continue
+        if device == "cuda":  # one at a time: together they would not fit
+            rows[name]["seconds"] = [timed(step, steps, wait) for _ in range(rounds)]
+            del step
+            torch.cuda.empty_cache()
+        else:
+            running[name] = step
+            rows[name]["seconds"] = []
+    for _ in range(rounds):
+        for name, step in running.items():
+            rows[name]["seconds"].append(timed(step, steps, wait))
+    return rows
+
+
+def timed(step: Step, steps: int, wait: Callable[[], None]) -> float:
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step()
+    wait()
+    return (time.perf_counter() - begun) / steps
+
+
+def report(title: str, rows: dict[str, dict[str, Any]], batch: int) -> None:
+    base = next((row for row in rows.values() if "seconds" in row), None)
+    print(f"{title}\n  {'step':24}{'images/s':>10}{'ratio':>8}{'first loss':>12}")
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"  {name:24} does not run: {row['error'][:80]}")
+            continue
+        assert base is not None
+        row["images_per_second"] = batch / min(row["seconds"])
+        row["ratio"] = min(base["seconds"]) / min(row["seconds"])
+        print(f"  {name:24}{row['images_per_second']:10.2f}{row['ratio']:8.2f}{row['first_loss']:12.4f}", flush=True)
+
+
+def profile_ours(config: PretrainConfig, path: Path, *, compiled: bool) -> None:
+    """A table of the operations that take most of three steps of ours in bf16."""
+    step = ours(config, precision="bf16", compile=compiled)
+    step()
+    step()
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (config.device == "cuda")
+    with profile(activities=kinds) as profiler:
+        for _ in range(3):
+            step().item()
+    order = f"self_{config.device}_time_total"
+    path.write_text(profiler.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80))
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["vit", "swin"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps of a round (on a GPU: 10 or so)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what is compiled")
+    parser.add_argument("--only", nargs="+", help="these contenders only, by name")
+    parser.add_argument("--profile", type=Path, help="write what our step's time goes into to files in this folder")
+    parser.add_argument("--tiny", action="store_true", help="very small models, to see that this runs")
+    parser.add_argument("--name", help="of the file in benchmarks/results (default: step_vs_peers_DEVICE)")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    for case in arguments.cases:
+        config = settings(case, arguments.batch_size, arguments.device, tiny=arguments.tiny)
+        starts = contenders(config, case, compiled=arguments.compile)
+        starts = {name: start for name, start in starts.items() if not arguments.only or name in arguments.only}
+        load = os.getloadavg()[0]
+        rows = measure(starts, arguments.device, rounds=arguments.rounds, steps=arguments.steps)
+        title = f"{config.model} at {config.image_size}, batch {config.batch_size}, {arguments.device}"
+        report(title, rows, config.batch_size)
+        figures[case] = {"what": title, "load_before": load, "contenders": rows}
+        if arguments.profile:
+            arguments.profile.mkdir(parents=True, exist_ok=True)
+            profile_ours(config, arguments.profile / f"step_{case}_{arguments.device}.txt", compiled=arguments.compile)
+        torch.compiler.reset()
+    gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
+    name = arguments.name or f"step_vs_peers_{arguments.device}{'_tiny' if arguments.tiny else ''}"
+    save(name, {**machine(), "gpu": gpu, "cases": figures})
+
+
+if __name__ == "__main__":
+    main()
