@@ -24,7 +24,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from simmim.accelerators import cpu_cores
-from simmim.data import IMAGENET_MEAN, IMAGENET_STD, BadImages, RandomResizedCrop, open_source, train_batches
+from simmim.data import IMAGENET_MEAN, IMAGENET_STD, BadImages, RandomResizedCrop, Reading, open_source, train_batches
 from simmim.data.pipeline import Batch
 
 SIZE, BATCH = 224, 32
@@ -47,15 +47,17 @@ def simmim_batches(folder: Path, *, threads: int, batches: int) -> Iterator[Batc
     source = open_source(str(folder))
     yield from train_batches(
         source,
+        Reading(
+            batch_size=BATCH,
+            seed=0,
+            start_step=0,
+            total_steps=batches,
+            threads=threads,
+            bad_images=BadImages(folder / "bad_images.txt", total=len(source), max_fraction=0),
+        ),
         crop=RandomResizedCrop(size=(SIZE, SIZE)),
         channels=3,
         dtype=np.uint8,
-        batch_size=BATCH,
-        seed=0,
-        start_step=0,
-        total_steps=batches,
-        threads=threads,
-        bad_images=BadImages(folder / "bad_images.txt", total=len(source), max_fraction=0),
     )
 
 

@@ -144,7 +144,7 @@ def test_a_whole_run_reports_and_is_reconstructed(terminal, tmp_path, monkeypatc
     assert run(f"{command} --batch-size 4 --val-images 2 --steps 3 --device cpu") == 0
     shown = capsys.readouterr().err
     assert "images     " in shown
-    assert f"done: 3 steps; the encoder is {tmp_path}/run/encoder" in shown
+    assert f"done: 3 steps\nthe encoder is {tmp_path}/run/encoder" in shown
     assert ("━" in shown) == terminal
     assert ("\nstep 2/3  epoch 1.00  loss " in shown) != terminal
     assert run(f"reconstruct {tmp_path}/run {tmp_path}/images --count 3 --out {tmp_path}/picture.png") == 0

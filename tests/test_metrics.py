@@ -4,7 +4,7 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import KNeighborsClassifier
 
-from simmim.metrics import balanced_accuracy, confusion_matrix, intersection_over_union, knn_predict, top1
+from simmim.metrics import balanced_accuracy, class_table, confusion_matrix, intersection_over_union, knn_predict, top1
 
 
 @pytest.fixture
@@ -28,6 +28,17 @@ def test_confusion_matrix_equals_scikit_learn(answers: tuple[np.ndarray, np.ndar
 def test_balanced_accuracy_equals_scikit_learn(answers: tuple[np.ndarray, np.ndarray]) -> None:
     expected = sklearn_metrics.balanced_accuracy_score(*answers)
     assert balanced_accuracy(*answers, num_classes=7) == pytest.approx(expected)
+
+
+def test_recall_and_precision_of_each_class_equal_scikit_learn(answers: tuple[np.ndarray, np.ndarray]) -> None:
+    labels, predictions = answers
+    table = class_table(confusion_matrix(labels, predictions, 7), "abcdefg", "images")
+    precision, recall, _, images = sklearn_metrics.precision_recall_fscore_support(
+        labels, predictions, labels=range(7), zero_division=np.nan
+    )
+    found = [[np.nan if value is None else value for value in row.values()] for row in table.values()]
+    np.testing.assert_allclose(found, np.stack([images, recall, precision], axis=1))
+    assert table["f"]["recall"] is None
 
 
 @pytest.mark.parametrize("k", [1, 20])

@@ -87,10 +87,16 @@ def predict(
 ) -> dict[str, Any]:
     """What the model of a fine-tuned run finds in images: files, or one thing that `simmim predict` takes.
 
-    Settings are the other fields of `PredictConfig`. Returns "images", for each "image" (its name) and, from a
-    classifier, "label", "probability" and "top": pairs of these; and "bad_images", those that cannot be read, each with
-    a "reason". With `out`, that is in `out/predictions.json` too, and each image has a "picture" there. Raises a
-    one-line `ValueError` for a run without a fine-tuned model, or where no image can be read.
+    Settings are the other fields of `PredictConfig`. Returns "images", for each "image" (its name) and
+
+    - from a classifier "label", "probability" and "top": pairs of these;
+    - from segmentation "shares": of the image's pixels for each class found;
+    - from detection "boxes": each a "label", a "score", a "box" [left, top, width, height] in the image's pixels, and
+      with Mask R-CNN an "rle", COCO's run lengths of its mask;
+
+    and "bad_images", those that cannot be read, each with a "reason". With `out`, all that is in `out/predictions.json`
+    too, and each image has a "picture" there and from segmentation a "mask", a PNG of class numbers. Raises a one-line
+    `ValueError` for a run without a fine-tuned model, or where no image can be read.
     """
     from simmim.config import from_settings
     from simmim.torch_engine.predict import PredictConfig, predict

@@ -162,7 +162,7 @@ class PretrainConfig(TrainingConfig):
 
     def mask_strategy(self, patch: int = 1) -> MaskStrategy:
         """What draws the masks of an encoder whose patches have sides of `patch` pixels."""
-        cell = self.mask_cell or max(round(32 / patch), 1) * patch
+        cell = self.mask_cell or max(round(MaskStrategy.cell / patch), 1) * patch
         return MASKS[self.mask](ratio=self.mask_ratio, cell=cell)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -92,6 +92,28 @@ class Loop:
         self.start = engine.resume()
         self.console = Console(total=total_steps, start=self.start, enabled=engine.is_main)
         self._clock = _Clock(self.start)
+
+    def introduce(self, lines: Iterable[str]) -> None:
+        """Say what will be done, before the first step."""
+        for line in lines:
+            self.console.say(line)
+        if 0 < self.start < self._total:
+            self.console.say(f"resumes    after step {self.start}")
+
+    def conclude(self, outcome: Outcome, bad_images: int, result: Callable[[], Iterable[str]]) -> None:
+        """Say how it ended, and the lines of `result` where it came to its end."""
+        say = self.console.say
+        if bad_images:
+            say(f"{bad_images} image{'s' * (bad_images > 1)} could not be read, as {self._run.bad_images} lists")
+        if outcome.stopped_by is not None:
+            say(f"stopped at step {outcome.step} of {self._total}; run the same command again to resume")
+            return
+        if outcome.start >= self._total:
+            say(f"finished already: {self._run.path} holds all {self._total} steps; --fresh starts again")
+        else:
+            say(f"done: {self._total} steps")
+        for line in result():
+            say(line)
 
     def fit(self) -> Outcome:
         try:

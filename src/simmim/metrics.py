@@ -3,6 +3,9 @@
 Shapes: `N` images, `M` training images, `D` features, `K` classes. Classes are 0 … K-1.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -32,6 +35,20 @@ def intersection_over_union(confusion: NDArray[np.integer]) -> NDArray[np.float6
     right = confusion.diagonal()
     either = confusion.sum(axis=0) + confusion.sum(axis=1) - right
     return np.divide(right, either, out=np.full(len(right), np.nan), where=either > 0)
+
+
+def class_table(confusion: NDArray[np.integer], classes: Sequence[str], counted: str) -> dict[str, dict[str, Any]]:
+    """Of each class how many of what was `counted` ("images") are of it, the recall and the precision, from a confusion
+    matrix (K, K), rows the true classes. `None` where there is nothing to divide by."""
+    right, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    return {
+        name: {
+            counted: int(true[k]),
+            "recall": float(right[k] / true[k]) if true[k] else None,
+            "precision": float(right[k] / predicted[k]) if predicted[k] else None,
+        }
+        for k, name in enumerate(classes)
+    }
 
 
 def knn_predict(

@@ -35,7 +35,7 @@ from simmim.data.shards import (
 )
 from simmim.data.sources import read_raw
 from simmim.fields import HINT, Count, Positive, one_word
-from simmim.run import written_whole
+from simmim.run import write_json, written_whole
 from simmim.tracking import progress
 
 BAD_IMAGES = "bad_images.txt"
@@ -100,8 +100,7 @@ def pack(config: PackConfig) -> list[str]:
         if problem := _problem(out, number):
             raise ValueError(f"{out / shard_name(number)} {problem} though it was just written; check the disk")
     manifest = _describe(out, settings, shards)
-    with written_whole(out / MANIFEST) as path:
-        path.write_text(json.dumps(dataclasses.asdict(manifest), indent=1), encoding="utf-8")
+    write_json(out / MANIFEST, dataclasses.asdict(manifest))
     (out / UNFINISHED).unlink(missing_ok=True)
     decoded = _decode_some(open_packed(str(out)))
     done = "was packed already" if finished and not missing else "is packed"
@@ -131,8 +130,7 @@ def _begin(out: Path, settings: PackSettings) -> bool:
     if found is None:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
             raise ValueError(f"{out} exists and holds no packed images; give a new directory as --out")
-        with written_whole(out / UNFINISHED) as path:
-            path.write_text(json.dumps(dataclasses.asdict(settings), indent=1), encoding="utf-8")
+        write_json(out / UNFINISHED, dataclasses.asdict(settings))
         return False
     try:
         old = json.loads(found.read_text(encoding="utf-8"))
@@ -171,8 +169,7 @@ def _write(config: PackConfig, form: Form, source: ImageSource, names: Sequence[
         for number, held in shards.items():
             with written_whole(out / shard_name(number)) as path:
                 index = write_shard(path, itertools.islice(found, len(held)), raw=config.form == "raw")
-            with written_whole(out / index_name(number)) as path:
-                path.write_text(json.dumps(dataclasses.asdict(index)), encoding="utf-8")
+            write_json(out / index_name(number), dataclasses.asdict(index), indent=None)
 
 
 def _problem(out: Path, number: int) -> str | None:

@@ -77,9 +77,9 @@ def class_panel(
     return np.concatenate((columns[0], gap, columns[1], gap, columns[2]), axis=1)
 
 
-def enlarged(pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pictures (B, H, W, 3), as many times larger as makes them 128 pixels high at least."""
-    zoom = max(1, math.ceil(_HIGH / pictures.shape[1]))
+def enlarged(pictures: NDArray[np.uint8], high: int = _HIGH) -> NDArray[np.uint8]:
+    """Pictures (B, H, W, 3), as many times larger as makes them so many pixels high at least."""
+    zoom = max(1, math.ceil(high / pictures.shape[1]))
     return np.repeat(np.repeat(pictures, zoom, 1), zoom, 2)
 
 

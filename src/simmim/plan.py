@@ -18,7 +18,7 @@ from simmim.clusters import fit_colour_clusters
 from simmim.config import PretrainConfig, TrainingConfig
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
-from simmim.data.pipeline import eval_images, train_batches
+from simmim.data.pipeline import Reading, eval_images, train_batches
 from simmim.data.sources import ImageSource, Subset, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.keys import sample_keys, uniforms
@@ -125,6 +125,19 @@ class TrainingPlan:
         limit = self.config.max_bad_fraction
         return BadImages(run.bad_images, total=self.train_images, max_fraction=limit)
 
+    def reading(self, bad_images: BadImages, *, start_step: int, rank: int, world: int) -> Reading:
+        """What the process `rank` of `world` reads from `start_step` on."""
+        return Reading(
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            total_steps=self.total_steps,
+            rank=rank,
+            world=world,
+            threads=self.config.workers or cpu_cores(),
+            bad_images=bad_images,
+        )
+
 
 @dataclass(frozen=True)
 class Plan(TrainingPlan):
@@ -166,28 +179,18 @@ class Plan(TrainingPlan):
     def picture_every_steps(self) -> int:
         return self.config.picture_every_steps or self.save_every_steps
 
-    def batches(
-        self, run: Run, *, start_step: int, patch: int, drop_path_layers: int, rank: int, world: int
-    ) -> Iterator[Batch]:
-        """One process's batches from `start_step` on: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p).
+    def batches(self, reading: Reading, *, patch: int, drop_path_layers: int) -> Iterator[Batch]:
+        """The batches of a reading: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p).
 
         With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
         """
         config = self.config
-        assert config.workers is not None
         for images in train_batches(
             self.images.train,
+            reading,
             crop=RandomResizedCrop(size=self.size),
             channels=config.channels,
             dtype=self.images.dtype,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-            total_steps=self.total_steps,
-            rank=rank,
-            world=world,
-            threads=config.workers,
-            bad_images=self.bad_images(run),
         ):
             epoch, index = images["epoch"], images["index"]
             batch: Batch = {

@@ -31,6 +31,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """A JSON file, whole or not at all."""
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+
+
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
@@ -102,8 +108,7 @@ _TASK = "task.json"  # beside a fine-tuned model, so that its directory can be u
 
 def mark_task(directory: Path, task: str) -> None:
     """Write down what the model in a directory was fine-tuned for."""
-    with written_whole(directory / _TASK) as path:
-        path.write_text(json.dumps({"task": task}), encoding="utf-8")
+    write_json(directory / _TASK, {"task": task})
 
 
 def find_task_of(path: Path) -> str | None:

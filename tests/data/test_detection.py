@@ -69,6 +69,16 @@ def test_crowds_are_not_trained_on_and_stay_in_the_truth(tmp_path: Path) -> None
     assert [item["iscrowd"] for item in found.truth["annotations"]] == [0, 1]
 
 
+def test_boxes_without_area_are_left_out_and_counted(tmp_path: Path) -> None:
+    boxes = ([5.0, 5.0, 10.0, 10.0], [5.0, 5.0, 0.0, 9.0], [80.0, 5.0, 0.5, 9.0])
+    for part in ("train", "val"):
+        write(tmp_path / part, annotations=[annotation(n, 0, box) for n, box in enumerate(boxes)])
+    found = open_detection(str(tmp_path))
+    assert found.left_out == 4
+    np.testing.assert_array_equal(found.train.objects[0].boxes, [[5, 5, 15, 15]])
+    assert len(found.truth["annotations"]) == 1
+
+
 def test_without_a_folder_to_evaluate_on_a_share_is_kept(tmp_path: Path) -> None:
     write(tmp_path / "train", images=12)
     found = open_detection(str(tmp_path), val_fraction=0.25)
@@ -195,9 +205,8 @@ WRONG = {
     f"annotation 2 of {FILE} has the box [1, 2, 3, nan]; give [left, top, width, height] in pixels": change(
         "annotations", 1, bbox=[1, 2, 3, float("nan")]
     ),
-    f"annotation 2 of {FILE} has the box [5, 5, 0, 9], which has no area; mend or remove it": change(
-        "annotations", 1, bbox=[5, 5, 0, 9]
-    ),
+    f"annotation 2 of {FILE} has the box [5, 5, -4, 9], whose sides are negative; boxes are "
+    "[left, top, width, height]": change("annotations", 1, bbox=[5, 5, -4, 9]),
     f"annotation 2 of {FILE} has the box [60, 5, 30, 9], out of its image of 80x60 pixels (W x H); boxes are "
     "[left, top, width, height]": change("annotations", 1, bbox=[60, 5, 30, 9]),
     f"annotation 2 of {FILE} has no segmentation, which masks need; add it, or use --detector faster_rcnn": drop(

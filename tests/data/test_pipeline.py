@@ -15,7 +15,7 @@ from PIL import Image
 
 from simmim.data.augment import CentreCrop, RandomResizedCrop, draw_flips
 from simmim.data.bad_images import BadImages, TooManyBadImages
-from simmim.data.pipeline import Batch, eval_images, load, sample_batches, train_batches
+from simmim.data.pipeline import Batch, Reading, eval_images, load, sample_batches, train_batches
 from simmim.data.statistics import measure_mean_std
 from simmim.keys import sample_keys
 
@@ -42,18 +42,15 @@ class Noise:
 
 
 def batches(source: Any, folder: Path, **changes: Any) -> list[Batch]:
-    options: dict[str, Any] = {
-        "crop": RandomResizedCrop(size=(8, 8)),
-        "channels": 3,
-        "dtype": np.uint8,
-        "batch_size": 4,
-        "seed": 0,
-        "start_step": 0,
-        "total_steps": 6,
-        "threads": 2,
-        "bad_images": BadImages(folder / "bad_images.txt", total=len(source), max_fraction=0.5),
-    }
-    return list(train_batches(source, **options | changes))
+    views: dict[str, Any] = {"crop": RandomResizedCrop(size=(8, 8)), "channels": 3, "dtype": np.uint8}
+    views |= {name: changes.pop(name) for name in (*views, "augment") if name in changes}
+    return list(train_batches(source, reading(source, folder, **changes), **views))
+
+
+def reading(source: Any, folder: Path, **changes: Any) -> Reading:
+    bad_images = BadImages(folder / "bad_images.txt", total=len(source), max_fraction=0.5)
+    options: dict[str, Any] = {"batch_size": 4, "seed": 0, "start_step": 0, "total_steps": 6, "threads": 2}
+    return Reading(**options | {"bad_images": bad_images} | changes)
 
 
 def assert_same(first: list[Batch], second: list[Batch]) -> None:
@@ -151,9 +148,7 @@ def test_arrays_of_different_lengths_are_filled_up_with_zeros(tmp_path: Path):
         return {"image": np.zeros((8, 8, 3)), "boxes": np.full((index, 4), index, np.float32)}
 
     source = Noise(4)
-    bad_images = BadImages(tmp_path / "bad_images.txt", total=4)
-    options = {"batch_size": 4, "seed": 0, "start_step": 0, "total_steps": 1, "threads": 1}
-    [batch] = sample_batches(source, read, bad_images=bad_images, **options)
+    [batch] = sample_batches(source, reading(source, tmp_path, total_steps=1), read)
     assert batch["boxes"].shape == (4, 3, 4)
     for boxes, index in zip(batch["boxes"], batch["index"], strict=True):
         assert (boxes[:index] == index).all()
@@ -171,15 +166,10 @@ def running(tmp_path: Path) -> Iterator[tuple[Noise, Any]]:
     source = Noise(100)
     stream: Any = train_batches(
         source,
+        reading(source, tmp_path, batch_size=10, total_steps=100, threads=4),
         crop=RandomResizedCrop(size=(8, 8)),
         channels=3,
         dtype=np.uint8,
-        batch_size=10,
-        seed=0,
-        start_step=0,
-        total_steps=100,
-        threads=4,
-        bad_images=BadImages(tmp_path / "bad_images.txt", total=100),
     )
     next(stream)
     yield source, stream

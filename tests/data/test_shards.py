@@ -10,7 +10,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
-from simmim.data import BadImage, BadImages, RandomResizedCrop, open_source, train_batches
+from simmim.data import BadImage, BadImages, RandomResizedCrop, Reading, open_source, train_batches
 from simmim.data.labelled import open_labelled
 from simmim.data.packing import Entry, Packed, write_shard
 from simmim.data.shards import BLOCK, LocalStorage, RemoteStorage, open_packed
@@ -63,15 +63,17 @@ def batches(data: Path | str, folder: Path) -> list[dict]:
     return list(
         train_batches(
             source,
+            Reading(
+                batch_size=4,
+                seed=3,
+                start_step=0,
+                total_steps=6,
+                threads=2,
+                bad_images=BadImages(folder / "bad.txt", total=len(source), max_fraction=0.5),
+            ),
             crop=RandomResizedCrop(size=(32, 48)),
             channels=3,
             dtype=np.uint8,
-            batch_size=4,
-            seed=3,
-            start_step=0,
-            total_steps=6,
-            threads=2,
-            bad_images=BadImages(folder / "bad.txt", total=len(source), max_fraction=0.5),
         )
     )
 

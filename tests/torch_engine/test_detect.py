@@ -1,6 +1,7 @@
 """Fine-tuning for detection: the session, its detectors, what they sample, and what they find."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from simmim.average_precision import average_precision
 from simmim.cli import main
 from simmim.data.bad_images import BadImages
 from simmim.data.detection import open_detection
-from simmim.loop import Loop
 from simmim.plan import Batch
 from simmim.task_config import DetectConfig
 from simmim.torch_engine.tasks.base import TaskPlan
@@ -92,7 +92,7 @@ def task(settings: DetectConfig) -> DetectTask:
 def read_steps(made: DetectTask, step: DetectStep, tmp: Path, **place: Any) -> list[Batch]:
     plan = TaskPlan.complete(made.config, made.train_count)
     options: dict[str, Any] = {"start_step": 0, "rank": 0, "world": 1} | place
-    return list(made.batches(plan, step, bad_images=BadImages(tmp / "bad.txt", total=8), **options))
+    return list(made.batches(plan.reading(BadImages(tmp / "bad.txt", total=8), **options), step))
 
 
 def command(data: Path, out: Path, *more: str) -> list[str]:
@@ -128,25 +128,19 @@ def test_a_run_holds_figures_a_picture_and_a_model_that_finds_what_they_judge(da
     assert picture.shape == (280, 392, 3)
 
 
-def test_an_interrupted_detection_ends_as_an_uninterrupted_one(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(command(data, tmp_path / "whole")) == 0
-    log = Loop._log
+def test_an_interrupted_detection_ends_as_an_uninterrupted_one(data: Path, interrupt: Callable[..., None]) -> None:
+    interrupt(lambda out: command(data, out), at=3)
 
-    def break_off(self: Loop, done: int, *rest: object) -> object:
-        if done == 3:
-            raise KeyboardInterrupt
-        return log(self, done, *rest)
 
-    broken = command(data, tmp_path / "broken", "--log-every-steps", "1")
-    monkeypatch.setattr(Loop, "_log", break_off)
-    assert main(broken) == 130
-    monkeypatch.undo()
-    assert main(broken) == 0
-    whole, resumed = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken"))
-    assert whole == resumed
-    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "broken" / "metrics.json").read_text()
+def test_a_mask_that_reaches_beyond_its_image_keeps_its_shape(data: Path) -> None:
+    step = task(config(data, detector="mask_rcnn")).build()
+    mask = torch.zeros(1, 1, 28, 28)
+    mask[..., :14, :] = 1  # the upper half of a box of 64 pixels: 32 rows of the letterbox, and of the image
+    found = {"boxes": torch.tensor([[0.0, 0, 64, 64]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.5])}
+    [shown] = [step._place(found | {"masks": mask}, 48, 64)]
+    np.testing.assert_allclose(shown.boxes, [[0, 0, 64, 48]])
+    assert shown.masks is not None
+    assert abs(shown.masks[0].sum() - 32 * 64) <= 64 * 2
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])

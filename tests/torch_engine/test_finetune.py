@@ -4,6 +4,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `K` classes.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,6 @@ from timm.data.random_erasing import RandomErasing as TimmErasing
 import simmim
 from simmim.cli import main
 from simmim.keys import sample_keys
-from simmim.loop import Loop
 from simmim.task_config import TASK_CONFIGS, ClassifyConfig
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.classify import ClassifyStep
@@ -65,24 +65,9 @@ def test_fine_tuning_starts_from_the_runs_weights(pretrained: Path, tmp_path: Pa
 
 
 def test_an_interrupted_fine_tuning_ends_as_an_uninterrupted_one(
-    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pretrained: Path, interrupt: Callable[..., None]
 ) -> None:
-    assert main(command(pretrained, tmp_path / "whole", "--ema-decay", "0.9")) == 0
-    log = Loop._log
-
-    def break_off(self: Loop, done: int, *rest: object) -> object:
-        if done == 4:
-            raise KeyboardInterrupt
-        return log(self, done, *rest)
-
-    broken = command(pretrained, tmp_path / "broken", "--ema-decay", "0.9", "--log-every-steps", "1")
-    monkeypatch.setattr(Loop, "_log", break_off)
-    assert main(broken) == 130
-    monkeypatch.undo()
-    assert main(broken) == 0
-    whole, resumed = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken"))
-    assert whole == resumed
-    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "broken" / "metrics.json").read_text()
+    interrupt(lambda out: command(pretrained, out, "--ema-decay", "0.9"), at=4)
 
 
 def test_a_run_whose_classes_got_other_names_is_not_resumed(

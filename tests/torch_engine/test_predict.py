@@ -223,3 +223,9 @@ def test_predicting_refuses_in_one_line(
     shown = capsys.readouterr().err
     assert shown.startswith(f"simmim: {message}")
     assert shown.count("\n") == 1
+
+
+def test_a_fine_tuned_run_is_not_asked_to_reconstruct(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reconstruct", str(here / "run"), str(here / "data")]) == 2
+    line = f"{here / 'run'} is fine-tuned for classify, and reconstructs nothing; give the run that it began from"
+    assert capsys.readouterr().err == f"simmim: {line}\n"

@@ -5,6 +5,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `K` classes.
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from simmim.data.bad_images import BadImages
 from simmim.data.segmentation import open_segmentation
 from simmim.data.sources import ArrayImages
 from simmim.keys import sample_keys
-from simmim.loop import Loop
 from simmim.plan import Batch
 from simmim.task_config import SegmentConfig
 from simmim.torch_engine.finetune import parameter_groups
@@ -137,25 +137,8 @@ def test_the_weights_of_a_pretraining_are_where_segmentation_starts(data: Path, 
         torch.testing.assert_close(tuned[name], tensor, rtol=0, atol=1e-6)
 
 
-def test_an_interrupted_segmentation_ends_as_an_uninterrupted_one(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert main(command(data, tmp_path / "whole")) == 0
-    log = Loop._log
-
-    def break_off(self: Loop, done: int, *rest: object) -> object:
-        if done == 4:
-            raise KeyboardInterrupt
-        return log(self, done, *rest)
-
-    broken = command(data, tmp_path / "broken", "--log-every-steps", "1")
-    monkeypatch.setattr(Loop, "_log", break_off)
-    assert main(broken) == 130
-    monkeypatch.undo()
-    assert main(broken) == 0
-    whole, resumed = ((tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken"))
-    assert whole == resumed
-    assert (tmp_path / "whole" / "metrics.json").read_text() == (tmp_path / "broken" / "metrics.json").read_text()
+def test_an_interrupted_segmentation_ends_as_an_uninterrupted_one(data: Path, interrupt: Callable[..., None]) -> None:
+    interrupt(lambda out: command(data, out), at=4)
 
 
 def test_colours_that_are_classes_are_learned(data: Path, tmp_path: Path) -> None:
@@ -169,7 +152,7 @@ def read_steps(settings: SegmentConfig, tmp: Path, *, rank: int = 0, world: int 
     made = task(settings)
     plan = TaskPlan.complete(settings, made.train_count)
     bad = BadImages(tmp / "bad.txt", total=8)
-    return list(made.batches(plan, made.build(), start_step=first, rank=rank, world=world, bad_images=bad))
+    return list(made.batches(plan.reading(bad, start_step=first, rank=rank, world=world), made.build()))
 
 
 def test_labels_lie_on_their_images(data: Path, tmp_path: Path) -> None:

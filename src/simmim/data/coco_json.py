@@ -18,13 +18,15 @@ _TOLERANCE = 1.0
 class CocoFile:
     """Images, each with its annotations, and the categories' names by number.
 
-    An image has `file` (its path), height and width. Annotations have what COCO has, and `bbox` lies in the image.
+    An image has `file` (its path), height and width. Annotations have what COCO has, and `bbox` lies in the image;
+    `left_out` counts those whose box has no area.
     """
 
     path: Path
     images: list[dict[str, Any]]
     annotations: list[list[dict[str, Any]]]
     categories: dict[int, str]
+    left_out: int
 
     def select(self, indices: NDArray[np.integer]) -> "CocoFile":
         images = [self.images[index] for index in indices]
@@ -58,6 +60,7 @@ def read_coco(folder: Path, *, masks: bool) -> CocoFile:
         names.add(name)
         images[image["id"]] = {"file": str(file), "height": image["height"], "width": image["width"]}
     annotations: dict[Any, list[dict[str, Any]]] = {number: [] for number in images}
+    left_out = 0
     for number, item in enumerate(lists["annotations"]):
         place = f"annotation {item.get('id', number) if isinstance(item, Mapping) else number} of {path}"
         _need(item, ("image_id", "category_id", "bbox"), place)
@@ -69,10 +72,13 @@ def read_coco(folder: Path, *, masks: bool) -> CocoFile:
             )
         image = images[item["image_id"]]
         box = _check_box(item["bbox"], image, place)
+        if min(box[2:]) == 0:
+            left_out += 1
+            continue
         if masks:
             _check_segmentation(item.get("segmentation"), image, place)
         annotations[item["image_id"]].append({**item, "bbox": box, "iscrowd": int(bool(item.get("iscrowd", 0)))})
-    return CocoFile(path, list(images.values()), list(annotations.values()), categories)
+    return CocoFile(path, list(images.values()), list(annotations.values()), categories, left_out)
 
 
 def _read_lists(path: Path) -> dict[str, list[Any]]:
@@ -100,12 +106,12 @@ def _check_box(box: Any, image: Mapping[str, Any], place: str) -> list[float]:
     if not (isinstance(box, list) and len(box) == 4 and all(_is_number(side) for side in box)):
         raise ValueError(f"{place} has the box {box}; give [left, top, width, height] in pixels")
     left, top, width, height = box
-    if min(width, height) <= 0:
-        raise ValueError(f"{place} has the box {box}, which has no area; mend or remove it")
+    if min(width, height) < 0:
+        raise ValueError(f"{place} has the box {box}, whose sides are negative; boxes are [left, top, width, height]")
     right, bottom = min(left + width, image["width"]), min(top + height, image["height"])
     outside = max(-left, -top, left + width - right, top + height - bottom)
     left, top = max(left, 0), max(top, 0)
-    if outside > _TOLERANCE or right <= left or bottom <= top:
+    if outside > _TOLERANCE or right < left or bottom < top:
         raise ValueError(
             f"{place} has the box {box}, out of its image of {image['width']}x{image['height']} pixels (W x H); "
             "boxes are [left, top, width, height]"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize, visible
 from simmim.data.coco_json import CocoFile, read_coco
 from simmim.data.decode import BadImage, open_picture
+from simmim.data.labelled import evaluation_folder, hold_out
 from simmim.data.pipeline import Sample, load
 from simmim.data.sources import PathList, read_raw
 from simmim.keys import sample_keys
@@ -64,6 +65,7 @@ class AnnotatedImages:
 class DetectionData:
     """Images to train on and to evaluate on, the names of their classes (K,), and the truth about the latter.
 
+    `left_out` counts the boxes without area, which COCO's own files have and of which nothing can be learned.
     `truth` is what COCO's evaluation takes: image, annotation and category numbers all count from 1 on, those of images
     and classes in the order of `val` and `classes`.
     """
@@ -72,6 +74,7 @@ class DetectionData:
     val: AnnotatedImages
     classes: tuple[str, ...]
     truth: dict[str, Any]
+    left_out: int
 
 
 def open_detection(data: str, *, val_fraction: float = 0.2, seed: int = 0, masks: bool = False) -> DetectionData:
@@ -84,24 +87,28 @@ def open_detection(data: str, *, val_fraction: float = 0.2, seed: int = 0, masks
     if not (root / "train").is_dir():
         raise ValueError(f"{data} has no folder train; give one with train/images and train/annotations.json")
     train = read_coco(root / "train", masks=masks)
-    folder = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
-    if folder is not None:
+    left_out = train.left_out
+    if folder := evaluation_folder(root):
         val = read_coco(folder, masks=masks)
+        left_out += val.left_out
         for number, name in val.categories.items():
             if train.categories.get(number) != name:
                 raise ValueError(
                     f"category {number} ({name}) of {val.path} is not one of {train.path}; list the same in both"
                 )
     else:
-        order = np.argsort(sample_keys(seed, 0, np.arange(len(train.images)), stream="val"))
-        held = max(1, round(val_fraction * len(order)))
-        train, val = train.select(np.sort(order[held:])), train.select(np.sort(order[:held]))
+        held = hold_out(np.zeros(len(train.images), np.int64), val_fraction, seed)
+        train, val = train.select(np.flatnonzero(~held)), train.select(np.flatnonzero(held))
     for part, file in (("train", train), ("evaluate", val)):
         if not any(not crowd for found in file.annotations for crowd in (item["iscrowd"] for item in found)):
             raise ValueError(f"none of the {len(file.images)} images of {file.path} to {part} on has a box; add some")
     numbers = {category: label for label, category in enumerate(train.categories)}
     return DetectionData(
-        _annotated(train, numbers), _annotated(val, numbers), tuple(train.categories.values()), _truth(val, numbers)
+        train=_annotated(train, numbers),
+        val=_annotated(val, numbers),
+        classes=tuple(train.categories.values()),
+        truth=_truth(val, numbers),
+        left_out=left_out,
     )
 
 
@@ -189,10 +196,10 @@ def _areas(boxes: Boxes) -> NDArray[np.float64]:
 
 
 def boxes_in_image(boxes: NDArray[np.floating], height: int, width: int, size: tuple[int, int]) -> Boxes:
-    """Boxes (n, 4) found in the letterbox of `size` of an image, in that image's own pixels and within it."""
+    """Boxes (n, 4) found in the letterbox of `size` of an image, in its own pixels; they may reach beyond it."""
     part, place = visible(Letterbox(size=size).box(height, width), height, width, size)
     scale = np.array([part.width / place.width, part.height / place.height] * 2)
-    return (boxes * scale).clip(0, [width, height] * 2)
+    return boxes.astype(np.float64) * scale
 
 
 def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> NDArray[np.uint8]:

@@ -131,10 +131,14 @@ def _open_folders(root: Path, val_fraction: float, seed: int) -> LabelledImages:
     train = root / "train"
     if not train.is_dir():
         return _split(*_read_classes(root), val_fraction, seed)
-    for name in ("val", "test"):
-        if (root / name).is_dir():
-            return _pair(*_read_classes(train), *_read_classes(root / name))
+    if val := evaluation_folder(root):
+        return _pair(*_read_classes(train), *_read_classes(val))
     return _split(*_read_classes(train), val_fraction, seed)
+
+
+def evaluation_folder(root: Path) -> Path | None:
+    """The part of a data set's folder that is not trained on, if it has one."""
+    return next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
 
 
 def _read_classes(folder: Path) -> tuple[PathList, list[str]]:

@@ -32,6 +32,24 @@ Augment = Callable[[NDArray[Any], NDArray[np.uint64]], NDArray[Any]]
 """A cropped image (H, W, C) and its key (1,) → the image that is trained on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What one process of a run reads: of steps `start_step` to `total_steps` (not included) its part.
+
+    A step has `batch_size` images, dealt out one by one to the `world` processes, of which this is number `rank`.
+    Images that cannot be read are listed in `bad_images`.
+    """
+
+    batch_size: int
+    seed: int
+    start_step: int
+    total_steps: int
+    rank: int = 0
+    world: int = 1
+    threads: int
+    bad_images: BadImages
+
+
 def load(
     raw: Raw,
     choose_box: Callable[[int, int], Box],
@@ -56,24 +74,17 @@ def load(
 
 def train_batches(
     source: ImageSource,
+    reading: Reading,
     *,
     crop: RandomResizedCrop,
     channels: int,
     dtype: DTypeLike,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    total_steps: int,
-    rank: int = 0,
-    world: int = 1,
-    threads: int,
-    bad_images: BadImages,
     augment: Augment | None = None,
 ) -> Iterator[Batch]:
     """The batches of `sample_batches` of an image each, cropped and resized, and augmented if asked for."""
 
     def read(epoch: int, index: int) -> Sample:
-        key = sample_keys(seed, epoch, index, stream="crop")
+        key = sample_keys(reading.seed, epoch, index, stream="crop")
         image = load(
             read_raw(source, index),
             lambda height, width: crop.box(key, height, width),
@@ -82,44 +93,21 @@ def train_batches(
             dtype=dtype,
         )
         if augment is not None:
-            image = augment(image, sample_keys(seed, epoch, index, stream="augment"))
+            image = augment(image, sample_keys(reading.seed, epoch, index, stream="augment"))
         return {"image": image}
 
-    return sample_batches(
-        source,
-        read,
-        batch_size=batch_size,
-        seed=seed,
-        start_step=start_step,
-        total_steps=total_steps,
-        rank=rank,
-        world=world,
-        threads=threads,
-        bad_images=bad_images,
-    )
+    return sample_batches(source, reading, read)
 
 
-def sample_batches(
-    source: ImageSource,
-    read: Callable[[int, int], Sample],
-    *,
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    total_steps: int,
-    rank: int = 0,
-    world: int = 1,
-    threads: int,
-    bad_images: BadImages,
-) -> Iterator[Batch]:
-    """The batches of steps `start_step` to `total_steps` (not included) for the process `rank` of `world`.
+def sample_batches(source: ImageSource, reading: Reading, read: Callable[[int, int], Sample]) -> Iterator[Batch]:
+    """The batches of a reading.
 
     `read(epoch, index)` is called from several threads at once; arrays whose first sides differ within a batch are
-    filled up with zeros. A step has `batch_size` images, dealt out to the processes one by one. The last images of an
-    epoch's order that fill no batch are left out of it. An image that cannot be read is listed in `bad_images`, and the
-    next one of the source taken. Close the iterator to stop its threads. Raises one-line `ValueError`s; at once where
-    sizes don't fit.
+    filled up with zeros. The last images of an epoch's order that fill no batch are left out of it. In place of an
+    image that cannot be read the next one of the source is taken. Close the iterator to stop its threads. Raises
+    one-line `ValueError`s; at once where sizes don't fit.
     """
+    batch_size, world = reading.batch_size, reading.world
     if batch_size > len(source):
         raise ValueError(
             f"batch size {batch_size} is more than the {len(source)} images; use --batch-size {len(source)} or less"
@@ -132,12 +120,12 @@ def sample_batches(
     loader = _Loader(
         source=source,
         read=read,
-        order=_Order(len(source), seed),
+        order=_Order(len(source), reading.seed),
         usable=len(source) // batch_size * batch_size,
-        bad_images=bad_images,
+        bad_images=reading.bad_images,
     )
-    positions = range(start_step * batch_size + rank, total_steps * batch_size, world)
-    return _stream(loader, positions, batch_size // world, threads, seed)
+    first, end = reading.start_step * batch_size + reading.rank, reading.total_steps * batch_size
+    return _stream(loader, range(first, end, world), batch_size // world, reading.threads, reading.seed)
 
 
 def eval_images(
@@ -178,18 +166,31 @@ def eval_batches(
     `fill` is the colour beyond an image.
     """
 
-    def read(index: int) -> NDArray[Any] | None:
+    def read(raw: Raw) -> NDArray[Any]:
+        return load(raw, crop.box, size=crop.size, channels=channels, dtype=dtype, fill=fill)
+
+    for indices, images in readable_batches(source, read, batch_size=batch_size, threads=threads):
+        yield np.array(indices, np.int64), np.stack(images)
+
+
+def readable_batches(
+    source: ImageSource, read: Callable[[Raw], NDArray[Any]], *, batch_size: int, threads: int
+) -> Iterator[tuple[list[int], list[NDArray[Any]]]]:
+    """All images in order, by the batch: their indices, and what `read` makes of them. Bad ones are left out."""
+
+    def attempt(index: int) -> NDArray[Any] | None:
         try:
-            return load(read_raw(source, index), crop.box, size=crop.size, channels=channels, dtype=dtype, fill=fill)
+            return read(read_raw(source, index))
         except BadImage:
             return None
 
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), batch_size):
             indices = range(start, min(start + batch_size, len(source)))
-            found = [(i, image) for i, image in zip(indices, pool.map(read, indices), strict=True) if image is not None]
+            pairs = zip(indices, pool.map(attempt, indices), strict=True)
+            found = [(index, image) for index, image in pairs if image is not None]
             if found:
-                yield np.array([i for i, _ in found], np.int64), np.stack([image for _, image in found])
+                yield [index for index, _ in found], [image for _, image in found]
 
 
 class _Element(NamedTuple):

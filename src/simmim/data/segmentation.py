@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from simmim.accelerators import cpu_cores
 from simmim.data.augment import Box
 from simmim.data.decode import BadImage, open_picture
-from simmim.data.labelled import hold_out
+from simmim.data.labelled import evaluation_folder, hold_out
 from simmim.data.sources import SUFFIXES, ImageSource, PathList, Subset, find_images, read_raw
 from simmim.keys import uniforms
 
@@ -53,7 +53,7 @@ def open_segmentation(data: str, *, val_fraction: float = 0.2, seed: int = 0) ->
     if not (root / "train" / "images").is_dir():
         raise ValueError(f"{data} has no folder train/images; put images there and masks of their names in train/masks")
     train = _Part.open(root / "train")
-    part = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    part = evaluation_folder(root)
     if part is None:
         if len(train.images) < 2:
             raise ValueError(f"{data} has one image, and no val or test; give more, to train on and to evaluate on")

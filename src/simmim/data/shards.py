@@ -5,6 +5,7 @@ Any reader of ArrayRecord reads the shards. Here an image is one positional read
 in object storage: the records are not compressed, and ArrayRecord's own reader copies pixels four times.
 """
 
+import hashlib
 import json
 import os
 import time
@@ -267,8 +268,6 @@ def _open_shard(storage: Storage, manifest: Manifest, number: int, data: str) ->
 
 def read_index(text: bytes, sha256: str | None = None) -> Index:
     """The index of a shard, checked against its digest. A `ValueError` says what is wrong with it."""
-    import hashlib
-
     if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
         raise ValueError("does not match its checksum")
     return Index(**json.loads(text))

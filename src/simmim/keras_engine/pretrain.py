@@ -48,9 +48,10 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         open_run(plan.config)
     machine.main_says(0)
     session = Session(plan, machine, model)
-    session.introduce(started_from)
+    session.loop.introduce(session.introduce(started_from))
     outcome = session.loop.fit()
-    session.conclude(outcome)
+    bad_images = len(plan.bad_images(session.run))
+    session.loop.conclude(outcome, bad_images, lambda: [f"the encoder is {session.run.encoder}"])
     return session.run, outcome
 
 
@@ -119,14 +120,9 @@ class Session:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         encoder = self.model.encoder
-        return self.plan.batches(
-            self.run,
-            start_step=start_step,
-            patch=encoder.patch_size,
-            drop_path_layers=encoder.drop_paths.layers,
-            rank=self.machine.rank,
-            world=self.machine.processes,
-        )
+        bad_images, machine = self.plan.bad_images(self.run), self.machine
+        reading = self.plan.reading(bad_images, start_step=start_step, rank=machine.rank, world=machine.processes)
+        return self.plan.batches(reading, patch=encoder.patch_size, drop_path_layers=encoder.drop_paths.layers)
 
     def _show(self, done: int) -> dict[str, float]:
         """A reconstruction picture of the images kept aside, and their loss. The masks are always the same."""
@@ -140,31 +136,17 @@ class Session:
     def _save_encoder(self, state: State) -> None:
         save_encoder(self.run.encoder, self.model, state, self.config)
 
-    def introduce(self, started_from: str | None) -> None:
-        """Say what will be done, before the first step."""
-        config, machine, say = self.config, self.machine, self.loop.console.say
-        say(f"model      {config.model}, {self.model.count_params() / 1e6:.1f} M parameters")
+    def introduce(self, started_from: str | None) -> Iterator[str]:
+        """What will be done, for a person."""
+        config, machine = self.config, self.machine
+        yield f"model      {config.model}, {self.model.count_params() / 1e6:.1f} M parameters"
         if started_from:
-            say(f"start      {started_from} from {config.init_from}")
-        say(
+            yield f"start      {started_from} from {config.init_from}"
+        yield (
             f"device     {machine.name}, {config.precision}, Keras on {config.backend}, {machine.processes} "
             f"process{'es' * (machine.processes > 1)}"
         )
-        for line in self.plan.describe():
-            say(line)
-        if self.loop.start:
-            say(f"resumes    after step {self.loop.start}")
-
-    def conclude(self, outcome: Outcome) -> None:
-        say, total = self.loop.console.say, self.plan.total_steps
-        if bad := len(self.plan.bad_images(self.run)):
-            say(f"{bad} images could not be read; they are listed in {self.run.bad_images}")
-        if outcome.stopped_by is not None:
-            say(f"stopped at step {outcome.step} of {total}; run the same command again to resume")
-        elif outcome.start >= total:
-            say(f"finished already: {self.run.path} holds all {total} steps; --fresh starts again")
-        else:
-            say(f"done: {outcome.step} steps; the encoder is {self.run.encoder}")
+        yield from self.plan.describe()
 
 
 def judge_and_draw(

@@ -20,12 +20,12 @@ from simmim.accelerators import cpu_cores, gpu_peak_flops
 from simmim.config import PretrainConfig, from_settings, validated
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
-from simmim.data.pipeline import train_batches
+from simmim.data.pipeline import Reading, train_batches
 from simmim.data.sources import ImageSource, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.fields import ImageSize, Positive, PositiveReal, Word, YesNo
-from simmim.keys import sample_keys
-from simmim.masking import upsample_mask
+from simmim.plan import draw_masks
+from simmim.run import write_json
 from simmim.schedules import CosineSchedule
 from simmim.torch_engine import distributed
 from simmim.torch_engine.encoders import default_image_size
@@ -109,7 +109,7 @@ def add_calibration(path: Path, figures: dict[str, Any]) -> None:
         raise ValueError(
             f"calibration {path} is of {steps[0]['device']!r}; give another file for {figures['device']!r}"
         )
-    path.write_text(json.dumps({"steps": [*steps, figures]}, indent=1) + "\n", encoding="utf-8")
+    write_json(path, {"steps": [*steps, figures]})
 
 
 def describe(figures: dict[str, Any]) -> str:
@@ -195,12 +195,10 @@ def try_devices() -> dict[str, str]:
 def random_batch(config: PretrainConfig, size: int, patch: int) -> Batch:
     assert config.image_size is not None
     rng = np.random.default_rng(0)
-    masks = config.mask_strategy(patch)
-    cells = masks(sample_keys(0, 0, np.arange(size), stream="mask"), config.image_size)
     return {
         "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
         "flip": rng.random(size) < 0.5,
-        "mask": upsample_mask(cells, masks.cell // patch),
+        "mask": draw_masks(config, 0, np.arange(size), patch),
     }
 
 
@@ -255,15 +253,17 @@ def measure_input(source: ImageSource, config: PretrainConfig, seconds: float) -
     with tempfile.TemporaryDirectory() as directory:
         batches = train_batches(
             source,
+            Reading(
+                batch_size=size,
+                seed=0,
+                start_step=0,
+                total_steps=10**9,
+                threads=cpu_cores(),
+                bad_images=BadImages(Path(directory) / "bad_images.txt", total=len(source), max_fraction=1.0),
+            ),
             crop=RandomResizedCrop(size=config.image_size),
             channels=config.channels,
             dtype=dtype,
-            batch_size=size,
-            seed=0,
-            start_step=0,
-            total_steps=10**9,
-            threads=cpu_cores(),
-            bad_images=BadImages(Path(directory) / "bad_images.txt", total=len(source), max_fraction=1.0),
         )
         for _ in range(4):
             next(batches)

@@ -15,6 +15,7 @@ from simmim.config import PretrainConfig, from_settings
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.fields import Count, ImageSize, ModelArgs, Word
 from simmim.foreign import Checkpoint, read_checkpoint
+from simmim.masking import MaskStrategy
 from simmim.run import Run, open_run
 from simmim.torch_engine.checkpoint import save_checkpoint
 from simmim.torch_engine.distributed import World
@@ -81,7 +82,7 @@ def configure(checkpoint: Checkpoint, wanted: ConvertConfig) -> PretrainConfig:
     old_channels = _channels(checkpoint, encoder)
     channels = wanted.channels or old_channels
     normal = (IMAGENET_MEAN, IMAGENET_STD) if old_channels == 3 else ((0.5,) * old_channels, (0.25,) * old_channels)
-    settings = {"mask_cell": 32, "mean": normal[0], "std": normal[1], **checkpoint.settings}
+    settings = {"mask_cell": MaskStrategy.cell, "mean": normal[0], "std": normal[1], **checkpoint.settings}
     settings["mask_cell"] = _fitting_cell(settings["mask_cell"], encoder.patch_size, size)
     settings |= {name: _in_turn(settings[name], channels) for name in ("mean", "std")}
     config = PretrainConfig(

@@ -15,7 +15,7 @@ from simmim.data.labelled import open_labelled
 from simmim.data.segmentation import open_segmentation
 from simmim.loop import Event, Loop, Outcome
 from simmim.plan import Batch
-from simmim.run import Run, mark_task, open_run, written_whole
+from simmim.run import Run, mark_task, open_run, write_json
 from simmim.task_config import ClassifyConfig, DetectConfig, FinetuneConfig, SegmentConfig
 from simmim.torch_engine import distributed
 from simmim.torch_engine.optim import create_adamw
@@ -88,9 +88,9 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
             open_run(plan.config)
         world.barrier()
         session = Session(task, plan, world, step)
-        session.introduce()
+        session.loop.introduce(session.introduce())
         outcome = session.loop.fit()
-        session.conclude(outcome)
+        session.loop.conclude(outcome, len(plan.bad_images(session.run)), session.result)
         return session.run, outcome
 
 
@@ -123,14 +123,9 @@ class Session:
         )
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        return self.task.batches(
-            self.plan,
-            self.step,
-            start_step=start_step,
-            rank=self.world.rank,
-            world=self.world.size,
-            bad_images=self.plan.bad_images(self.run),
-        )
+        bad_images = self.plan.bad_images(self.run)
+        reading = self.plan.reading(bad_images, start_step=start_step, rank=self.world.rank, world=self.world.size)
+        return self.task.batches(reading, self.step)
 
     def _evaluate(self, done: int) -> dict[str, float]:
         """Figures on the evaluation images; the best model so far is kept."""
@@ -144,31 +139,27 @@ class Session:
             best = {"step": done, **figures}
             self.task.save(self.step, self.run.model)
             mark_task(self.run.model, self.config.task)
-        with written_whole(self.run.path / "metrics.json") as path:
-            path.write_text(json.dumps({**figures, "step": done, "best": best}, indent=1), encoding="utf-8")
+        write_json(self.run.path / "metrics.json", {**figures, "step": done, "best": best})
         return figures
 
-    def introduce(self) -> None:
-        config, say = self.config, self.loop.console.say
+    def introduce(self) -> Iterator[str]:
+        """What will be done, for a person."""
+        config = self.config
         parameters = sum(parameter.numel() for parameter in self.step.backbone.parameters())
-        say(f"model      {config.model}, {parameters / 1e6:.1f} M parameters, from {config.init}")
-        say(f"device     {distributed.device_name(self.world.device)}, {config.precision}")
-        for line in (*self.task.describe(), *self.plan.describe()):
-            say(line)
-        if self.loop.start:
-            say(f"resumes    after step {self.loop.start}")
+        yield f"model      {config.model}, {parameters / 1e6:.1f} M parameters, from {config.init}"
+        yield (
+            f"device     {distributed.device_name(self.world.device)}, {config.precision}, {self.world.size} "
+            f"process{'es' * (self.world.size > 1)}"
+        )
+        yield from self.task.describe()
+        yield from self.plan.describe()
 
-    def conclude(self, outcome: Outcome) -> None:
-        say, total = self.loop.console.say, self.plan.total_steps
-        if bad := len(self.plan.bad_images(self.run)):
-            say(f"{bad} images could not be read; they are listed in {self.run.bad_images}")
-        if outcome.stopped_by is not None:
-            say(f"stopped at step {outcome.step} of {total}; run the same command again to resume")
-            return
-        figures = read_figures(self.run)
-        name, best = self.task.best_figure, figures["best"]
-        say(f"{name} {figures[name]:.4f} at the end, {best[name]:.4f} at best (step {best['step']})")
-        say(f"the best model is {self.run.model}")
+    def result(self) -> Iterator[str]:
+        """What came of it, for a person."""
+        figures, name = read_figures(self.run), self.task.best_figure
+        best = figures["best"]
+        yield f"{name} {figures[name]:.4f} at the end, {best[name]:.4f} at best (step {best['step']})"
+        yield f"the best model is {self.run.model}"
 
 
 def read_figures(run: Run) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Shapes: `H W` pixels, `C` channels.
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from simmim.run import find_model, find_task_of, new_directory
 from simmim.torch_engine import distributed
 from simmim.torch_engine.tasks import classify, detect, segment
 from simmim.torch_engine.tasks.base import Predictor
+from simmim.tracking import progress
 
 # How each task's model is read from its directory, for a device.
 PREDICTORS: dict[str, Callable[[Path, str], Predictor]] = {
@@ -145,8 +146,9 @@ class _Album:
         """What was found in each image, in order, and which could not be read."""
         found: list[dict[str, Any]] = []
         count = len(self.source)
+        starts = range(0, count, batch_size)
         with ThreadPoolExecutor(threads) as pool:
-            for start in _progress(range(0, count, batch_size)):
+            for start in progress(starts, len(starts), "batches looked at"):
                 indices = range(start, min(start + batch_size, count))
                 images = [image for image in pool.map(self.read, indices) if image is not None]
                 if images:
@@ -158,14 +160,6 @@ class _Album:
                 "give images like those that the model was trained on"
             )
         return {"images": found, "bad_images": bad}
-
-
-def _progress(starts: range) -> Iterable[int]:
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(starts, "looking", console=console, transient=True, disable=not console.is_terminal)
 
 
 def _save(pixels: NDArray[Any], out: Path, name: str) -> str:

@@ -49,9 +49,10 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
             open_run(plan.config)
         world.barrier()
         session = Session(plan, world, step, check)
-        session.introduce(started_from)
+        session.loop.introduce(session.introduce(started_from))
         outcome = session.loop.fit()
-        session.conclude(outcome)
+        bad_images = len(plan.bad_images(session.run))
+        session.loop.conclude(outcome, bad_images, lambda: [f"the encoder is {session.run.encoder}"])
         return session.run, outcome
 
 
@@ -92,14 +93,10 @@ class Session:
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         encoder = self.step.model.encoder
-        return self.plan.batches(
-            self.run,
-            start_step=start_step,
-            patch=encoder.patch_size,
-            drop_path_layers=encoder.drop_path_draws.layers,
-            rank=self.world.rank,
-            world=self.world.size,
-        )
+        bad_images = self.plan.bad_images(self.run)
+        reading = self.plan.reading(bad_images, start_step=start_step, rank=self.world.rank, world=self.world.size)
+        layers = encoder.drop_path_draws.layers
+        return self.plan.batches(reading, patch=encoder.patch_size, drop_path_layers=layers)
 
     def _events(self) -> list[Event]:
         events = []
@@ -147,34 +144,20 @@ class Session:
             weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
             save_hub(self.run.encoder, self.step.model.encoder.backbone, weights, self.config)
 
-    def introduce(self, started_from: str | None) -> None:
-        """Say what will be done, before the first step."""
-        config, say = self.config, self.loop.console.say
+    def introduce(self, started_from: str | None) -> Iterator[str]:
+        """What will be done, for a person."""
+        config = self.config
         parameters = sum(parameter.numel() for parameter in self.step.parameters())
-        say(f"model      {config.model}, {parameters / 1e6:.1f} M parameters")
+        yield f"model      {config.model}, {parameters / 1e6:.1f} M parameters"
         if started_from:
-            say(f"start      {started_from} from {config.init_from}")
-        say(
+            yield f"start      {started_from} from {config.init_from}"
+        yield (
             f"device     {distributed.device_name(self.world.device)}, {config.precision}"
             f"{', compiled' if config.compile else ''}, {self.world.size} process{'es' * (self.world.size > 1)}"
         )
-        for line in self.plan.describe():
-            say(line)
+        yield from self.plan.describe()
         if self.check is not None:
-            say(f"probe      {self.check.describe()}")
-        if self.loop.start:
-            say(f"resumes    after step {self.loop.start}")
-
-    def conclude(self, outcome: Outcome) -> None:
-        say, total = self.loop.console.say, self.plan.total_steps
-        if bad := len(self.plan.bad_images(self.run)):
-            say(f"{bad} images could not be read; they are listed in {self.run.bad_images}")
-        if outcome.stopped_by is not None:
-            say(f"stopped at step {outcome.step} of {total}; run the same command again to resume")
-        elif outcome.start >= total:
-            say(f"finished already: {self.run.path} holds all {total} steps; --fresh starts again")
-        else:
-            say(f"done: {outcome.step} steps; the encoder is {self.run.encoder}")
+            yield f"probe      {self.check.describe()}"
 
 
 @torch.no_grad()

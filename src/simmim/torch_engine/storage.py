@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from simmim.checkpoints import newest_checkpoint
 from simmim.config import PretrainConfig, TrainingConfig
 from simmim.foreign import read_checkpoint
-from simmim.run import Run, written_whole
+from simmim.run import Run, find_task_of, written_whole
 from simmim.torch_engine.checkpoint import load_model_state
 from simmim.torch_engine.heads import LinearHead
 from simmim.torch_engine.model import MaskedImageModel, PretrainStep, build_model
@@ -50,8 +50,7 @@ def save_hub(
         "std": config.std,
         "crop_pct": crop,
     }
-    with written_whole(directory / "model.safetensors") as path:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+    save_weights(directory / "model.safetensors", state)
     with written_whole(directory / "config.json") as path:
         save_config_for_hf(backbone, str(path), data_config=data_config)
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -60,6 +59,12 @@ def save_hub(
         if classes is not None:
             settings["label_names"] = list(classes)
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """A safetensors file, whole or not at all."""
+    with written_whole(path) as aside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, aside)
 
 
 def load_encoder(run: str | Path) -> nn.Module:
@@ -86,6 +91,8 @@ def load_model(run: str | Path) -> MaskedImageModel:
 def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
     """The model of a run, as `load_model`, with its normalisation, and its configuration."""
     directory = Run(Path(run))
+    if task := find_task_of(directory.path):
+        raise ValueError(f"{run} is fine-tuned for {task}, and reconstructs nothing; give the run that it began from")
     config = directory.read_config(PretrainConfig)
     checkpoint = newest_checkpoint(directory.checkpoints)
     if checkpoint is None:

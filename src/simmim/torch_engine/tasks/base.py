@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw, decode
+from simmim.data.pipeline import Reading
 from simmim.plan import Batch, TrainingPlan
+from simmim.run import write_json
 from simmim.task_config import FinetuneConfig
 from simmim.torch_engine.encoders import DropPathDraws
 from simmim.torch_engine.model import PixelStep
+from simmim.torch_engine.storage import save_weights
 
 
 class TaskStep(PixelStep):
@@ -71,9 +73,7 @@ class Task(Protocol):
         """The model with the encoder's weights in it."""
         ...
 
-    def batches(
-        self, plan: TrainingPlan, step: TaskStep, *, start_step: int, rank: int, world: int, bad_images: BadImages
-    ) -> Iterator[Batch]: ...
+    def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]: ...
 
     def evaluate(self, step: TaskStep, out: Path) -> dict[str, float]:
         """Figures on the evaluation images; tables and pictures go to the directory `out`."""
@@ -82,6 +82,12 @@ class Task(Protocol):
     def save(self, step: TaskStep, directory: Path) -> None:
         """Write the model for `simmim predict` and other tools, each file whole or not at all."""
         ...
+
+
+def save_model(directory: Path, model: nn.Module, facts: dict[str, Any]) -> None:
+    """Write model.safetensors and config.json, each whole or not at all."""
+    save_weights(directory / "model.safetensors", model.state_dict())
+    write_json(directory / "config.json", facts, indent=2)
 
 
 class Predictor(Protocol):

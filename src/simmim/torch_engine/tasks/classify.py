@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from simmim.accelerators import cpu_cores
 from simmim.data.augment import CentreCrop, RandomResizedCrop
-from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw
 from simmim.data.labelled import LabelledImages
-from simmim.data.pipeline import Augment, eval_batches, load, train_batches
-from simmim.metrics import balanced_accuracy, confusion_matrix, top1
+from simmim.data.pipeline import Augment, Reading, eval_batches, load, train_batches
+from simmim.metrics import balanced_accuracy, class_table, confusion_matrix, top1
 from simmim.panels import captioned, to_rgb
-from simmim.plan import Batch, TrainingPlan, drop_path_numbers
-from simmim.run import written_whole
+from simmim.plan import Batch, drop_path_numbers
+from simmim.run import write_json, written_whole
 from simmim.task_config import ClassifyConfig
 from simmim.torch_engine.encoders import route_drop_path
 from simmim.torch_engine.model import PixelStep
@@ -120,28 +119,19 @@ class ClassifyTask:
             return np.ones(len(counts), np.float32)
         return (counts.sum() / (len(counts) * np.maximum(counts, 1))).astype(np.float32)
 
-    def batches(
-        self, plan: TrainingPlan, step: TaskStep, *, start_step: int, rank: int, world: int, bad_images: BadImages
-    ) -> Iterator[Batch]:
+    def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
         config = self.config
         assert config.image_size is not None
         mix = Mix(mixup=config.mixup, cutmix=config.cutmix) if config.mixup or config.cutmix else None
         images = train_batches(
             self.data.train,
+            reading,
             crop=RandomResizedCrop(size=config.image_size, scale=(config.crop_scale, 1.0)),
             channels=config.channels,
             dtype=_DTYPE,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-            total_steps=plan.total_steps,
-            rank=rank,
-            world=world,
-            threads=config.workers or cpu_cores(),
-            bad_images=bad_images,
             augment=self._augment(),
         )
-        for number, found in enumerate(images, start_step):
+        for number, found in enumerate(images, reading.start_step):
             epoch, index = found["epoch"], found["index"]
             batch: Batch = {
                 "image": found["image"],
@@ -265,20 +255,10 @@ def write_tables(matrix: NDArray[np.int64], classes: tuple[str, ...], out: Path)
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    right, images, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-    table = {
-        name: {
-            "images": int(images[k]),
-            "recall": float(right[k] / images[k]) if images[k] else None,
-            "precision": float(right[k] / predicted[k]) if predicted[k] else None,
-        }
-        for k, name in enumerate(classes)
-    }
-    with written_whole(out / "per_class.json") as path:
-        path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    write_json(out / "per_class.json", class_table(matrix, classes, "images"))
     side = min(4 + 0.3 * len(classes), 24)
     figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
-    shares = matrix / np.maximum(images[:, None], 1)
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title="share of each true class")
     if len(classes) <= 60:

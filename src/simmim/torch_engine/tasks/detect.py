@@ -3,7 +3,6 @@
 Shapes: `B` images, `C` channels, `H W` pixels, `n` objects of an image, `K` classes.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from torch import Tensor
 from simmim.accelerators import cpu_cores
 from simmim.average_precision import average_precision
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize
-from simmim.data.bad_images import BadImages
 from simmim.data.decode import decode
 from simmim.data.detection import DetectionData, DetectionReader, decode_masks, encode_mask, import_rle
-from simmim.data.pipeline import eval_batches, sample_batches
+from simmim.data.pipeline import Reading, eval_batches, sample_batches
 from simmim.data.sources import read_raw
 from simmim.keys import sample_keys
-from simmim.plan import Batch, TrainingPlan, drop_path_numbers
-from simmim.run import written_whole
+from simmim.plan import Batch, drop_path_numbers
+from simmim.run import write_json, written_whole
 from simmim.task_config import DetectConfig
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detector, save_detector
@@ -58,15 +56,14 @@ class DetectTask:
         return [
             f"images     {len(self.data.train)} to train on, {len(self.data.val)} to evaluate on",
             f"objects    {counts.sum()} of {len(self.data.classes)} classes, {counts.min()} to {counts.max()} of each",
+            *([f"left out   {self.data.left_out} boxes without area"] if self.data.left_out else []),
             f"detector   {self.config.detector}",
         ]
 
     def build(self) -> DetectStep:
         return DetectStep(self.config, len(self.data.classes), self._weights)
 
-    def batches(
-        self, plan: TrainingPlan, step: TaskStep, *, start_step: int, rank: int, world: int, bad_images: BadImages
-    ) -> Iterator[Batch]:
+    def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
         config = self.config
         reader = DetectionReader(
             images=self.data.train,
@@ -76,18 +73,7 @@ class DetectTask:
             seed=config.seed,
             masks=config.detector == "mask_rcnn",
         )
-        for batch in sample_batches(
-            self.data.train,
-            reader,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-            total_steps=plan.total_steps,
-            rank=rank,
-            world=world,
-            threads=config.workers or cpu_cores(),
-            bad_images=bad_images,
-        ):
+        for batch in sample_batches(self.data.train, reading, reader):
             epoch, index = batch.pop("epoch"), batch.pop("index")
             keys = sample_keys(config.seed, epoch, index, stream="proposals")
             batch["key"] = (keys >> np.uint64(2)).astype(np.int64)
@@ -106,8 +92,7 @@ class DetectTask:
             for number, values in more_classes.items():
                 classes[number] |= {f"segm_{name}": value for name, value in values.items()}
         table = {name: classes[number] for number, name in enumerate(self.data.classes, 1)}
-        with written_whole(out / "per_class.json") as path:
-            path.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        write_json(out / "per_class.json", table)
         chosen = np.linspace(0, len(found) - 1, _PICTURED).astype(int)
         with written_whole(out / "detections.png") as path:
             pairs = [self._pair(index, found[index]) for index in (list(found)[place] for place in np.unique(chosen))]

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from simmim.config import from_settings
 from simmim.data.detection import boxes_in_image
-from simmim.run import written_whole
 from simmim.task_config import DetectConfig
 from simmim.torch_engine.encoders import route_drop_path
-from simmim.torch_engine.tasks.base import TaskStep
+from simmim.torch_engine.tasks.base import TaskStep, save_model
 from simmim.torch_engine.tasks.detectors import SampleKeys, create_detector, first_label
 from simmim.torch_engine.tasks.pyramid import create_pyramid
 
@@ -105,19 +104,16 @@ class DetectStep(TaskStep):
         masks = None
         if self.finds_masks:
             shapes = found["masks"].float().cpu()[torch.from_numpy(kept)]
+            # Into the whole boxes: cut off at the image's edges, a mask would be squeezed.
             masks = (paste_masks_in_image(shapes, torch.from_numpy(boxes[kept]), (height, width))[:, 0] >= 0.5).numpy()
         labels = found["labels"].cpu().numpy() - self.first_label
         return Found(clipped[kept], labels[kept], found["scores"].double().cpu().numpy()[kept], masks)
 
 
 def save_detector(step: DetectStep, config: DetectConfig, classes: Sequence[str], directory: Path) -> None:
-    """Write model.safetensors (torchvision's names) and config.json, each whole or not at all."""
-    with written_whole(directory / "model.safetensors") as path:
-        state = step.detector.state_dict()
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
-    with written_whole(directory / "config.json") as path:
-        settings = {name: getattr(config, name) for name in _BUILT_FROM}
-        path.write_text(json.dumps({**settings, "label_names": list(classes)}, indent=2), encoding="utf-8")
+    """Write the detector under torchvision's names, each file whole or not at all."""
+    settings = {name: getattr(config, name) for name in _BUILT_FROM}
+    save_model(directory, step.detector, {**settings, "label_names": list(classes)})
 
 
 def load_detector(directory: Path, device: str) -> tuple[DetectStep, DetectConfig, tuple[str, ...]]:

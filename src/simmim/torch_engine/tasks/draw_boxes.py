@@ -14,9 +14,9 @@ from PIL import Image, ImageDraw
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from simmim.data.augment import Letterbox, crop_resize
-from simmim.panels import to_rgb
+from simmim.panels import class_colours, enlarged, to_rgb
 
-_LEAST = 384  # pixels of the longer side: smaller images are enlarged, so that names can be read
+_HIGH = 256  # the least height of a picture, at which names can be read
 _TILE, _GAP, _CAPTION = 384, 6, 18
 
 
@@ -28,13 +28,12 @@ def draw_objects(
     masks: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.uint8]:
     """An image (H, W, C) in 0..255 with boxes (n, 4), a text each and masks (n, H, W), coloured by labels (n,)."""
-    zoom = max(1, math.ceil(_LEAST / max(image.shape[:2])))
-    pixels = to_rgb(image[None] / np.float32(255))[0].repeat(zoom, 0).repeat(zoom, 1)
-    picture = torch.from_numpy(pixels).permute(2, 0, 1)
+    pixels = enlarged(to_rgb(image[None] / np.float32(255)), _HIGH)[0]
     if not len(boxes):
         return pixels
-    # Far apart on the circle of colours for numbers that follow each other: steps of the golden angle.
-    colours: Any = [f"hsl({137.5 * label % 360:.0f}, 90%, 45%)" for label in labels]
+    zoom = len(pixels) // len(image)
+    picture = torch.from_numpy(pixels).permute(2, 0, 1)
+    colours: Any = [tuple(colour) for colour in class_colours(int(labels.max()) + 2)[labels + 1].tolist()]
     if masks is not None:
         large = torch.from_numpy(masks.repeat(zoom, 1).repeat(zoom, 2))
         picture = draw_segmentation_masks(picture, large, alpha=0.5, colors=colours)

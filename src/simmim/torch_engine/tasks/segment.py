@@ -3,37 +3,35 @@
 Shapes: `H W` pixels, `C` channels, `K` classes.
 """
 
-import dataclasses
 import json
+import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from simmim.accelerators import cpu_cores
 from simmim.config import from_settings
-from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage, decode
-from simmim.data.pipeline import Sample, load, sample_batches
+from simmim.data.decode import Raw, decode
+from simmim.data.pipeline import Reading, Sample, load, readable_batches, sample_batches
 from simmim.data.segmentation import IGNORE, SegmentationImages, crop_mask
 from simmim.data.sources import read_raw, sniff
 from simmim.keys import sample_keys
-from simmim.metrics import confusion_matrix, intersection_over_union
+from simmim.metrics import class_table, confusion_matrix, intersection_over_union
 from simmim.panels import class_panel
-from simmim.plan import Batch, TrainingPlan, drop_path_numbers
-from simmim.run import written_whole
+from simmim.plan import Batch, drop_path_numbers
+from simmim.run import write_json, written_whole
 from simmim.task_config import SegmentConfig
 from simmim.torch_engine.tasks.augment import ColourJitter
-from simmim.torch_engine.tasks.base import TaskStep
+from simmim.torch_engine.tasks.base import TaskStep, save_model
 from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, build_step, to_picture, windows
 
-_SETTINGS = "segment.json"
-_WEIGHTS = "model.safetensors"
+# What of a configuration a saved model is built from again.
+_BUILT_FROM = ("model", "model_args", "image_size", "channels", "mean", "std", "evaluation", "decoder_channels")
 _OVERLAYS = 8  # evaluation images that are drawn
 
 
@@ -67,28 +65,14 @@ class SegmentTask:
     def build(self) -> SegmentStep:
         return build_step(self.config, self._weights, len(self.data.classes))
 
-    def batches(
-        self, plan: TrainingPlan, step: TaskStep, *, start_step: int, rank: int, world: int, bad_images: BadImages
-    ) -> Iterator[Batch]:
+    def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
         config = self.config
-        if config.batch_size // world // config.accumulate_steps < 2:
+        if config.batch_size // reading.world // config.accumulate_steps < 2:
             raise ValueError(
                 "the decoder's batch norms need 2 images at a time, and a process has 1; use --batch-size "
-                f"{2 * world * config.accumulate_steps}, or fewer processes or --accumulate-steps"
+                f"{2 * reading.world * config.accumulate_steps}, or fewer processes or --accumulate-steps"
             )
-        found = sample_batches(
-            self.data.train,
-            self._read,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            start_step=start_step,
-            total_steps=plan.total_steps,
-            rank=rank,
-            world=world,
-            threads=config.workers or cpu_cores(),
-            bad_images=bad_images,
-        )
-        for batch in found:
+        for batch in sample_batches(self.data.train, reading, self._read):
             epoch, index = batch.pop("epoch"), batch.pop("index")
             if step.draws.layers:
                 batch["drop_path"] = drop_path_numbers(config, epoch, index, step.draws.layers)
@@ -115,7 +99,12 @@ class SegmentTask:
         classes = len(self.data.classes)
         matrix = np.zeros((classes, classes), np.int64)
         drawn = np.linspace(0, len(self.data.val) - 1, min(_OVERLAYS, len(self.data.val))).round().astype(int)
-        for indices, images in self._val_images():
+
+        def read(raw: Raw) -> NDArray[Any]:
+            return decode(raw, channels=self.config.channels, dtype=self.dtype)
+
+        batch_size, threads = self.config.batch_size, self.config.workers or cpu_cores()
+        for indices, images in readable_batches(self.data.val, read, batch_size=batch_size, threads=threads):
             for index, image, predicted in zip(indices, images, predictor.masks(images), strict=True):
                 true = self.data.val_mask(index)
                 judged = true != IGNORE
@@ -125,67 +114,30 @@ class SegmentTask:
                     _write_png(out / "overlays" / name, class_panel(to_picture(image), true, predicted, classes))
         if not matrix.any():
             raise ValueError(f"none of the {len(self.data.val)} images to evaluate on can be read")
-        _write_table(matrix, self.data.classes, out / "per_class.json")
+        table, ious = class_table(matrix, self.data.classes, "pixels"), intersection_over_union(matrix)
+        for row, iou in zip(table.values(), ious.tolist(), strict=True):
+            row["iou"] = None if math.isnan(iou) else iou
+        write_json(out / "per_class.json", table)
         return {
-            "miou": float(np.nanmean(intersection_over_union(matrix))),
+            "miou": float(np.nanmean(ious)),
             "pixel_accuracy": float(matrix.diagonal().sum() / matrix.sum()),
         }
 
-    def _val_images(self) -> Iterator[tuple[list[int], list[NDArray[Any]]]]:
-        """The images to evaluate on, by the batch: their numbers and pixels (H, W, C). Bad ones are left out."""
-
-        def read(index: int) -> NDArray[Any] | None:
-            try:
-                return decode(read_raw(self.data.val, index), channels=self.config.channels, dtype=self.dtype)
-            except BadImage:
-                return None
-
-        with ThreadPoolExecutor(self.config.workers or cpu_cores()) as pool:
-            for start in range(0, len(self.data.val), self.config.batch_size):
-                indices = range(start, min(start + self.config.batch_size, len(self.data.val)))
-                found = [
-                    (i, image) for i, image in zip(indices, pool.map(read, indices), strict=True) if image is not None
-                ]
-                yield [i for i, _ in found], [image for _, image in found]
-
     def save(self, step: SegmentStep, directory: Path) -> None:
-        with written_whole(directory / _WEIGHTS) as path:
-            save_file(
-                {name: tensor.detach().cpu().contiguous() for name, tensor in step.model.state_dict().items()}, path
-            )
-        settings = {
-            "classes": self.data.classes,
-            "dtype": self.dtype.name,
-            "config": dataclasses.asdict(self.config),
-        }
-        with written_whole(directory / _SETTINGS) as path:
-            path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        settings = {name: getattr(self.config, name) for name in _BUILT_FROM}
+        facts = {**settings, "dtype": self.dtype.name, "label_names": self.data.classes}
+        save_model(directory, step.model, facts)
 
 
 def load_predictor(directory: Path, device: str) -> SegmentPredictor:
     """The model that `SegmentTask.save` wrote, in fp32 on the device."""
-    settings = json.loads((directory / _SETTINGS).read_text(encoding="utf-8"))
-    config = dataclasses.replace(from_settings(SegmentConfig, settings["config"]), precision="fp32")
-    step = build_step(config, None, len(settings["classes"]))
-    step.model.load_state_dict(load_file(directory / _WEIGHTS))
-    return SegmentPredictor(step.eval().to(device), config, tuple(settings["classes"]), np.dtype(settings["dtype"]))
-
-
-def _write_table(matrix: NDArray[np.int64], classes: tuple[str, ...], path: Path) -> None:
-    """Of each class: its pixels, how many of them are found, how many that are found are of it, and their IoU."""
-    right, pixels, predicted = matrix.diagonal(), matrix.sum(axis=1), matrix.sum(axis=0)
-    ious = intersection_over_union(matrix)
-    table = {
-        name: {
-            "pixels": int(pixels[k]),
-            "iou": None if np.isnan(ious[k]) else float(ious[k]),
-            "recall": float(right[k] / pixels[k]) if pixels[k] else None,
-            "precision": float(right[k] / predicted[k]) if predicted[k] else None,
-        }
-        for k, name in enumerate(classes)
-    }
-    with written_whole(path) as aside:
-        aside.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    facts = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    settings = {name: facts[name] for name in _BUILT_FROM}
+    config = from_settings(SegmentConfig, {**settings, "precision": "fp32"})
+    classes = tuple(facts["label_names"])
+    step = build_step(config, None, len(classes))
+    step.model.load_state_dict(load_file(directory / "model.safetensors"))
+    return SegmentPredictor(step.eval().to(device), config, classes, np.dtype(facts["dtype"]))
 
 
 def _write_png(path: Path, picture: NDArray[np.uint8]) -> None:
