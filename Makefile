@@ -14,15 +14,24 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev]'
 	touch $@
 
+# The Keras engine and TorchTPU are tested too where their wheels are for.
+ifeq ($(shell uname -sm),Linux x86_64)
+EXTRAS := $(VENV)/extras
+endif
+
+$(VENV)/extras: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev,keras,tpu]'
+	touch $@
+
 demo: $(VENV)/ready
 	$(BIN)/simmim pretrain --recipe demo --out runs/demo
 	$(BIN)/simmim reconstruct runs/demo demo --out runs/demo/reconstruction.png
 	@echo "Look at runs/demo/reconstruction.png"
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(EXTRAS)
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/ready
+test-slow: $(VENV)/ready $(EXTRAS)
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/ready
