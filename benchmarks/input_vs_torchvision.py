@@ -4,7 +4,8 @@
 
 Both read JPEG files, cut out RandomResizedCrop(224, scale=(0.67, 1)) and mirror half of the images. torchvision hands
 over normalised float32, and simmim uint8, which its engine mirrors, converts and normalises on the device. So that this
-work is not taken for free, a second figure has it done on the CPU. Rounds alternate, so that a machine whose speed
+work is not taken for free, a second figure has it done on the CPU. Two more are of the same photographs after
+`simmim pack --short-side 288`, as JPEG and as raw pixels. Rounds alternate, so that a machine whose speed
 drifts slows all alike; what counts is the ratio to torchvision with workers or without, whichever is faster.
 """
 
@@ -26,6 +27,7 @@ from torchvision.datasets import ImageFolder
 from simmim.accelerators import cpu_cores
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, BadImages, RandomResizedCrop, Reading, open_source, train_batches
 from simmim.data.pipeline import Batch
+from simmim.pack import PackConfig, pack
 
 SIZE, BATCH = 224, 32
 
@@ -83,16 +85,21 @@ def measure(photos: Path, *, rounds: int, batches: int) -> dict[str, list[float]
     """Images per second of each contender in each round."""
     cores = cpu_cores()
     torch.set_num_threads(1)  # the cores are taken by workers or threads
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryDirectory() as packs:
         folder = Path(scratch, "photos")
         folder.mkdir()
         for file in sorted(photos.resolve().glob("*.jpg")):
             (folder / file.name).symlink_to(file)
+        shards = {form: Path(packs, form) for form in ("jpeg", "raw")}
+        for form, out in shards.items():
+            pack(PackConfig(images=str(folder), out=str(out), form=form, short_side=288))  # type: ignore[arg-type]
         contenders: dict[str, Callable[[], Iterator[object]]] = {
             f"torchvision, {cores} workers": lambda: torchvision_batches(Path(scratch), workers=cores, batches=batches),
             "torchvision, no workers": lambda: torchvision_batches(Path(scratch), workers=0, batches=batches),
             "simmim": lambda: simmim_batches(folder, threads=cores, batches=batches),
             "simmim, normalised": lambda: normalised(simmim_batches(folder, threads=cores, batches=batches)),
+            "simmim, packed as jpeg": lambda: simmim_batches(shards["jpeg"], threads=cores, batches=batches),
+            "simmim, packed as raw": lambda: simmim_batches(shards["raw"], threads=cores, batches=batches),
         }
         rates: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):

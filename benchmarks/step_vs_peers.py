@@ -6,9 +6,10 @@
 The peers: Transformers' `ViTForMaskedImageModeling` and `SwinForMaskedImageModeling`, in fp32 as its example script
 runs them and tuned (autocast to bf16, fused attention, fused AdamW, on CUDA compiled too), and the same timm model in
 a plain training loop (mask token, linear head, L1 on hidden pixels), eager and compiled. All train on the same images
-and masks: forward, backward, clip, AdamW. Rounds alternate on the CPU, and the fastest of each contender counts: other
-work on the machine only ever slows a step. The losses of the first step are printed beside the speeds; they differ by
-their random weights.
+and masks, from the same weights: forward, backward, clip, AdamW. Rounds alternate on the CPU, and the fastest of each
+contender counts: other work on the machine only ever slows a step. The losses of the first step are printed beside the
+speeds: they are equal but for precision (of the ResNet not, which ours masks in another place). Figures are saved as
+they come.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ from simmim.targets import patchify
 from simmim.torch_engine.bench import build_update, random_batch
 from simmim.torch_engine.distributed import World
 from simmim.torch_engine.encoders import find_family
+from simmim.torch_engine.export import arrays
+from simmim.torch_engine.storage import build_step
+from simmim.weights import to_transformers
 
 Step = Callable[[], Tensor]
 CASES = {
@@ -68,10 +72,12 @@ def ours(config: PretrainConfig, **changes: Any) -> Step:
 
 
 class Peer(nn.Module):
-    """The images and masks of `ours`, and a peer's loss of them."""
+    """The images and masks of `ours`, and a peer's loss of them from the same weights, which `self.start` has."""
 
     def __init__(self, config: PretrainConfig, patch: int):
         super().__init__()
+        torch.manual_seed(0)  # as `build_update` does
+        self.start = [build_step(config).model]  # in a list: no part of the peer
         batch = random_batch(config, config.batch_size, patch)
         images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).float() / 255 * 2 - 1
         self.images = torch.where(torch.from_numpy(batch["flip"]).view(-1, 1, 1, 1), images.flip(3), images)
@@ -83,9 +89,9 @@ class TransformersPeer(Peer):
     def __init__(self, config: PretrainConfig, case: str, *, attention: str | None):
         super().__init__(config, 16 if case == "vit" else 4)
         from transformers import SwinConfig, SwinForMaskedImageModeling, ViTConfig, ViTForMaskedImageModeling
+        from transformers.utils import logging as transformers_logging
 
         assert config.image_size is not None
-        torch.manual_seed(0)
         args, size = config.model_args, config.image_size[0]
         chosen: dict[str, Any] = {"image_size": size} | ({"attn_implementation": attention} if attention else {})
         if case == "vit":
@@ -95,12 +101,13 @@ class TransformersPeer(Peer):
                 "num_attention_heads": 3,
                 "intermediate_size": 192,
             }
-            self.model = ViTForMaskedImageModeling(
-                ViTConfig(encoder_stride=16, **chosen, **(small if "depth" in args else {}))
+            kind: Any = ViTForMaskedImageModeling
+            theirs: Any = ViTConfig(
+                encoder_stride=16, layer_norm_eps=1e-6, **chosen, **(small if "depth" in args else {})
             )
-            return
-        self.model = SwinForMaskedImageModeling(
-            SwinConfig(
+        else:
+            kind = SwinForMaskedImageModeling
+            theirs = SwinConfig(
                 embed_dim=args.get("embed_dim", 128),
                 depths=args.get("depths", (2, 2, 18, 2)),
                 num_heads=args.get("num_heads", (4, 8, 16, 32)),
@@ -109,7 +116,10 @@ class TransformersPeer(Peer):
                 encoder_stride=32,
                 **chosen,
             )
-        )
+        transformers_logging.disable_progress_bar()
+        weights = to_transformers(arrays(self.start.pop()), case)
+        state = {name: torch.from_numpy(array) for name, array in weights.items()}
+        self.model: Any = kind.from_pretrained(None, config=theirs, state_dict=state)
 
     def forward(self) -> Tensor:
         return self.model(self.images, bool_masked_pos=self.mask.flatten(1)).loss
@@ -120,9 +130,8 @@ class TimmPeer(Peer):
 
     def __init__(self, config: PretrainConfig, case: str):
         super().__init__(config, {"vit": 16, "swin": 4, "resnet": 16}[case])
-        torch.manual_seed(0)
         family = find_family(config.model)
-        arguments = dict(family.arguments) | config.model_args
+        arguments = dict(family.arguments) | {"drop_path_rate": 0.0} | config.model_args
         if family.sized:
             arguments["img_size"] = config.image_size
         self.model: Any = timm.create_model(config.model, num_classes=0, **arguments)
@@ -130,7 +139,11 @@ class TimmPeer(Peer):
         width = 3 if case == "resnet" else self.model.patch_embed.proj.out_channels
         self.token = nn.Parameter(torch.zeros(width))
         self.head = nn.Linear(self.model.num_features, 3 * self.stride**2)
+        start = self.start.pop()
+        self.model.load_state_dict(start.encoder.backbone.state_dict())
+        self.head.load_state_dict(start.head.state_dict())
         if case != "resnet":
+            self.token.data = start.encoder.mask_token.data.flatten()
             self.model.patch_embed.register_forward_hook(self._put_token)
 
     def _put_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -196,8 +209,8 @@ def contenders(config: PretrainConfig, case: str, *, compiled: bool) -> dict[str
 
 def measure(
     starts: dict[str, Callable[[], Step]], device: str, *, rounds: int, steps: int
-) -> dict[str, dict[str, Any]]:
-    """Seconds a step of each contender, fastest of the rounds. One that cannot run says why, and the others go on."""
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Seconds a step of each contender, as far as known. One that cannot run says why, and the others go on."""
 
     def wait() -> None:
         if device == "cuda":
@@ -224,13 +237,14 @@ def measure(
             rows[name]["seconds"] = [timed(step, steps, wait) for _ in range(rounds)]
             del step
             torch.cuda.empty_cache()
+            yield rows
         else:
             running[name] = step
             rows[name]["seconds"] = []
     for _ in range(rounds):
         for name, step in running.items():
             rows[name]["seconds"].append(timed(step, steps, wait))
-    return rows
+        yield rows
 
 
 def timed(step: Step, steps: int, wait: Callable[[], None]) -> float:
@@ -242,7 +256,7 @@ def timed(step: Step, steps: int, wait: Callable[[], None]) -> float:
 
 
 def report(title: str, rows: dict[str, dict[str, Any]], batch: int) -> None:
-    base = next((row for row in rows.values() if "seconds" in row), None)
+    base = next((row for row in rows.values() if "seconds" in row), None)  # the first contender that runs
     print(f"{title}\n  {'step':24}{'images/s':>10}{'ratio':>8}{'first loss':>12}")
     for name, row in rows.items():
         if "error" in row:
@@ -282,22 +296,24 @@ def main() -> None:
     parser.add_argument("--name", help="of the file in benchmarks/results (default: step_vs_peers_DEVICE)")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
+    gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
+    name = arguments.name or f"step_vs_peers_{arguments.device}{'_tiny' if arguments.tiny else ''}"
+    facts = {**machine(), "gpu": gpu, "cases": figures}
     for case in arguments.cases:
         config = settings(case, arguments.batch_size, arguments.device, tiny=arguments.tiny)
         starts = contenders(config, case, compiled=arguments.compile)
         starts = {name: start for name, start in starts.items() if not arguments.only or name in arguments.only}
-        load = os.getloadavg()[0]
-        rows = measure(starts, arguments.device, rounds=arguments.rounds, steps=arguments.steps)
         title = f"{config.model} at {config.image_size}, batch {config.batch_size}, {arguments.device}"
-        report(title, rows, config.batch_size)
-        figures[case] = {"what": title, "load_before": load, "contenders": rows}
+        figures[case] = {"what": title, "load_before": os.getloadavg()[0]}
+        for rows in measure(starts, arguments.device, rounds=arguments.rounds, steps=arguments.steps):
+            figures[case]["contenders"] = rows
+            save(name, facts, quiet=True)
+        report(title, figures[case]["contenders"], config.batch_size)
+        save(name, facts)
         if arguments.profile:
             arguments.profile.mkdir(parents=True, exist_ok=True)
             profile_ours(config, arguments.profile / f"step_{case}_{arguments.device}.txt", compiled=arguments.compile)
         torch.compiler.reset()
-    gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
-    name = arguments.name or f"step_vs_peers_{arguments.device}{'_tiny' if arguments.tiny else ''}"
-    save(name, {**machine(), "gpu": gpu, "cases": figures})
 
 
 if __name__ == "__main__":

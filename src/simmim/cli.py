@@ -113,7 +113,7 @@ def predict(argv: list[str]) -> int:
 
 
 def pack(argv: list[str]) -> int:
-    """Convert images once to shards that read at full speed"""
+    """Convert images once to shards that read faster"""
     from simmim.pack import PackConfig, pack
 
     print("\n".join(pack(parse(PackConfig, "pack", argv))))
