@@ -131,7 +131,7 @@ class TimmPeer(Peer):
     def __init__(self, config: PretrainConfig, case: str):
         super().__init__(config, {"vit": 16, "swin": 4, "resnet": 16}[case])
         family = find_family(config.model)
-        arguments = dict(family.arguments) | {"drop_path_rate": 0.0} | config.model_args
+        arguments: dict[str, Any] = {**dict(family.arguments), "drop_path_rate": 0.0, **config.model_args}
         if family.sized:
             arguments["img_size"] = config.image_size
         self.model: Any = timm.create_model(config.model, num_classes=0, **arguments)
