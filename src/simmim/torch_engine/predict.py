@@ -95,7 +95,8 @@ def _summary(prediction: dict[str, Any]) -> str:
     if "shares" in prediction:
         shares = sorted(prediction["shares"].items(), key=lambda pair: -pair[1])
         return ", ".join(f"{label} {share:.1%}" for label, share in shares if share > 0)
-    return ", ".join(f"{box['label']} {box['score']:.3f}" for box in prediction["boxes"]) or "nothing"
+    drawn = [box for box in prediction["boxes"] if box["score"] >= detect.DRAWN_SCORE]
+    return ", ".join(f"{box['label']} {box['score']:.3f}" for box in drawn) or "nothing"
 
 
 @dataclass(frozen=True)

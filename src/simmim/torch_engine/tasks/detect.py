@@ -27,7 +27,7 @@ from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detect
 from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
 
 _PICTURED = 8  # evaluation images in detections.png
-_DRAWN_SCORE = 0.3  # what is found with less is not drawn
+DRAWN_SCORE = 0.3  # what is found with less is not drawn
 
 
 class DetectTask:
@@ -204,7 +204,7 @@ def predicted(found: Found, classes: Sequence[str]) -> dict[str, Any]:
 
 def draw_predicted(image: NDArray[Any], prediction: dict[str, Any], classes: Sequence[str]) -> NDArray[np.uint8]:
     """A picture of an image (H, W, C) with what is found in it of some score."""
-    drawn = [entry for entry in prediction["boxes"] if entry["score"] >= _DRAWN_SCORE]
+    drawn = [entry for entry in prediction["boxes"] if entry["score"] >= DRAWN_SCORE]
     boxes = np.array([entry["box"] for entry in drawn], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = np.array([classes.index(entry["label"]) for entry in drawn], np.int64)
