@@ -87,6 +87,8 @@ class SegmentConfig(FinetuneConfig):
     """Range in which training magnifies what evaluation sees, as far as an image holds it."""
     jitter: Share = 0.5
     """Strength of the random changes of brightness, contrast, saturation and hue; 0 is off."""
+    dice: NotNegativeReal = 0.0
+    """Weight of the Dice loss beside cross-entropy (1 in nnU-Net): for classes that fill few of the pixels."""
     decoder_channels: Annotated[int, Field(ge=4)] = 512
     """Width of the UPerNet decoder."""
 

@@ -28,7 +28,7 @@ from simmim.torch_engine.finetune import parameter_groups
 from simmim.torch_engine.tasks.augment import ColourJitter
 from simmim.torch_engine.tasks.base import TaskPlan
 from simmim.torch_engine.tasks.segment import SegmentTask, load_predictor
-from simmim.torch_engine.tasks.segmenter import SegmentPredictor, build_step
+from simmim.torch_engine.tasks.segmenter import SegmentPredictor, build_step, dice_loss
 
 from . import tiny
 
@@ -190,6 +190,35 @@ def test_the_loss_is_pytorchs_and_pixels_without_class_add_nothing(data: Path) -
     expected = functional.cross_entropy(scores[:, :, 16:], label[:, 16:]) / 2
     torch.testing.assert_close(step(image, stay, label), expected)
     assert step(image, stay, torch.full_like(label, 255)) == 0
+
+
+def test_the_dice_loss_is_that_of_each_images_classes_counted_one_by_one() -> None:
+    labels = torch.tensor([[[0, 0, 2, 255]], [[1, 1, 1, 1]], [[255, 255, 255, 255]]])  # class 1 is in one image only
+    scores = torch.randn(3, 3, 1, 4, requires_grad=True)
+    losses = []
+    for image, label in zip(scores.softmax(dim=1)[:2], labels, strict=False):
+        judged = label != 255
+        overlaps = [
+            2 * image[k][label == k].sum() / (image[k][judged].sum() + (label == k).sum())
+            for k in label[judged].unique()
+        ]
+        losses.append(1 - sum(overlaps) / len(overlaps))
+    loss = dice_loss(scores, labels)
+    torch.testing.assert_close(loss, torch.stack(losses).sum() / 3)
+    loss.backward()
+    assert scores.grad is not None
+    assert scores.grad.isfinite().all()
+    assert not scores.grad[2].any()
+
+
+def test_dice_is_added_to_the_loss_with_its_weight(data: Path) -> None:
+    torch.manual_seed(0)
+    step = task(config(data, dice=0.5)).build().eval()
+    image, label = torch.randint(0, 256, (2, 32, 32, 3)), torch.randint(0, 3, (2, 32, 32))
+    stay = torch.tensor([False, False])
+    scores = functional.interpolate(step.model(step.normalize(image)), (32, 32), mode="bilinear")
+    expected = functional.cross_entropy(scores, label) + 0.5 * dice_loss(scores, label)
+    torch.testing.assert_close(step(image, stay, label), expected)
 
 
 def test_the_decoder_learns_at_full_rate_and_the_encoder_at_decayed_ones(data: Path) -> None:

@@ -47,7 +47,7 @@ class Segmenter(nn.Module):
 
 
 class SegmentStep(TaskStep):
-    """Cross-entropy of a batch's pixels."""
+    """Cross-entropy of a batch's pixels, and the Dice loss of its images if asked for."""
 
     def __init__(self, model: Segmenter, config: SegmentConfig):
         assert isinstance(config.mean, tuple)
@@ -55,6 +55,7 @@ class SegmentStep(TaskStep):
         super().__init__(config.mean, config.std)
         self.draws = route_drop_path(model.pyramid.backbone)
         self.model = model
+        self.dice = config.dice
 
     @property
     def backbone(self) -> nn.Module:
@@ -66,7 +67,25 @@ class SegmentStep(TaskStep):
         labels = torch.where(flip.view(-1, 1, 1), labels.flip(2), labels)
         scores = _enlarge(self.model(self.prepare(image, flip)).float(), labels.shape[1:])
         # Over all pixels, those without a class too: so an image weighs the same whatever others are in its batch.
-        return functional.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+        loss = functional.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
+        return loss + self.dice * dice_loss(scores, labels) if self.dice else loss
+
+
+def dice_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """1 - the soft Dice coefficient (arXiv 1606.04797), the mean over an image's classes, then over the images.
+
+    `scores` (B, K, H, W) before softmax, `labels` (B, H, W). Pixels without a class do not count, nor do classes that
+    an image does not have: cross-entropy holds those down.
+    """
+    judged = (labels != IGNORE).flatten(1)  # (B, H W)
+    places = labels.flatten(1).where(judged, 0)
+    shares = scores.flatten(2).softmax(dim=1) * judged.unsqueeze(1)  # (B, K, H W)
+    nothing = scores.new_zeros(scores.shape[:2])  # (B, K)
+    sizes = nothing.scatter_add(1, places, judged.float())
+    both = nothing.scatter_add(1, places, shares.gather(1, places.unsqueeze(1)).squeeze(1))
+    there = sizes > 0
+    lost = there * (1 - 2 * both / (shares.sum(dim=2) + sizes).clamp(min=1))
+    return (lost.sum(dim=1) / there.sum(dim=1).clamp(min=1)).mean()
 
 
 def _enlarge(scores: Tensor, size: Sequence[int]) -> Tensor:
