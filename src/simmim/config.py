@@ -104,8 +104,6 @@ class TrainingConfig:
     """Compile the step with torch.compile (default: on CUDA and TPU only)."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-    shard: bool = False
-    """Shard parameters and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
 
     save_every_steps: Count = None
     """Steps between checkpoints (default: one epoch, at least 100 steps)."""
@@ -126,6 +124,9 @@ Settings = TypeVar("Settings")
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingConfig):
     """Masked image modelling on unlabelled images (SimMIM, arXiv 2111.09886)."""
+
+    shard: bool = False
+    """Shard parameters and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
 
     mask: Annotated[str, arg(metavar="|".join(MASKS))] = "random"
     """How cells to hide are chosen."""

@@ -165,10 +165,6 @@ def test_images_and_labels_are_mixed_as_timm_mixes_them(mixup: float, cutmix: fl
             "--from is missing; give the --out directory of a run, scratch or timm:NAME",
         ),
         (
-            "finetune classify --data demo --out x --from scratch --shard",
-            "--shard is for pretraining: fine-tuning needs the whole model on each process; leave it out",
-        ),
-        (
             "finetune classify --data demo --out x --from nowhere",
             "--from nowhere has no encoder; give the directory of a run, scratch or timm:NAME",
         ),

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from simmim.accelerators import cpu_cores, cpu_has_bf16, cpu_name
-from simmim.config import TrainingConfig
+from simmim.config import PretrainConfig, TrainingConfig
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}
 
@@ -117,7 +117,7 @@ def check_world(config: TrainingConfig, world: World) -> None:
             f"batch size {config.batch_size} does not divide among {world.size} processes × {config.accumulate_steps} "
             f"accumulation steps; use a multiple of {parts}"
         )
-    if config.shard and world.size == 1:
+    if isinstance(config, PretrainConfig) and config.shard and world.size == 1:
         raise ValueError(
             "--shard spreads a model over processes and there is one; start it with torchrun, or leave it out"
         )

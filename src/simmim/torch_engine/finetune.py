@@ -63,8 +63,6 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
     config = validated(config)
     if config.init is None:
         raise ValueError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
-    if config.shard:  # one process evaluates and writes the model
-        raise ValueError("--shard is for pretraining: fine-tuning needs the whole model on each process; leave it out")
     open_data, create_task = TASKS[type(config)]
     device = distributed.choose_device(config.device)
     origin = find_origin(config)
@@ -107,7 +105,7 @@ class Session:
             step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.compile:
             step.compile(dynamic=False)
-        model = distributed.spread(step, world, shard=config.shard)
+        model = distributed.spread(step, world, shard=False)  # one process evaluates and writes the model
         optimizer = create_adamw(parameter_groups(step, config), betas=config.betas, device=world.device)
         update = Update(model, optimizer, plan.schedule, config=config, world=world, after=step.after_update)
         trainer = TorchTrainer(update, self.batches, run=self.run, config=config, world=world, on_save=lambda: None)
