@@ -24,9 +24,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from simmim.accelerators import read_facts
 from simmim.config import PretrainConfig
 from simmim.roofline import StepWork, fit_rates
-from simmim.torch_engine.bench import build_update, random_batch
 from simmim.torch_engine.cost import measure_work
 from simmim.torch_engine.distributed import World
+from simmim.torch_engine.trial import build_update, random_batch
 
 SWIN = {"window_size": 6}
 MEMORY = [

@@ -29,11 +29,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from simmim.config import PretrainConfig
 from simmim.targets import patchify
-from simmim.torch_engine.bench import build_update, random_batch
 from simmim.torch_engine.distributed import World
 from simmim.torch_engine.encoders import find_family
 from simmim.torch_engine.export import arrays
 from simmim.torch_engine.storage import build_step
+from simmim.torch_engine.trial import build_update, random_batch
 from simmim.weights import to_transformers
 
 Step = Callable[[], Tensor]

@@ -1,22 +1,40 @@
 import contextlib
 import io
 import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 
 from simmim.cli import main
 from simmim.config import PretrainConfig
-from simmim.torch_engine.bench import count_flops, describe
+from simmim.torch_engine.bench import describe
+from simmim.torch_engine.cost import count_flops
+
+TINY = "bench --model resnet10t --image-size 64 --batch-size 2 --seconds 0.05 --device cpu --json"
+
+
+@dataclass(frozen=True)
+class Printed:
+    out: str
+    err: str
+    trace: Path
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return json.loads(self.out)
 
 
 @pytest.fixture(scope="module")
-def printed():
-    """What `simmim bench --json` prints, for a very small model."""
-    command = "bench --model resnet10t --image-size 64 --batch-size 2 --seconds 0.05 --device cpu --json"
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert main(command.split()) == 0
-    return output.getvalue()
+def printed(tmp_path_factory):
+    """What `simmim bench --json --profile` prints and writes, for a very small model."""
+    trace = tmp_path_factory.mktemp("bench") / "trace.json"
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main([*TINY.split(), "--profile", str(trace)]) == 0
+    return Printed(out.getvalue(), err.getvalue(), trace)
 
 
 def flops(model: str, size: int, **settings) -> int:
@@ -27,22 +45,55 @@ def flops(model: str, size: int, **settings) -> int:
 
 
 def test_bench_prints_one_json_object_with_the_agreed_names(printed):
-    figures = json.loads(printed)
+    figures = printed.figures
     assert figures["step"].keys() >= {"images_per_second", "flops_per_image", "mfu"}
     assert figures["step"]["images_per_second"] > 0
     assert figures["input"]["images_per_second"] > 0
 
 
 def test_the_share_of_the_peak_is_not_known_for_a_cpu(printed):
-    assert json.loads(printed)["step"]["mfu"] is None
+    assert printed.figures["step"]["mfu"] is None
 
 
-def test_a_person_is_told_which_of_step_and_input_limits_the_run(printed):
-    figures = json.loads(printed)
-    figures["step"]["images_per_second"], figures["input"]["images_per_second"] = 9.0, 10.0
-    assert describe(figures).splitlines()[-1] == "limit    the step"
-    figures["input"]["images_per_second"] = 8.0
-    assert describe(figures).splitlines()[-1] == "limit    the input"
+def test_training_end_to_end_is_compared_with_the_slower_of_step_and_input(printed):
+    step, source, whole = (printed.figures[name] for name in ("step", "input", "end_to_end"))
+    slower = min(step["images_per_second"], source["images_per_second"])
+    assert whole["steps"] >= 3
+    assert whole["share_of_slower"] == pytest.approx(whole["images_per_second"] / slower)
+
+
+def test_the_memory_of_a_process_on_the_cpu_holds_at_least_its_weights_and_averages(printed):
+    step = printed.figures["step"]
+    assert 12 * step["parameters"] < step["memory_bytes"] < 2**36
+
+
+def test_a_profile_is_a_trace_that_browsers_read_and_names_the_costliest_operators(printed):
+    events = {event.get("name") for event in json.loads(printed.trace.read_text())["traceEvents"]}
+    operators = printed.figures["profile"]["operators"]
+    assert len(operators) == 10
+    assert {row["name"] for row in operators} <= events
+    assert [row["share"] for row in operators] == sorted((row["share"] for row in operators), reverse=True)
+    assert "next batch" in events
+
+
+def test_what_is_being_measured_is_said_meanwhile(printed):
+    assert "measuring input" in printed.err
+
+
+def test_a_person_is_told_each_figure_the_limit_and_what_to_try(printed):
+    figures = printed.figures
+    starts = [line.split(maxsplit=1)[0] for line in describe(figures).splitlines()]
+    assert [word for word in starts if word.isalpha()] == [
+        "machine", "step", "memory", "input", "both", "limit", "try", "profile",
+    ]  # fmt: skip
+    assert f"try      {figures['limit']['suggestion']}" in describe(figures).splitlines()
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):
+    file = tmp_path / "none" / "trace.json"
+    assert main(["bench", "--profile", str(file)]) == 2
+    expected = f"simmim: {file} cannot be written: its folder is not there; make it, or give another file\n"
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(

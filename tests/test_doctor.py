@@ -28,7 +28,7 @@ def test_a_device_that_fails_is_a_finding_and_no_error(monkeypatch):
     def fail(*_args, **_settings):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr("simmim.torch_engine.bench.build_update", fail)
+    monkeypatch.setattr("simmim.torch_engine.trial.build_update", fail)
     assert examine()["training on cpu"] == "does not work: no kernel image is available"
 
 

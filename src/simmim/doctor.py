@@ -30,8 +30,8 @@ def examine() -> dict[str, str]:
         "compiler": _compiler(),
     }
     try:
-        from simmim.torch_engine.bench import try_devices
         from simmim.torch_engine.distributed import describe_cuda
+        from simmim.torch_engine.trial import try_devices
     except ImportError as error:
         findings["training"] = f"does not work: {error}; install simmim again"
     else:

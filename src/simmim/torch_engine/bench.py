@@ -1,38 +1,27 @@
-"""`simmim bench`: how fast this machine takes a pretraining step and reads images, and its share of the peak."""
+"""`simmim bench`: how fast this machine pretrains, what limits it, and what to try."""
 
 import json
 import os
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.accelerators import cpu_cores, gpu_peak_flops
+from simmim.accelerators import cpu_cores
 from simmim.config import PretrainConfig, from_settings, validated
-from simmim.data.augment import RandomResizedCrop
-from simmim.data.bad_images import BadImages
-from simmim.data.pipeline import Reading, train_batches
-from simmim.data.sources import ImageSource, open_source, sniff
+from simmim.data.shards import PackedImages
+from simmim.data.sources import ArrayImages, ImageSource, Subset, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
-from simmim.fields import ImageSize, Positive, PositiveReal, Word, YesNo
-from simmim.plan import draw_masks
+from simmim.fields import Count, ImageSize, Positive, PositiveReal, Word, YesNo
+from simmim.plan import Images, Plan
 from simmim.run import write_json
-from simmim.schedules import CosineSchedule
-from simmim.torch_engine import distributed
-from simmim.torch_engine.encoders import default_image_size
-from simmim.torch_engine.model import PretrainStep
-from simmim.torch_engine.optim import create_optimizer
-from simmim.torch_engine.storage import build_step
-from simmim.torch_engine.update import Batch, Update
+from simmim.torch_engine import distributed, profiling
+from simmim.torch_engine.encoders import default_image_size, sketch_encoder
+from simmim.torch_engine.limits import compare, judge
+from simmim.torch_engine.measure import Trial, measure_end_to_end, measure_input, measure_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +35,9 @@ class BenchConfig:
     image_size: ImageSize = None
     """Pixels, N or HxW (default: the model's own)."""
     data: str = "demo"
-    """Images for the input figure."""
+    """Images to read; take your own to see what limits your run."""
+    workers: Count = None
+    """Threads that decode images (default: one a core)."""
     device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -55,45 +46,94 @@ class BenchConfig:
     """Compile the step with torch.compile (default: on CUDA and TPU only, as in training)."""
     seconds: PositiveReal = 10.0
     """How long to measure each figure, after warming up."""
+    profile: Word = None
+    """Write a trace of a few steps to this JSON file, for ui.perfetto.dev, and show the costliest operators."""
     save_calibration: Word = None
     """Add the figures to this JSON file, from which simmim advise --calibration learns what the machine reaches."""
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Figures of the step, of the input, and what they were measured on. One-line `ValueError`s for bad settings."""
+    """Figures of step, input and both at once, and what they were measured on. One-line `ValueError`s for bad settings.
+
+    What is being measured is said on standard error.
+    """
     config = from_settings(BenchConfig, {field.name: getattr(config, field.name) for field in fields(BenchConfig)})
+    for file in filter(None, (config.profile, config.save_calibration)):
+        if not Path(file).absolute().parent.is_dir():  # now, and not after minutes
+            raise ValueError(f"{file} cannot be written: its folder is not there; make it, or give another file")
     device = distributed.choose_device(config.device)
     source = open_source(config.data)
-    training = validated(
-        PretrainConfig(
-            data=config.data,
-            out="unused",
-            model=config.model,
-            image_size=config.image_size or default_image_size(config.model),
-            batch_size=config.batch_size,
-            device=device,  # type: ignore[arg-type]
-            precision=distributed.choose_precision(config.precision, device),  # type: ignore[arg-type]
-            compile=device != "cpu" if config.compile is None else config.compile,
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-        )
-    )
+    plan = plan_of(config, source, device)
+    training = plan.config
     figures = {
         "device": distributed.device_name(torch.device(device)),
         "kind": device,
         "memory_gib": device_memory(device) / 2**30,
+        "cores": cpu_cores(),
+        "has_bf16": distributed.choose_precision("auto", device) == "bf16",
         "torch": torch.__version__,
         "model": training.model,
         "image_size": list(training.image_size or ()),
         "batch_size": training.batch_size,
         "precision": training.precision,
         "compile": training.compile,
-        "step": measure_step(training, config.seconds),
-        "input": measure_input(source, training, config.seconds),
     }
+    with distributed.join(device) as world:
+        trial = Trial(plan, world)
+        _say("step")
+        figures["step"] = measure_step(trial, config.seconds)
+        _say("input")
+        figures["input"] = measure_input(trial, config.seconds) | {"stored": _stored(source)}
+        _say("both at once")
+        both = measure_end_to_end(trial, config.seconds)
+        rates = (figures[name]["images_per_second"] for name in ("step", "input"))
+        figures["end_to_end"] = both | compare(both["images_per_second"], *rates, shared_cores=device == "cpu")
+        figures["limit"] = judge(figures)
+        if config.profile:
+            _say("operators")
+            figures["profile"] = profiling.profile_training(trial, Path(config.profile))
     if config.save_calibration:
         add_calibration(Path(config.save_calibration), figures)
     return figures
+
+
+def _say(what: str) -> None:
+    print(f"measuring the {what}" if what == "step" else f"measuring {what}", file=sys.stderr, flush=True)
+
+
+def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
+    """The training to measure. Fewer images than a batch has are read again and again."""
+    size = config.image_size or default_image_size(config.model)
+    training = validated(
+        PretrainConfig(
+            data=config.data,
+            out="unused",
+            model=config.model,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            steps=10**9,
+            warmup_epochs=0,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+    )
+    images = Subset(source, np.resize(np.arange(len(source)), max(len(source), config.batch_size)))
+    return Plan.complete(
+        training,
+        Images(train=images, val=Subset(source, np.arange(0)), dtype=sniff(source, channels=training.channels)),
+        patch=sketch_encoder(config.model, size, {}).patch_size,
+        image_size=size,
+        device=device,
+        precision=distributed.choose_precision(config.precision, device),
+        compile=device != "cpu" if config.compile is None else config.compile,
+    )
+
+
+def _stored(source: ImageSource) -> str:
+    """The form of packed images, `pixels` in an array, else `files`."""
+    if isinstance(source, PackedImages):
+        return source.manifest.form
+    return "pixels" if isinstance(source, ArrayImages) else "files"
 
 
 def device_memory(device: str) -> int:
@@ -114,162 +154,24 @@ def add_calibration(path: Path, figures: dict[str, Any]) -> None:
 
 def describe(figures: dict[str, Any]) -> str:
     """The figures as a person reads them."""
-    step, source = figures["step"], figures["input"]
+    step, source, whole, limit = (figures[name] for name in ("step", "input", "end_to_end", "limit"))
     size = "x".join(map(str, figures["image_size"]))
     share = f"{step['mfu']:.1%} of the peak" if step["mfu"] else f"{step['share_of_matmul']:.1%} of a large product's"
     gflops, rate = step["flops_per_image"] / 1e9, step["flops_per_second"] / 1e9
-    slower = "input" if source["images_per_second"] < step["images_per_second"] else "step"
-    return "\n".join(
-        (
-            f"machine  {figures['device']}, torch {figures['torch']}",
-            f"step     {figures['model']} at {size}, batch {figures['batch_size']}, {figures['precision']}: "
-            f"{step['images_per_second']:.2f} images/s",
-            f"         {gflops:.1f} GFLOP an image, {rate:.0f} GFLOP/s, {share}",
-            f"input    {source['images_per_second']:.1f} images/s by {source['threads']} threads from {source['data']}",
-            f"limit    the {slower}",
-        )
-    )
-
-
-def measure_step(config: PretrainConfig, seconds: float) -> dict[str, Any]:
-    """Speed of whole updates on one random batch, in images and in FLOP (multiply and add counted apart)."""
-    with distributed.join(config.device) as world:
-        step, update = build_update(config, world)
-        flops = count_flops(config)
-        batch = random_batch(config, config.batch_size, step.model.encoder.patch_size)
-        seconds_a_step = median_time(lambda: update(0, batch), seconds, world.device)
-        speed = config.batch_size / seconds_a_step
-        peak = gpu_peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
-        return {
-            "images_per_second": speed,
-            "seconds": seconds_a_step,
-            "flops_per_image": flops,
-            "flops_per_second": flops * speed,
-            "mfu": flops * speed / peak if peak else None,
-            "share_of_matmul": flops * speed / matmul_rate(config, world.device, min(seconds, 2.0)),
-            "parameters": sum(parameter.numel() for parameter in step.parameters()),
-            "memory_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else None,
-        }
-
-
-def build_update(config: PretrainConfig, world: distributed.World) -> tuple[PretrainStep, Update]:
-    """What one step trains, and the update that does it, with a small learning rate."""
-    torch.manual_seed(0)
-    step = build_step(config)
-    return step, update_of(step, config, world)
-
-
-def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.World) -> Update:
-    """The update that trains `step` on the device of `world`, compiled if so configured, with a small learning rate."""
-    step.to(world.device)
-    if config.compile:
-        step.compile(dynamic=False)
-    optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)
-    schedule = CosineSchedule(peak_lr=1e-5, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=10**6)
-    return Update(step, optimizer, schedule, config=config, world=world)
-
-
-def try_devices() -> dict[str, str]:
-    """One training step of a very small model on each device found: `training on DEVICE` → how it went."""
-    found = {}
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        precision = distributed.choose_precision("auto", device)
-        config = PretrainConfig(
-            model="vit_tiny_patch16_224",
-            model_args={"depth": 1, "embed_dim": 48},
-            image_size=(64, 64),
-            batch_size=2,
-            precision=precision,  # type: ignore[arg-type]
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-        )
-        try:
-            _, update = build_update(config, distributed.World(device=torch.device(device)))
-            _, figures = update(0, random_batch(config, 2, patch=16))
-            found[f"training on {device}"] = f"works in {precision}, a step gave the loss {float(figures[0]):.3f}"
-        except Exception as error:  # whatever a driver or a library raises is the finding
-            found[f"training on {device}"] = f"does not work: {' '.join(str(error).split())}"
-    return found
-
-
-def random_batch(config: PretrainConfig, size: int, patch: int) -> Batch:
-    assert config.image_size is not None
-    rng = np.random.default_rng(0)
-    return {
-        "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
-        "flip": rng.random(size) < 0.5,
-        "mask": draw_masks(config, 0, np.arange(size), patch),
-    }
-
-
-def count_flops(config: PretrainConfig) -> int:
-    """FLOP of forward and backward for one image, counted on the real step.
-
-    Attention runs unfused here: PyTorch's counter does not know the CPU's fused kernel and would leave it out.
-    """
-    with torch.device("meta"):
-        step = build_step(config)
-    batch = random_batch(config, 1, step.model.encoder.patch_size)
-    with FakeTensorMode() as shapes:  # nothing is computed
-        step._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # `to_empty` would mix the two kinds
-        tensors = {name: shapes.from_tensor(torch.from_numpy(array)) for name, array in batch.items()}
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            step(**tensors).backward()
-    return counter.get_total_flops()
-
-
-def matmul_rate(config: PretrainConfig, device: torch.device, seconds: float) -> float:
-    """FLOP/s of one large matrix product in the step's precision: what this machine reaches at best."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    side = 8192 if device.type == "cuda" else 2048
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return 2 * side**3 / median_time(lambda: left @ right, seconds, device)
-
-
-def median_time(call: Callable[[], Any], seconds: float, device: torch.device) -> float:
-    """Median seconds of a call, over `seconds` and at least three calls, after two to warm up."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(2):
-        call()
-    wait()
-    times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
-        begun = time.perf_counter()
-        call()
-        wait()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times)
-
-
-def measure_input(source: ImageSource, config: PretrainConfig, seconds: float) -> dict[str, Any]:
-    """Speed of reading, decoding, cropping and batching the images of a source, with one thread a core."""
-    assert config.image_size is not None
-    dtype = sniff(source, channels=config.channels)
-    size = min(config.batch_size, len(source))
-    with tempfile.TemporaryDirectory() as directory:
-        batches = train_batches(
-            source,
-            Reading(
-                batch_size=size,
-                seed=0,
-                start_step=0,
-                total_steps=10**9,
-                threads=cpu_cores(),
-                bad_images=BadImages(Path(directory) / "bad_images.txt", total=len(source), max_fraction=1.0),
-            ),
-            crop=RandomResizedCrop(size=config.image_size),
-            channels=config.channels,
-            dtype=dtype,
-        )
-        for _ in range(4):
-            next(batches)
-        begun, steps = time.perf_counter(), 0
-        while time.perf_counter() - begun < seconds:
-            next(batches)
-            steps += 1
-        elapsed = time.perf_counter() - begun
-    return {"images_per_second": steps * size / elapsed, "threads": cpu_cores(), "data": config.data}
+    place = "on the GPU" if figures["kind"] == "cuda" else "of this process, libraries included"
+    lines = [
+        f"machine  {figures['device']}, torch {figures['torch']}",
+        f"step     {figures['model']} at {size}, batch {figures['batch_size']}, {figures['precision']}: "
+        f"{step['images_per_second']:.2f} images/s",
+        f"         {gflops:.1f} GFLOP an image, {rate:.0f} GFLOP/s, {share}",
+        f"memory   {step['memory_bytes'] / 2**30:.2f} GiB at most {place}",
+        f"input    {source['images_per_second']:.1f} images/s by {source['threads']} threads from {source['data']}",
+        f"both     {whole['images_per_second']:.2f} images/s end to end, {whole['share_of_slower']:.0%} of the slower",
+        f"limit    {limit['limit']}: {limit['because']}",
+        f"try      {limit['suggestion']}",
+    ]
+    if "share_of_shared" in whole:
+        lines.insert(6, f"         {whole['share_of_shared']:.0%} of what step and input can reach on the same cores")
+    if "profile" in figures:
+        lines.append(profiling.describe(figures["profile"]))
+    return "\n".join(lines)

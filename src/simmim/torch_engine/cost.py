@@ -24,15 +24,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    conv_flop_count,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from simmim.config import PretrainConfig
 from simmim.roofline import StepWork
 from simmim.schedules import CosineSchedule
-from simmim.torch_engine.bench import random_batch
 from simmim.torch_engine.distributed import SHARDED_TOGETHER, World
 from simmim.torch_engine.optim import create_optimizer
 from simmim.torch_engine.storage import build_step
+from simmim.torch_engine.trial import random_batch
 from simmim.torch_engine.update import Update
 
 aten = torch.ops.aten
@@ -59,6 +65,22 @@ def measure_work(config: PretrainConfig) -> StepWork:
         live=_line(first.live, second.live),
         gradients=np.array(first.gradients, np.float64),
     )
+
+
+def count_flops(config: PretrainConfig) -> int:
+    """FLOP of forward and backward for one image, by PyTorch's own counter on the real step.
+
+    Attention runs unfused here: that counter does not know the CPU's fused kernel and would leave it out.
+    """
+    with torch.device("meta"):
+        step = build_step(config)
+    batch = random_batch(config, 1, step.model.encoder.patch_size)
+    with FakeTensorMode() as shapes:  # nothing is computed
+        step._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # `to_empty` would mix the two kinds
+        tensors = {name: shapes.from_tensor(torch.from_numpy(array)) for name, array in batch.items()}
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step(**tensors).backward()
+    return counter.get_total_flops()
 
 
 def _line(first: list[int], second: list[int]) -> np.ndarray:
