@@ -184,6 +184,8 @@ def validated(config: Config) -> Config:
     for name, remedy in (("data", "a folder, a text file of paths, hf:NAME or demo"), ("out", "a directory to write")):
         if not getattr(config, name):
             raise ValueError(f"--{name} is missing; give {remedy}")
+    if "://" in (config.out or ""):
+        raise ValueError(f"--out {config.out} is a URL; give a directory: mount the storage first (docs/tpu.md)")
     _check_colours(config)
     if config.schedule == "multistep" and not config.milestones:
         raise ValueError("schedule multistep needs milestones; give the epochs, such as --milestones 700")

@@ -12,7 +12,7 @@ import torch
 
 from simmim.config import PretrainConfig
 from simmim.torch_engine import distributed
-from simmim.torch_engine.distributed import World, check_world, choose_device, spread
+from simmim.torch_engine.distributed import World, check_tpu_launch, check_world, choose_device, spread
 from simmim.torch_engine.optim import create_optimizer
 from simmim.torch_engine.storage import build_step, full_state, load_encoder
 from simmim.torch_engine.update import Update
@@ -144,6 +144,20 @@ def test_sharding_over_one_process_is_refused() -> None:
 def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^device 'cuda' is not here: .*; use --device cpu"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize(("processes", "told"), [("8", ""), ("1", "a:1,a:2"), ("2", "a:1,a:2,a:3")])
+def test_more_or_fewer_processes_than_torchtpu_was_told_of_are_refused(processes: str, told: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^{processes} processes on TPUs have {len(told) // 4 + bool(told)} addresses"
+    ):
+        check_tpu_launch({"WORLD_SIZE": processes, "TORCH_TPU_SLICEBUILDER_ADDRESSES": told})
+
+
+def test_a_process_alone_and_as_many_as_torchtpu_was_told_of_are_not_refused() -> None:
+    check_tpu_launch({})
+    check_tpu_launch({"TORCH_TPU_SLICEBUILDER_ADDRESSES": "a:1"})
+    check_tpu_launch({"WORLD_SIZE": "2", "TORCH_TPU_SLICEBUILDER_ADDRESSES": "a:1,a:2"})
 
 
 @pytest.mark.skipif("WORLD_SIZE" in os.environ, reason="torchrun started these tests")

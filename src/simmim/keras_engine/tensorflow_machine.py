@@ -4,6 +4,7 @@ Each replica judges its part of the batch in one compiled function; gradients ar
 then takes the same update. TPUStrategy follows tensorflow-tpu's documentation and was never run on hardware here.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -46,11 +47,12 @@ class TensorFlowMachine:
 
     @classmethod
     def _tpu(cls) -> "TensorFlowMachine":
+        """The TPU of this host or, where TPU_NAME is set, that slice, all of whose hosts this process drives."""
         try:
-            resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu="local")
+            resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=os.environ.get("TPU_NAME", "local"))
             tf.config.experimental_connect_to_cluster(resolver)
             tf.tpu.experimental.initialize_tpu_system(resolver)
-        except (ValueError, RuntimeError, tf.errors.OpError) as error:
+        except (ValueError, RuntimeError, OSError, tf.errors.OpError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"device 'tpu' is not here: TensorFlow says {reason}; use tensorflow-tpu on a TPU VM"

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,12 +32,28 @@ def choose_device(wanted: str) -> str:
     if wanted == "tpu":
         if importlib.util.find_spec("torch_tpu") is None:
             raise ValueError("device 'tpu' needs TorchTPU: pip install 'simmim[tpu]' on a Cloud TPU machine")
+        check_tpu_launch(os.environ)
         os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "1"  # without, importing it does not make the device known
         importlib.import_module("torch_tpu")
         found = torch.accelerator.current_accelerator(check_available=True)
         if found is None or found.type != "tpu":
             raise ValueError("device 'tpu' is not here: TorchTPU sees no TPU; use --device cpu, or see `simmim doctor`")
     return wanted
+
+
+def check_tpu_launch(environment: Mapping[str, str]) -> None:
+    """One-line `ValueError` unless TorchTPU was told of as many processes as there are.
+
+    It joins the devices of a slice by a list of addresses, one a process, which all must have before they start
+    (`python -m torch.tpu.distributed` prints it).
+    """
+    processes = int(environment.get("WORLD_SIZE", "1"))
+    addresses = [address for address in environment.get("TORCH_TPU_SLICEBUILDER_ADDRESSES", "").split(",") if address]
+    if processes != max(len(addresses), 1):
+        raise ValueError(
+            f"{processes} processes on TPUs have {len(addresses)} addresses in TORCH_TPU_SLICEBUILDER_ADDRESSES; start "
+            "one for each TPU device, as docs/tpu.md shows"
+        )
 
 
 def choose_precision(wanted: str, device: str) -> str:
