@@ -36,6 +36,7 @@ VARIANTS = {
     "hidden_cells": dataclasses.replace(PLAIN, hidden_cells=True),
     "hidden_cells and last_block": dataclasses.replace(PLAIN, hidden_cells=True, last_block=True),
     "attention": dataclasses.replace(PLAIN, attention=True),
+    "products": dataclasses.replace(PLAIN, products=True),
     "all": Savings(),
 }
 

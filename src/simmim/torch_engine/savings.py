@@ -8,6 +8,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `h w` cells, `N` tokens, `n` cho
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import MethodType
 from typing import Any
 
@@ -16,8 +17,11 @@ from timm.layers.attention import Attention
 from timm.layers.patch_embed import PatchEmbed
 from timm.models import beit, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
+from simmim.accelerators import cpu_name
 from simmim.masking import MaskStrategy
 
 # The CPU's fused attention is slow in bf16: forward and backward take twice as long as two products and a softmax for
@@ -37,9 +41,11 @@ class Savings:
     """Of the last block what comes after its attention, and a ViT's queries, for these cells only."""
     attention: bool = True
     """The attention kernel that is fastest here."""
+    products: bool = True
+    """The library for products with weights that is fastest here."""
 
 
-PLAIN = Savings(visible_patches=False, hidden_cells=False, last_block=False, attention=False)
+PLAIN = Savings(visible_patches=False, hidden_cells=False, last_block=False, attention=False, products=False)
 
 
 @dataclass(frozen=True)
@@ -215,3 +221,58 @@ def choose_attention(backbone: nn.Module, *, device: str, precision: str) -> Non
         for module in backbone.modules():
             if getattr(module, "fused_attn", False):
                 module.fused_attn = False  # type: ignore[assignment]
+
+
+def choose_products(model: nn.Module, *, device: str, precision: str) -> None:
+    """On AMD's processors let oneDNN do the linear layers' products in fp32: PyTorch's usual choice, MKL, is slower."""
+    if device == "cpu" and precision == "fp32" and _onednn_product() is not None:
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
+
+
+@cache
+def _onednn_product() -> Callable[..., Tensor] | None:
+    if "AMD" not in cpu_name() or not torch.backends.mkldnn.is_available():
+        return None
+    product = torch.ops.mkldnn._linear_pointwise
+
+    @register_flop_formula(product)
+    def _(x: torch.Size, weight: torch.Size, *_others: Any, **_settings: Any) -> int:
+        return 2 * x.numel() * weight[0]
+
+    return product
+
+
+def _linear(module: Any, x: Tensor) -> Tensor:
+    # A tensor of a kind of its own (fake, sharded), of another device or type, and autocast are PyTorch's business.
+    usual = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
+    if not usual or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return F.linear(x, module.weight, module.bias)
+    rows = _Product.apply(x.flatten(0, -2), module.weight, module.bias)
+    return rows.unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
+
+
+class _Product(torch.autograd.Function):
+    """`F.linear` of rows by oneDNN, but for the weight's gradient, in which MKL is as fast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return (
+            _multiply(slope, weight.t(), None) if ctx.needs_input_grad[0] else None,
+            slope.t() @ x if ctx.needs_input_grad[1] else None,
+            slope.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product = _onednn_product()
+    assert product is not None
+    return product(x, weight, bias, "none", [], "")

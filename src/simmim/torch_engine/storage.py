@@ -20,7 +20,7 @@ from simmim.torch_engine.checkpoint import load_model_state
 from simmim.torch_engine.heads import LinearHead
 from simmim.torch_engine.model import MaskedImageModel, PretrainStep, build_model
 from simmim.torch_engine.resize import adapt_output_channels, fit_backbone
-from simmim.torch_engine.savings import PLAIN, Savings, choose_attention, count
+from simmim.torch_engine.savings import PLAIN, Savings, choose_attention, choose_products, count
 from simmim.weights import BACKBONE, MASK_TOKEN
 
 
@@ -111,6 +111,8 @@ def build_step(config: PretrainConfig, savings: Savings | None = None) -> Pretra
     counts = count(config.mask_strategy(), config.image_size, patch=patch, stride=stride)
     if savings.attention:
         choose_attention(model.encoder.backbone, device=config.device, precision=config.precision)
+    if savings.products:
+        choose_products(model, device=config.device, precision=config.precision)
     return PretrainStep(model, config.mean, config.std, counts=counts, savings=savings)
 
 
