@@ -47,7 +47,7 @@ format: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/masks.py
-	$(BIN)/python benchmarks/input_vs_torchvision.py
+	$(BIN)/python benchmarks/input_vs_peers.py
 	$(BIN)/python benchmarks/step_vs_peers.py
 
 # On a machine with an NVIDIA GPU whose python3 has torch, timm and transformers; needs no network.

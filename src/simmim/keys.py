@@ -12,9 +12,9 @@ import zlib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_LAST = 2**64 - 1
+_GOLDEN_INT, _MULTIPLIER_1_INT, _MULTIPLIER_2_INT = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_GOLDEN, _MULTIPLIER_1, _MULTIPLIER_2 = map(np.uint64, (_GOLDEN_INT, _MULTIPLIER_1_INT, _MULTIPLIER_2_INT))
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -46,3 +46,23 @@ def random_bits(keys: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
 def uniforms(keys: NDArray[np.uint64], n: int) -> NDArray[np.float64]:
     """`n` independent numbers in [0, 1) for each key: (B,) → (B, n)."""
     return (random_bits(keys, n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def sample_key(seed: int, epoch: int, index: int, *, stream: str) -> int:
+    """One image's key as `sample_keys` has it, in a tenth of the time that NumPy takes for so little."""
+    key = _mix_one(zlib.crc32(stream.encode()))
+    for part in (seed, epoch, index):
+        key = _mix_one(key ^ part % 2**64)
+    return key
+
+
+def draw(key: int, number: int) -> float:
+    """Of one key's `uniforms` the one with this number, from 0 on."""
+    return (_mix_one(key + (number + 1) * _GOLDEN_INT) >> 11) * 2.0**-53
+
+
+def _mix_one(z: int) -> int:
+    z = z + _GOLDEN_INT & _LAST
+    z = (z ^ z >> 30) * _MULTIPLIER_1_INT & _LAST
+    z = (z ^ z >> 27) * _MULTIPLIER_2_INT & _LAST
+    return z ^ z >> 31

@@ -17,7 +17,7 @@ from simmim.data.augment import CentreCrop, RandomResizedCrop, draw_flips
 from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.pipeline import Batch, Reading, eval_images, load, sample_batches, train_batches
 from simmim.data.statistics import measure_mean_std
-from simmim.keys import sample_keys
+from simmim.keys import sample_key
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 
@@ -106,6 +106,16 @@ def test_the_processes_share_out_the_batches_of_one(tmp_path: Path, world: int):
     assert_same(whole, batches(source, tmp_path))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("batch_size", [1, 8, 11, 40])
+def test_a_batch_of_any_size_holds_the_images_that_it_names(tmp_path: Path, batch_size: int):
+    # With 2 threads these are read in pieces of 1, 4, 5, 5 and 1, and 8 images.
+    source, whole = Noise(40), RandomResizedCrop(size=(12, 10), scale=(1, 1), ratio=(1, 1))
+    found = batches(source, tmp_path, crop=whole, batch_size=batch_size)
+    assert [len(batch["image"]) for batch in found] == [batch_size] * 6
+    for batch in found:
+        np.testing.assert_array_equal(batch["image"], source.images[batch["index"]])
+
+
 def test_an_epoch_shows_each_image_once_and_leaves_out_what_fills_no_batch(tmp_path: Path):
     found = batches(Noise(10), tmp_path)
     index, epoch = (np.concatenate([batch[field] for batch in found]) for field in ("index", "epoch"))
@@ -132,7 +142,7 @@ def test_an_image_is_cropped_by_its_own_key(tmp_path: Path):
     source, crop = Noise(10), RandomResizedCrop(size=(8, 8))
     for batch in batches(source, tmp_path):
         for image, index, epoch in zip(batch["image"], batch["index"], batch["epoch"], strict=True):
-            key = sample_keys(0, epoch, index, stream="crop")
+            key = sample_key(0, int(epoch), int(index), stream="crop")
             alone = load(
                 source.images[index],
                 lambda *size, key=key: crop.box(key, *size),

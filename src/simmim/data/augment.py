@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simmim.keys import sample_keys, uniforms
+from simmim.keys import draw, sample_keys, uniforms
 
 
 class Box(NamedTuple):
@@ -48,22 +48,19 @@ class RandomResizedCrop:
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"crop ratio {self.ratio} is not a range of positive numbers; use (0.75, 1.333)")
 
-    def box(self, key: NDArray[np.uint64], height: int, width: int) -> Box:
-        """The box for an image's key (1,); the largest box in the middle where ten draws don't fit."""
-        draws = uniforms(key, 4 * 10).reshape(10, 4)
+    def box(self, key: int, height: int, width: int) -> Box:
+        """The box for an image's key; the largest box in the middle where ten draws don't fit."""
         aspect = self.size[1] / self.size[0]
         narrowest, widest = self.ratio[0] * aspect, self.ratio[1] * aspect
-        area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * draws[:, 0])
-        ratio = narrowest * (widest / narrowest) ** draws[:, 1]
-        widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
-        if not fits.any():
-            return _middle(height, width, min(max(width / height, narrowest), widest))
-        first = fits.argmax()
-        box_height, box_width = int(heights[first]), int(widths[first])
-        top = int(draws[first, 2] * (height - box_height + 1))
-        left = int(draws[first, 3] * (width - box_width + 1))
-        return Box(top, left, box_height, box_width)
+        for first in range(0, 4 * 10, 4):
+            area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * draw(key, first))
+            ratio = narrowest * (widest / narrowest) ** draw(key, first + 1)
+            box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 1 <= box_height <= height and 1 <= box_width <= width:
+                top = int(draw(key, first + 2) * (height - box_height + 1))
+                left = int(draw(key, first + 3) * (width - box_width + 1))
+                return Box(top, left, box_height, box_width)
+        return _middle(height, width, min(max(width / height, narrowest), widest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,36 +152,70 @@ def visible(box: Box, height: int, width: int, size: tuple[int, int]) -> tuple[B
     return Box(top, left, bottom - top, right - left), place
 
 
-def crop_resize(image: NDArray[Any], box: Box, size: tuple[int, int], fill: ArrayLike = 0) -> NDArray[Any]:
+def crop_resize(
+    image: NDArray[Any],
+    box: Box,
+    size: tuple[int, int],
+    fill: ArrayLike = 0,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
     """Cut `box` out of an image (H, W, C) and resize it to `size`, without aliasing; beyond the image is `fill`.
 
-    Bilinear interpolation to a power of two times `size`, then halving by means of 2×2 pixels: as free of aliasing as
-    an area filter of any other factor, and several times faster, since both steps are vectorised.
+    The result is written into `out`, if given, an array of its shape and of the image's dtype. It is close to what
+    Pillow's and torchvision's antialiased bilinear resizing give (docs/speed.md says how close), in a quarter of the
+    time, by three steps that OpenCV has vectorised: a blur over 3×3 pixels, bilinear interpolation to a power of two
+    times `size`, and halving by means of 2×2 pixels.
     """
+    channels = image.shape[2]
+    if out is None:
+        out = np.empty((*size, channels), image.dtype)
     part, place = visible(box, image.shape[0], image.shape[1], size)
     if part != box:
-        canvas = np.empty((*size, image.shape[2]), image.dtype)
-        canvas[:] = fill
+        out[:] = fill
         rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
-        canvas[rows, columns] = crop_resize(image, part, (place.height, place.width))
-        return canvas
-    height, width = size
+        out[rows, columns] = crop_resize(image, part, (place.height, place.width))
+        return out
     crop = image[box.top : box.top + box.height, box.left : box.left + box.width]
-    shrinking = math.sqrt(box.height / height * box.width / width)
-    halvings = max(0, math.ceil(math.log2(shrinking / 1.1)))  # a tenth more shows no aliasing
-    channels = image.shape[2]
     block = 64  # OpenCV takes no more than 128 channels at once
-    parts = [_shrink(crop[..., first : first + block], size, halvings) for first in range(0, channels, block)]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=2)
+    if channels <= block:
+        return _resize(crop, size, out)
+    for first in range(0, channels, block):
+        some = slice(first, first + block)
+        out[..., some] = _resize(crop[..., some], size, np.empty_like(out[..., some]))
+    return out
 
 
-def _shrink(pixels: NDArray[Any], size: tuple[int, int], halvings: int) -> NDArray[Any]:
+def _resize(pixels: NDArray[Any], size: tuple[int, int], out: NDArray[Any]) -> NDArray[Any]:
     cv2 = _opencv()
     height, width = size
-    resized = cv2.resize(pixels, (width << halvings, height << halvings), interpolation=cv2.INTER_LINEAR)
-    for doublings in reversed(range(halvings)):
-        resized = cv2.resize(resized, (width << doublings, height << doublings), interpolation=cv2.INTER_AREA)
-    return resized.reshape(height, width, pixels.shape[2])  # OpenCV drops a single channel's axis
+    # Interpolation shrinks by 2.2 at the most: a blur over 3 pixels is wide enough for that.
+    down, right = (
+        max(0, math.ceil(math.log2(have / want / 2.2))) for have, want in zip(pixels.shape[:2], size, strict=True)
+    )
+    between = (height << down, width << right)
+    resized, interpolation = _blur(pixels, between), cv2.INTER_LINEAR
+    while down or right:
+        resized = cv2.resize(resized, (width << right, height << down), interpolation=interpolation)
+        down, right, interpolation = max(0, down - 1), max(0, right - 1), cv2.INTER_AREA
+    cv2.resize(resized, (width, height), out, interpolation=interpolation)
+    return out
+
+
+def _blur(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """What bilinear interpolation to `size` lacks of an antialiasing filter.
+
+    A triangle as wide as s pixels, for shrinking by s, has the variance s²/6, of which interpolation gives 1/6. The
+    kernel (w, 1 - 2w, w) has 2w, which makes w = (s² - 1) / 12; with /8 photographs come out closest to the triangle's.
+    """
+    cv2 = _opencv()
+    shrinking = [have / want for have, want in zip(pixels.shape[:2], size, strict=True)]
+    if max(shrinking) < 1.1:  # no aliasing to be seen
+        return pixels
+    weights = [min(1 / 4, max(0, side**2 - 1) / 8) for side in shrinking]
+    if min(weights) == 1 / 4:
+        return cv2.GaussianBlur(pixels, (3, 3), 0, borderType=cv2.BORDER_REPLICATE)  # the same, in half the time
+    vertical, horizontal = (np.array([weight, 1 - 2 * weight, weight]) for weight in weights)
+    return cv2.sepFilter2D(pixels, -1, horizontal, vertical, borderType=cv2.BORDER_REPLICATE)
 
 
 @cache

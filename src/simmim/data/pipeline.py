@@ -6,6 +6,7 @@ from the seed alone, so that any step can be the first, and the processes of a r
 Shapes: `B` images, `H W` pixels, `C` channels; a size is (H, W).
 """
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from simmim.data.augment import Box, CentreCrop, Letterbox, RandomResizedCrop, c
 from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.decode import BadImage, Raw, open_picture
 from simmim.data.sources import ImageSource, read_raw
-from simmim.keys import sample_keys
+from simmim.keys import sample_key, sample_keys
 
 Sample = dict[str, NDArray[Any]]
 """What is read of one image: "image" (H, W, C), and whatever a task has beside it."""
@@ -58,10 +59,12 @@ def load(
     channels: int,
     dtype: DTypeLike,
     fill: ArrayLike = 0,
+    out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """The part of an image that `choose_box(height, width)` names, at `size`: (H, W, C). Raises `BadImage`.
 
-    What the box has beyond the image is filled with the colour `fill`, (C,) or one number.
+    What the box has beyond the image is filled with the colour `fill`, (C,) or one number. The result is written into
+    `out`, if given.
     """
     picture = open_picture(raw)
     box = choose_box(picture.height, picture.width)
@@ -69,7 +72,7 @@ def load(
     height, width = pixels.shape[:2]
     if (height, width) != (picture.height, picture.width):
         box = box.scaled(height / picture.height, width / picture.width)
-    return crop_resize(pixels, box, size, fill)
+    return crop_resize(pixels, box, size, fill, out)
 
 
 def train_batches(
@@ -83,20 +86,22 @@ def train_batches(
 ) -> Iterator[Batch]:
     """The batches of `sample_batches` of an image each, cropped and resized, and augmented if asked for."""
 
-    def read(epoch: int, index: int) -> Sample:
-        key = sample_keys(reading.seed, epoch, index, stream="crop")
+    def read(epoch: int, index: int, row: NDArray[Any] | None) -> Sample:
+        key = sample_key(reading.seed, epoch, index, stream="crop")
         image = load(
             read_raw(source, index),
             lambda height, width: crop.box(key, height, width),
             size=crop.size,
             channels=channels,
             dtype=dtype,
+            out=row,
         )
         if augment is not None:
             image = augment(image, sample_keys(reading.seed, epoch, index, stream="augment"))
         return {"image": image}
 
-    return sample_batches(source, reading, read)
+    rows = None if augment else _Rows((reading.batch_size // reading.world, *crop.size, channels), dtype)
+    return _batches(source, reading, read, rows)
 
 
 def sample_batches(source: ImageSource, reading: Reading, read: Callable[[int, int], Sample]) -> Iterator[Batch]:
@@ -107,6 +112,10 @@ def sample_batches(source: ImageSource, reading: Reading, read: Callable[[int, i
     image that cannot be read the next one of the source is taken. Close the iterator to stop its threads. Raises
     one-line `ValueError`s; at once where sizes don't fit.
     """
+    return _batches(source, reading, lambda epoch, index, _: read(epoch, index), None)
+
+
+def _batches(source: ImageSource, reading: Reading, read: "_Read", rows: "_Rows | None") -> Iterator[Batch]:
     batch_size, world = reading.batch_size, reading.world
     if batch_size > len(source):
         raise ValueError(
@@ -123,6 +132,7 @@ def sample_batches(source: ImageSource, reading: Reading, read: Callable[[int, i
         order=_Order(len(source), reading.seed),
         usable=len(source) // batch_size * batch_size,
         bad_images=reading.bad_images,
+        rows=rows,
     )
     first, end = reading.start_step * batch_size + reading.rank, reading.total_steps * batch_size
     return _stream(loader, range(first, end, world), batch_size // world, reading.threads, reading.seed)
@@ -193,10 +203,34 @@ def readable_batches(
                 yield [index for index, _ in found], [image for _, image in found]
 
 
+_Read = Callable[[int, int, NDArray[Any] | None], Sample]
+"""Epoch and index of an image, and where to write it if that is known → what is read of it."""
+
+
 class _Element(NamedTuple):
     sample: Sample
     index: int
     epoch: int
+
+
+class _Rows:
+    """The images of the batches in the making, (B, H, W, C) each: threads fill in rows, and nothing is copied."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: DTypeLike):
+        self._shape = shape
+        self._dtype = dtype
+        self._batches: dict[int, NDArray[Any]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, batch: int) -> NDArray[Any]:
+        with self._lock:
+            if batch not in self._batches:
+                self._batches[batch] = np.empty(self._shape, self._dtype)
+            return self._batches[batch]
+
+    def take(self, batch: int) -> NDArray[Any]:
+        with self._lock:
+            return self._batches.pop(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,18 +238,19 @@ class _Loader:
     """What a position of the stream holds."""
 
     source: ImageSource
-    read: Callable[[int, int], Sample]
+    read: _Read
     order: "_Order"
     usable: int
     bad_images: BadImages
+    rows: _Rows | None
 
-    def __call__(self, position: int) -> _Element:
-        epoch, place = divmod(int(position), self.usable)
+    def __call__(self, position: int, row: NDArray[Any] | None) -> _Element:
+        epoch, place = divmod(position, self.usable)
         first = self.order.index(epoch, place)
         for step in range(len(self.source)):
             index = (first + step) % len(self.source)
             try:
-                return _Element(self.read(epoch, index), index, epoch)
+                return _Element(self.read(epoch, index, row), index, epoch)
             except BadImage as error:
                 self.bad_images.add(self.source.name(index), str(error))
         raise TooManyBadImages(
@@ -243,17 +278,29 @@ class _Order:
 
 
 def _stream(loader: _Loader, positions: range, size: int, threads: int, seed: int) -> Iterator[Batch]:
-    def batch(elements: Sequence[_Element]) -> Batch:
-        samples, indices, epochs = zip(*elements, strict=True)
+    def piece(number: int) -> list[_Element]:
+        batch, part = divmod(number, len(parts))
+        rows = loader.rows.of(batch) if loader.rows else [None] * size
+        return [loader(positions[batch * size + place], rows[place]) for place in parts[part]]
+
+    def batch(pieces: Sequence[list[_Element]]) -> Batch:
+        samples, indices, epochs = zip(*itertools.chain(*pieces), strict=True)
         index, epoch = np.array(indices, np.int64), np.array(epochs, np.int64)
-        arrays = {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
+        if loader.rows:
+            arrays = {"image": loader.rows.take(next(numbers))}
+        else:
+            arrays = {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
         return {**arrays, "flip": draw_flips(seed, epoch, index), "index": index, "epoch": epoch}
 
+    numbers = itertools.count()  # of the batches, which Grain makes in their order
     grain = _import_grain()
+    # Handing over an element takes Grain 40 µs, so that one is several images, but no fewer than keep all threads busy.
+    together = min(8, max(1, size // max(1, threads)))
+    parts = [range(first, min(first + together, size)) for first in range(0, size, together)]
     # One batch that is ready and one in the making: more would only take memory.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * size, threads))
-    images = grain.MapDataset.range(positions.start, positions.stop, positions.step).map(loader)
-    batches = iter(images.to_iter_dataset(options).batch(size, drop_remainder=True, batch_fn=batch))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2 * len(parts), threads))
+    pieces = grain.MapDataset.range(len(positions) // size * len(parts)).map(piece)
+    batches = iter(pieces.to_iter_dataset(options).batch(len(parts), drop_remainder=True, batch_fn=batch))
     try:
         yield from batches
     finally:

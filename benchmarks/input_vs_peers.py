@@ -1,0 +1,219 @@
+"""Input speed: simmim's batches against torchvision's ImageFolder and DataLoader, on the same photographs and cores.
+
+    python benchmarks/input_vs_peers.py [--parts loose large packed] [--photos FOLDER] [--rounds 5]
+
+Both cut out RandomResizedCrop(224, scale=(0.67, 1)) and mirror half of the images. torchvision, in the loader that the
+official code has, hands over normalised float32, and simmim uint8, which its engine mirrors, converts and normalises on
+the device. So that this work is not taken for free, one figure has it done on the CPU. The parts:
+
+    loose   the JPEG files as they are
+    large   some of them enlarged to 4000 pixels (here, by Pillow, quality 90)
+    packed  after `simmim pack --short-side 288`, as JPEG and as raw pixels, against torchvision on the loose files
+
+Rounds alternate, so that a machine whose speed drifts slows all alike. What counts is the ratio, the median of those of
+the rounds, to the fastest torchvision (0, 2 or as many workers as there are cores): by the clock, and by the processor
+time of an image, which other work on the machine disturbs less. Figures are saved as they come.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from results import machine, save
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from simmim.accelerators import cpu_cores
+from simmim.data import IMAGENET_MEAN, IMAGENET_STD, BadImages, RandomResizedCrop, Reading, open_source, train_batches
+from simmim.data.pipeline import Batch, load
+from simmim.keys import sample_key
+from simmim.pack import PackConfig, pack
+
+SIZE = 224
+PARTS = {"loose": (32, 15), "large": (8, 6), "packed": (32, 15)}
+"""Images of a batch, and batches of a round: the first one, which starts threads or processes, does not count."""
+Contenders = dict[str, Callable[[], Iterator[Any]]]
+
+
+def torchvision_batches(classes: Path, *, workers: int, size: int, batches: int) -> Iterator[torch.Tensor]:
+    steps = [
+        transforms.RandomResizedCrop(SIZE, scale=(0.67, 1.0)),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+    ]
+    images = ImageFolder(classes, transforms.Compose(steps))
+    sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=batches * size)
+    for batch, _ in DataLoader(images, size, sampler=sampler, num_workers=workers):
+        yield batch
+
+
+def simmim_batches(folder: Path, *, size: int, batches: int) -> Iterator[Batch]:
+    source = open_source(str(folder))
+    yield from train_batches(
+        source,
+        Reading(
+            batch_size=size,
+            seed=0,
+            start_step=0,
+            total_steps=batches,
+            threads=cpu_cores(),
+            bad_images=BadImages(folder / "bad_images.txt", total=len(source), max_fraction=0),
+        ),
+        crop=RandomResizedCrop(size=(SIZE, SIZE)),
+        channels=3,
+        dtype=np.uint8,
+    )
+
+
+def normalised(batches: Iterator[Batch]) -> Iterator[torch.Tensor]:
+    mean = 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    for batch in batches:
+        images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).float()
+        flip = torch.from_numpy(batch["flip"])
+        images[flip] = images[flip].flip(3)
+        yield images.sub_(mean).div_(std)
+
+
+def prepare(part: str, photos: Path, scratch: Path) -> float:
+    """Write a part's files: `scratch/classes/photos`, and packed ones `scratch/jpeg` and `scratch/raw`.
+
+    Gives the difference of up to 32 of them.
+    """
+    folder = scratch / "classes" / "photos"  # ImageFolder wants classes: there is one
+    folder.mkdir(parents=True)
+    files = sorted(photos.resolve().glob("*.jpg"))
+    if part == "large":
+        for file in files[:: max(1, len(files) // 32)]:
+            enlarge(file, folder / file.name)
+    else:
+        for file in files:
+            (folder / file.name).symlink_to(file)
+    if part == "packed":
+        for form in ("jpeg", "raw"):
+            pack(PackConfig(images=str(folder), out=str(scratch / form), form=form, short_side=288))
+    return difference(sorted(folder.iterdir())[:32])
+
+
+def enlarge(photo: Path, path: Path) -> None:
+    with Image.open(photo) as image:
+        scale = 4000 / max(image.size)
+        large = image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
+    large.save(path, quality=90)
+
+
+def difference(photos: list[Path]) -> float:
+    """Mean |simmim's - torchvision's pixels| over the same crops, in levels of 255."""
+    crop, found = RandomResizedCrop(size=(SIZE, SIZE)), []
+    for number, photo in enumerate(photos):
+        key = sample_key(0, 0, number, stream="crop")
+        with Image.open(photo) as image:
+            box = crop.box(key, image.height, image.width)
+            theirs = transforms.functional.resized_crop(image.convert("RGB"), *box, [SIZE, SIZE])  # type: ignore[arg-type]
+        ours = load(photo.read_bytes(), lambda *_, box=box: box, size=(SIZE, SIZE), channels=3, dtype=np.uint8)
+        found.append(np.abs(ours - np.asarray(theirs, float)).mean())
+    return round(float(np.mean(found)), 2)
+
+
+def contenders(part: str, scratch: Path) -> Contenders:
+    size, batches = PARTS[part]
+
+    def peer(workers: int) -> Callable[[], Iterator[Any]]:
+        return lambda: torchvision_batches(scratch / "classes", workers=workers, size=size, batches=batches)
+
+    def ours(data: str) -> Callable[[], Iterator[Any]]:
+        return lambda: simmim_batches(scratch / data, size=size, batches=batches)
+
+    found: Contenders = {f"torchvision, {workers} workers": peer(workers) for workers in sorted({0, 2, cpu_cores()})}
+    if part == "packed":
+        return found | {f"simmim, {form}": ours(form) for form in ("jpeg", "raw")}
+    found["simmim"] = ours("classes")
+    if part == "loose":
+        found["simmim, normalised"] = lambda: normalised(ours("classes")())
+    return found
+
+
+def speed(batches: Iterator[Any], size: int) -> tuple[float, float]:
+    """Images per second by the clock, and per second of the processors' time, of all batches but the first."""
+    next(batches)
+    start, processor = time.perf_counter(), processor_seconds()
+    done = size * sum(1 for _ in batches)
+    return done / (time.perf_counter() - start), done / (processor_seconds() - processor)
+
+
+def processor_seconds() -> float:
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def summary(rates: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+    """Medians over the rounds, and the ratios to the fastest torchvision."""
+    medians = {name: np.median(found, axis=0) for name, found in rates.items()}
+    peers = [name for name in rates if name.startswith("torchvision")]
+    peer = max(peers, key=lambda name: medians[name][0])
+    idle = "torchvision, 0 workers"  # of workers the processor time is known only with that of their start
+    return {
+        "images_per_second": {name: round(float(median[0]), 1) for name, median in medians.items()},
+        "images_per_processor_second": {
+            name: round(float(median[1]), 1) for name, median in medians.items() if name not in peers or name == idle
+        },
+        f"ratio to {peer}": {name: ratio(rates[name], rates[peer], 0) for name in rates},
+        f"ratio of processor time to {idle}": {
+            name: ratio(rates[name], rates[idle], 1) for name in rates if name not in peers
+        },
+    }
+
+
+def ratio(ours: list[tuple[float, float]], theirs: list[tuple[float, float]], which: int) -> float:
+    return round(statistics.median(one[which] / other[which] for one, other in zip(ours, theirs, strict=True)), 2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="simmim's input against torchvision's, in images per second")
+    default = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos"
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--photos", type=Path, default=default, help="folder of JPEG files (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # the cores are taken by workers or threads
+    for part in arguments.parts:
+        rates: dict[str, list[tuple[float, float]]] = {}
+        figures: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory() as scratch:
+            # In a process of its own: freeing large images here would change how memory is got for all that follow.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as aside:
+                levels = aside.submit(prepare, part, arguments.photos, Path(scratch)).result()
+            starts = contenders(part, Path(scratch))
+            for number in range(1, arguments.rounds + 1):
+                for name, start in starts.items():
+                    rates.setdefault(name, []).append(speed(start(), PARTS[part][0]))
+                figures = {"rounds": number, "load_average": round(os.getloadavg()[0], 1), **summary(rates)}
+                figures["mean_difference_of_pixels"] = levels
+                save(f"input_vs_peers_{part}", {**described(), **figures}, quiet=True)
+        print(part, json.dumps(figures, indent=1))
+
+
+def described() -> dict[str, Any]:
+    found = machine()
+    for package in ("simplejpeg", "opencv-python-headless"):
+        found["versions"][package] = importlib.metadata.version(package)
+    return found
+
+
+if __name__ == "__main__":
+    main()
