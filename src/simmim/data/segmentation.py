@@ -83,7 +83,7 @@ class _Part:
 
     @classmethod
     def open(cls, path: Path) -> "_Part":
-        names = find_images(path / "images") if (path / "images").is_dir() else []
+        names = find_images(path / "images") if (path / "images").is_dir() else ()
         if not names:
             raise ValueError(f"folder {path / 'images'} holds no images; files read end in {', '.join(SUFFIXES)}")
         masks = [str(Path(name).with_suffix(".png")) for name in names]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage
+from simmim.data.names import Names
 
 MANIFEST = "pack.json"
 UNFINISHED = "packing.json"
@@ -181,39 +182,46 @@ class RemoteStorage:
         raise AssertionError
 
 
+class Shard:
+    """What reading needs of an `Index`, in little memory."""
+
+    def __init__(self, index: Index):
+        self.names = Names(index.names)
+        self.begins, self.sizes = np.array(index.begins, np.int64), np.array(index.sizes, np.int64)
+        self.shapes = None if index.shapes is None else np.array(index.shapes, np.int32)
+
+
 class PackedImages:
     """The images of a directory of shards, under the names and in the order that they had when they were packed."""
 
-    def __init__(self, storage: Storage, manifest: Manifest, indices: list[Index]):
+    def __init__(self, storage: Storage, manifest: Manifest, shards: list[Shard]):
         self.manifest = manifest
         self._storage = storage
-        self._names = [index.names for index in indices]
-        self._begins = [np.array(index.begins, np.int64) for index in indices]
-        self._sizes = [np.array(index.sizes, np.int64) for index in indices]
-        self._shapes = [np.array(index.shapes, np.int32) for index in indices] if manifest.form == "raw" else None
+        self._shards = shards
 
     def __len__(self) -> int:
         return self.manifest.images
 
     def name(self, index: int) -> str:
         shard, place = divmod(index, self.manifest.shard_size)
-        return self._names[shard][place]
+        return self._shards[shard].names[place]
 
     def names(self) -> list[str]:
         """Of all images, relative to the folder that was packed."""
-        return [name for names in self._names for name in names]
+        return [name for shard in self._shards for name in shard.names]
 
     def is_broken(self, index: int) -> bool:
         shard, place = divmod(index, self.manifest.shard_size)
-        return not self._sizes[shard][place]
+        return not self._shards[shard].sizes[place]
 
     def read(self, index: int) -> bytes | NDArray[np.uint8]:
-        shard, place = divmod(index, self.manifest.shard_size)
-        size = int(self._sizes[shard][place])
+        number, place = divmod(index, self.manifest.shard_size)
+        shard = self._shards[number]
+        size = int(shard.sizes[place])
         if not size:
             raise BadImage("could not be read when it was packed")
-        data = self._storage.read_range(shard_name(shard), int(self._begins[shard][place]), size)
-        return data.tobytes() if self._shapes is None else data.reshape(self._shapes[shard][place])
+        data = self._storage.read_range(shard_name(number), int(shard.begins[place]), size)
+        return data.tobytes() if shard.shapes is None else data.reshape(shard.shapes[place])
 
 
 def is_packed(path: Path) -> bool:
@@ -226,10 +234,8 @@ def open_packed(data: str) -> PackedImages:
     manifest = read_manifest(storage, data)
     _check_open_files(data, len(manifest.shards))
     with ThreadPoolExecutor(16) as pool:  # for object storage, which answers slowly but many at once
-        indices = list(
-            pool.map(lambda number: _open_shard(storage, manifest, number, data), range(len(manifest.shards)))
-        )
-    return PackedImages(storage, manifest, indices)
+        shards = pool.map(lambda number: _open_shard(storage, manifest, number, data), range(len(manifest.shards)))
+        return PackedImages(storage, manifest, list(shards))
 
 
 def read_manifest(storage: Storage, data: str) -> Manifest:
@@ -252,7 +258,7 @@ def read_manifest(storage: Storage, data: str) -> Manifest:
     return manifest
 
 
-def _open_shard(storage: Storage, manifest: Manifest, number: int, data: str) -> Index:
+def _open_shard(storage: Storage, manifest: Manifest, number: int, data: str) -> Shard:
     name, expected = shard_name(number), manifest.shards[number]
     try:
         size = storage.size(name)
@@ -263,7 +269,7 @@ def _open_shard(storage: Storage, manifest: Manifest, number: int, data: str) ->
         raise ValueError(f"{data}/{index_name(number)} {error}; copy it again or pack again") from None
     if size != expected["bytes"]:
         raise ValueError(f"{data}/{name} has {size} bytes, not {expected['bytes']}; copy it again or pack again")
-    return index
+    return Shard(index)
 
 
 def read_index(text: bytes, sha256: str | None = None) -> Index:

@@ -4,7 +4,7 @@ the package."""
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Raw, open_picture
+from simmim.data.names import Names
 from simmim.data.shards import is_packed, open_packed
 
 _SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
@@ -216,35 +217,38 @@ def _open_folder(folder: Path) -> PathList:
     return PathList(names, root=folder)
 
 
-def find_images(root: Path) -> list[str]:
+def find_images(root: Path) -> Names:
     """Image files in any depth, sorted, as paths relative to `root`; hidden files and folders are left out."""
-    names: list[str] = []
-    folders, seen = [""], set()
-    while folders:
-        folder = folders.pop()
-        status = Path(root, folder).stat()
-        if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        inner = []
-        with os.scandir(Path(root, folder)) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir(follow_symlinks=False):
-                    names.append(folder + entry.name)
-                elif entry.is_dir():
-                    inner.append(f"{folder}{entry.name}/")
-        folders += sorted(inner, reverse=True)  # the order decides by which of its names a linked folder is known
-    names.sort()
-    return names
+    return Names(_walk(root, "", set()))
+
+
+def _walk(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    status = Path(root, folder).stat()
+    if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
+        return
+    seen.add((status.st_dev, status.st_ino))
+    found: list[str] = []
+    with os.scandir(Path(root, folder)) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir(follow_symlinks=False):
+                found.append(entry.name)
+            elif entry.is_dir():
+                found.append(f"{entry.name}/")
+    found.sort()  # folders by their names with the slash: so whole paths are in order, without a list of all
+    for name in found:
+        if name.endswith("/"):
+            yield from _walk(root, folder + name, seen)
+        else:
+            yield folder + name
 
 
 def _open_list(path: Path) -> PathList:
     if path.suffix.lower() not in _LISTS:
         raise ValueError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
-    lines = path.read_text("utf-8-sig", errors="surrogateescape").splitlines()
-    names = [name for line in lines if (name := line.strip()) and not name.startswith("#")]
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        names = Names(name for line in lines if (name := line.strip()) and not name.startswith("#"))
     if not names:
         raise ValueError(f"list {path} names no images; write one path a line")
     source = PathList(names, root=path.parent)
