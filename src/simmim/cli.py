@@ -141,6 +141,20 @@ def advise(argv: list[str]) -> int:
     return 0
 
 
+def tpu_check(argv: list[str]) -> int:
+    """Compile the training step for a TPU that is not here: does it fit, memory, FLOPs, largest batch"""
+    from simmim.recipes import find_recipe
+    from simmim.tpu_check import TpuCheckConfig, describe, tpu_check
+
+    def find(name: str) -> TpuCheckConfig:
+        return TpuCheckConfig(**vars(find_recipe(name)))
+
+    config = parse_with_defaults(TpuCheckConfig, "tpu-check", argv, find)
+    report = tpu_check(config, lambda line: print(line, file=sys.stderr))
+    print(report.as_json() if config.json else describe(report))
+    return 0
+
+
 def bench(argv: list[str]) -> int:
     """Measure this machine's step and input speed, and its share of the peak"""
     from simmim.torch_engine.bench import BenchConfig, bench, describe
@@ -229,7 +243,7 @@ def export(argv: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    function.__name__: function
+    function.__name__.replace("_", "-"): function
     for function in (
         pretrain,
         reconstruct,
@@ -240,6 +254,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         export,
         pack,
         advise,
+        tpu_check,
         bench,
         doctor,
         recipes,

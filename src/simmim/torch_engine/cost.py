@@ -105,9 +105,8 @@ def _record(config: PretrainConfig, images: int) -> "_Tape":
         optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=device)
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
         update = Update(step, optimizer, schedule, config=config, world=World(device=device))
-        batch = random_batch(config, images, step.model.encoder.patch_size)
-        if step.model.encoder.drop_path_draws.layers:
-            batch["drop_path"] = np.zeros((images, step.model.encoder.drop_path_draws.layers), np.float32)
+        encoder = step.model.encoder
+        batch = random_batch(config, images, encoder.patch_size, encoder.drop_path_draws.layers)
         for parameter in step.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         optimizer.step()  # creates AdamW's averages

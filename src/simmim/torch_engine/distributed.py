@@ -113,6 +113,8 @@ def join(device: str) -> Iterator[World]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
         torch.backends.cuda.matmul.allow_tf32 = False
+    if place.type == "tpu":
+        exact_fp32_on_tpu()
     started = size > 1 and not dist.is_initialized()
     if started:
         dist.init_process_group(_BACKENDS[device], rank=rank, world_size=size)
@@ -137,6 +139,25 @@ def check_world(config: TrainingConfig, world: World) -> None:
         raise ValueError(
             "--shard spreads a model over processes and there is one; start it with torchrun, or leave it out"
         )
+
+
+def place(module: nn.Module, device: torch.device) -> None:
+    """Put a module on its device, and make it fit for it."""
+    module.to(device)
+    if device.type == "tpu":
+        norms_in_fp32(module)
+
+
+def exact_fp32_on_tpu() -> None:
+    """Multiply fp32 numbers as such; TorchTPU would round them to bf16 first."""
+    torch.set_float32_matmul_precision("highest")
+
+
+def norms_in_fp32(module: nn.Module) -> None:
+    """Layer norms take and give fp32, as under CUDA's autocast: TorchTPU's has none of bf16 with weights in fp32."""
+    for norm in module.modules():
+        if isinstance(norm, nn.LayerNorm):  # timm's too
+            norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 # timm's blocks, each of which FSDP2 gathers for itself.

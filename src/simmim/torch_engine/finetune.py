@@ -100,7 +100,8 @@ class Session:
         assert config.out is not None
         self.task, self.plan, self.config, self.world = task, plan, config, world
         self.run = Run(Path(config.out))
-        self.step = step.to(world.device)
+        self.step = step
+        distributed.place(step, world.device)
         if config.checkpoint_activations:
             step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.compile:

@@ -44,6 +44,9 @@ def create_adamw(
 ) -> torch.optim.AdamW:
     """AdamW; its learning rate is set at every step, by the schedule.
 
-    Fused on every device that trains: only so can a step skip itself there, see `Update`.
+    Fused on every device that trains: only so can a step skip itself there, see `Update`. On a TPU the rate is a tensor
+    there, since TorchTPU makes a constant of a number and would compile AdamW again for each.
     """
+    if device.type == "tpu":
+        groups = [group | {"lr": torch.full((), 0.0, device=device)} for group in groups]
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=device.type in ("cpu", "cuda", "tpu"))

@@ -64,7 +64,8 @@ class Session:
         assert config.out is not None
         self.plan, self.config, self.world, self.check = plan, config, world, check
         self.run = Run(Path(config.out))
-        self.step = step.to(world.device)
+        self.step = step
+        distributed.place(step, world.device)
         if config.checkpoint_activations:
             step.model.encoder.backbone.set_grad_checkpointing(True)
         if config.compile:

@@ -5,7 +5,7 @@ import torch
 
 from simmim.config import PretrainConfig
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
-from simmim.plan import draw_masks
+from simmim.plan import draw_masks, drop_path_numbers
 from simmim.schedules import CosineSchedule
 from simmim.torch_engine import distributed
 from simmim.torch_engine.model import PretrainStep
@@ -23,7 +23,7 @@ def build_update(config: PretrainConfig, world: distributed.World) -> tuple[Pret
 
 def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.World) -> Update:
     """The update that trains `step` on the device of `world`, compiled if so configured, with a small learning rate."""
-    step.to(world.device)
+    distributed.place(step, world.device)
     if config.compile:
         step.compile(dynamic=False)
     optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)
@@ -31,15 +31,18 @@ def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.Wor
     return Update(step, optimizer, schedule, config=config, world=world)
 
 
-def random_batch(config: PretrainConfig, size: int, patch: int) -> Batch:
-    """`size` images of noise with their masks, in units of `patch` pixels."""
+def random_batch(config: PretrainConfig, size: int, patch: int, drop_path_layers: int = 0) -> Batch:
+    """`size` images of noise with their masks, in units of `patch` pixels, and the numbers of so many layers."""
     assert config.image_size is not None
-    rng = np.random.default_rng(0)
-    return {
+    rng, index = np.random.default_rng(0), np.arange(size)
+    batch: Batch = {
         "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
         "flip": rng.random(size) < 0.5,
-        "mask": draw_masks(config, 0, np.arange(size), patch),
+        "mask": draw_masks(config, 0, index, patch),
     }
+    if drop_path_layers:
+        batch["drop_path"] = drop_path_numbers(config, 0, index, drop_path_layers)
+    return batch
 
 
 def try_devices() -> dict[str, str]:

@@ -49,7 +49,7 @@ class Update:
         fp16 = config.precision == "fp16"
         self._optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(_BATCH_NORM_STATISTICS)]
-        self._scale = torch.tensor(_FIRST_SCALE if fp16 else 1.0, device=world.device)
+        self._scale = torch.full((), _FIRST_SCALE if fp16 else 1.0, device=world.device)
         self._good = torch.zeros((), device=world.device)  # steps in a row that were finite
         self._bad = torch.zeros((), device=world.device)  # … that were not
         # Finding fp16's loss scale may take a skip for each halving of the first one.
@@ -67,12 +67,20 @@ class Update:
     def __call__(self, step: int, batch: Batch) -> tuple[float, Tensor]:
         lr = self._schedule.at_update(step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # layer decay
+            rate = lr * group.get("lr_scale", 1.0)  # layer decay
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(torch.tensor(rate))
+            else:
+                group["lr"] = rate
         # What a layer still draws itself (dropout) depends on the step alone, so nothing random need be saved.
         key = sample_keys(self._config.seed, step, self._world.rank, stream="torch")[0]
         torch.manual_seed(int(key >> np.uint64(1)))
+        return lr, self.advance(self._to_device(batch))
+
+    def advance(self, batch: dict[str, Tensor]) -> Tensor:
+        """The device's part of a call, at the learning rate that is set: a batch there → the figures."""
         statistics = [buffer.clone() for buffer in self._statistics]
-        loss = self._backward(self._to_device(batch))
+        loss = self._backward(batch)
         norm = self._clip()
         finite = torch.isfinite(norm)
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips itself
@@ -86,7 +94,7 @@ class Update:
         if self._dtype == torch.float16:
             grown = torch.where(self._good % _GROW_EVERY == 0, self._scale * 2, self._scale)
             self._scale = torch.where(finite, grown, self._scale / 2)
-        return lr, torch.stack((loss, norm, self._bad))
+        return torch.stack((loss, norm, self._bad))
 
     def _to_device(self, batch: Batch) -> dict[str, Tensor]:
         device = self._world.device
