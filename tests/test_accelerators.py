@@ -1,6 +1,6 @@
 import pytest
 
-from simmim.accelerators import find_gpu, gpu_peak_flops, read_facts
+from simmim.accelerators import describe_tpu, find_gpu, gpu_peak_flops, read_facts
 
 ROWS = read_facts().accelerators
 # fmt: off
@@ -85,3 +85,12 @@ def test_a_users_file_with_a_mistake_is_refused_in_one_line(tmp_path, text, mess
     with pytest.raises(ValueError, match=message) as error:
         read_facts(file)
     assert "\n" not in str(error.value)
+
+
+def test_tpu_chips_are_counted_by_their_pci_numbers(tmp_path):
+    for place, numbers in {"a": ("0x1ae0", "0x0063"), "b": ("0x1ae0", "0x0042"), "c": ("0x1ae0", "0x0063")}.items():
+        (tmp_path / place).mkdir()
+        for name, number in zip(("vendor", "device"), numbers, strict=True):
+            (tmp_path / place / name).write_text(number + "\n")
+    assert describe_tpu(tmp_path) == "2 × TPU v5e"  # Google's network card is none
+    assert describe_tpu(tmp_path / "elsewhere") == "none seen"

@@ -8,9 +8,11 @@ import shlex
 import numpy as np
 import pytest
 
-from simmim.advisor import advise, plot, show
+from simmim import advisor
+from simmim.advisor import advise, compile_for_tpus, plot, show
 from simmim.cli import main
 from simmim.roofline import StepWork
+from simmim.tpu_compiler import CompilerReport
 from simmim.wish import Wish
 
 MODEL = "vit_tiny_patch16_224"
@@ -235,6 +237,46 @@ def test_a_plot_without_any_price_is_refused(tmp_path):
 
 def test_the_spot_price_is_named_as_cheaper():
     assert any(re.match(r"--spot: about .* USD instead of", hint) for hint in answer(accelerator=("tpu-v5e",)).hints)
+
+
+def compiler(config, _say) -> CompilerReport:
+    """As `tpu_check`: does not fit a v5e."""
+    fits = config.topology != "v5e:1x1"
+    return CompilerReport(
+        engine="torch",
+        backend=None,
+        model=config.model,
+        image_size=config.image_size,
+        precision=config.precision,
+        topology=config.topology,
+        devices=1,
+        batch_size=config.batch_size,
+        fits=fits,
+        available=16 * GIB,
+        needed=None if fits else 20 * GIB,
+        hbm={"total": 10 * GIB} if fits else {},
+        seconds=30.0,
+        versions={},
+    )
+
+
+def test_the_compiler_is_shown_the_step_of_each_tpu(monkeypatch):
+    monkeypatch.setattr(advisor, "tpu_check", compiler)
+    found = compile_for_tpus(answer(accelerator=("tpu-v5e", "tpu-v6e", "tpu-v4", "l4"), price=("tpu-v4=1",)))
+    assert set(found.compiled) == {"tpu-v5e", "tpu-v6e"}
+    option = next(option for option in found.options if option.accelerator == "tpu-v6e")
+    report = found.compiled["tpu-v6e"]
+    assert report.topology == "v6e:1x1"
+    assert (report.batch_size, report.precision) == (option.images_at_a_time * option.accumulate_steps, "bf16")
+    lines = [line.strip() for line in show(found).splitlines()]
+    assert "TPU compiler: fits, 10.00 of 16.00 GiB a device" in lines
+    assert "TPU compiler: does not fit, 20.00 GiB asked for, 16.00 there on a device" in lines
+    assert json.loads(found.as_json())["compiled"]["tpu-v6e"]["hbm"]["total"] == 10 * GIB
+
+
+def test_the_compiler_is_not_asked_where_no_option_is_a_tpu():
+    with pytest.raises(ValueError, match=r"^--tpu-check finds no tpu-v5e or .* among the options; ask for them by"):
+        compile_for_tpus(answer(accelerator=("l4",)))
 
 
 def test_advise_reads_what_bench_saved(tmp_path, capsys):

@@ -2,9 +2,17 @@ import builtins
 import importlib.metadata
 
 import numpy
+import pytest
 import torch
 
+from simmim import doctor
 from simmim.doctor import examine
+
+
+@pytest.fixture(autouse=True)
+def no_compiler(monkeypatch):
+    """It takes seconds; tests/test_tpu_check.py tries it."""
+    monkeypatch.setattr(doctor, "try_compiler", lambda: "yes")
 
 
 def test_versions_are_those_installed():
@@ -16,6 +24,11 @@ def test_versions_are_those_installed():
 def test_every_library_that_simmim_needs_is_listed():
     needed = {"torch", "torchvision", "timm", "safetensors", "numpy", "Pillow", "grain", "simplejpeg", "tyro", "rich"}
     assert needed <= set(examine())
+
+
+def test_what_there_is_for_tpus_is_listed():
+    findings = examine()
+    assert {"tpu", "compiling for TPUs", "torch_tpu", "libtpu"} <= set(findings)
 
 
 def test_training_was_tried_on_every_device():

@@ -73,7 +73,7 @@ def test_a_report_is_text_with_every_kind_of_memory_and_says_that_nothing_ran() 
     assert describe(dataclasses.replace(report(), too_large=144)).splitlines() == [
         "step         vit_base_patch16_224 at 224x224, bf16, torch",
         "TPU          v5e:2x4: 8 devices, 128 of 1024 images on each",
-        "HBM          fits: 9.00 of 16.00 GiB a device",
+        "HBM          fits, 9.00 of 16.00 GiB a device",
         "             arguments 1.00, outputs 1.00, aliased 1.00, temporaries 8.00, code 0.00",
         "FLOP         12 T a device, 96 T in all; 36 calls of kernels are not counted",
         "collectives  4 all-reduce",
@@ -86,7 +86,7 @@ def test_a_report_is_text_with_every_kind_of_memory_and_says_that_nothing_ran() 
 
 def test_a_step_that_does_not_fit_is_described_by_what_it_needs() -> None:
     lines = describe(report(512, fits=False)).splitlines()
-    assert "HBM          does not fit: 20.00 GiB needed of 16.00 a device" in lines
+    assert "HBM          does not fit, 20.00 GiB asked for, 16.00 there on a device" in lines
     assert not any(line.startswith("FLOP") for line in lines)
 
 

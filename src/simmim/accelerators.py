@@ -36,6 +36,28 @@ def cpu_has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
+# TPUs by their PCI numbers, as TorchTPU 0.2.0 and JAX 0.10.2 know them.
+_GOOGLE = "0x1ae0"
+_TPUS = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0076": "7x"}
+
+
+def describe_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> str:
+    """What TPU chips are in this machine, in one line; asks Linux alone, since asking a TPU takes it."""
+    found = [
+        _TPUS[number]
+        for place in sorted(devices.glob("*"))
+        if _read(place / "vendor") == _GOOGLE and (number := _read(place / "device")) in _TPUS
+    ]
+    return f"{len(found)} × TPU {found[0]}" if found else "none seen"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
     """A row of facts about one device; `accelerators.toml` says what each means and where it comes from."""
@@ -47,6 +69,7 @@ class Accelerator:
     source: str
     driver: str | None = None
     device: str | None = None
+    topology: str | None = None
     link_gb_s: float | None = None
     linked: int = 1
     tflops: dict[str, float] = field(default_factory=dict)

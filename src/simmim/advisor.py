@@ -7,12 +7,15 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from simmim.accelerators import read_facts
 from simmim.config import from_settings
-from simmim.study import Measure, Study
+from simmim.study import Measure, Study, config_of
+from simmim.tpu_check import TpuCheckConfig, memory_line, tpu_check
+from simmim.tpu_compiler import CompilerReport
 from simmim.wish import Option, Wish
 
 
@@ -26,6 +29,8 @@ class Advice:
     left_out: dict[str, str]
     """Accelerators that are no option, and why."""
     hints: list[str]
+    compiled: dict[str, CompilerReport] = dataclasses.field(default_factory=dict)
+    """What the TPU compiler says of an option's step, by accelerator; see `compile_for_tpus`."""
 
     def as_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1)
@@ -61,6 +66,35 @@ def advise(wish: Wish, measure: Measure | None = None) -> Advice:
     return Advice(
         wish=wish, work=study.describe(), options=ranked, left_out=left_out, hints=_hints(ranked[0], found, study)
     )
+
+
+def compile_for_tpus(advice: Advice, say: Callable[[str], None] = lambda line: None) -> Advice:
+    """The advice with the TPU compiler's report on the step of every option that is a TPU; `say` hears of each.
+
+    Of the kinds whose chip is one device; the gradient exchange is not in it. One-line `ValueError` where there is none
+    of them, or where this machine cannot compile.
+    """
+    wish, reports = advice.wish, {}
+    facts = read_facts(wish.accelerators).accelerators
+    topologies = {name: row.topology for name, row in facts.items() if row.topology}
+    for option in advice.options:
+        if option.accelerator in topologies:
+            config = TpuCheckConfig(
+                **vars(config_of(wish))
+                | {
+                    "topology": topologies[option.accelerator],
+                    "batch_size": option.images_at_a_time * option.accumulate_steps,
+                    "accumulate_steps": option.accumulate_steps,
+                    "precision": option.precision,
+                    "checkpoint_activations": option.checkpoint_activations,
+                }
+            )
+            reports[option.accelerator] = tpu_check(config, say)
+    if not reports:
+        raise ValueError(
+            f"--tpu-check finds no {' or '.join(topologies)} among the options; ask for them by --accelerator"
+        )
+    return dataclasses.replace(advice, compiled=reports)
 
 
 def _allowed(option: Option, wish: Wish) -> bool:
@@ -157,6 +191,8 @@ def show(advice: Advice) -> str:
     console.print(table, highlight=False)
     for number, option in enumerate(advice.options, 1):
         console.print(f"{number}. {option.command}\n   {option.price}", highlight=False, soft_wrap=True, markup=False)
+        if report := advice.compiled.get(option.accelerator):
+            console.print(f"   TPU compiler: {memory_line(report)}", highlight=False, soft_wrap=True, markup=False)
     for hint in advice.hints:
         console.print(f"note  {hint}", highlight=False, soft_wrap=True, markup=False)
     for why in dict.fromkeys(advice.left_out.values()):

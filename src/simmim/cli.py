@@ -122,7 +122,7 @@ def pack(argv: list[str]) -> int:
 
 def advise(argv: list[str]) -> int:
     """Say which accelerator, how many, how long, what it costs, and whether it fits"""
-    from simmim.advisor import advise, plot, show
+    from simmim.advisor import advise, compile_for_tpus, plot, show
     from simmim.fields import Word
     from simmim.wish import Wish
 
@@ -132,9 +132,13 @@ def advise(argv: list[str]) -> int:
         """Print JSON only."""
         plot: Word = None
         """Draw time against cost into this PNG file."""
+        tpu_check: bool = False
+        """Compile the step for the options that are TPUs, as simmim tpu-check does (a minute each)."""
 
     command = parse(Command, "advise", argv)
     advice = advise(Wish(**{field.name: getattr(command, field.name) for field in dataclasses.fields(Wish)}))
+    if command.tpu_check:
+        advice = compile_for_tpus(advice, lambda line: print(line, file=sys.stderr))
     print(advice.as_json() if command.json else show(advice))
     if command.plot:
         plot(advice, command.plot)

@@ -6,14 +6,17 @@ import platform
 import re
 import shutil
 
-from simmim.accelerators import cpu_cores, cpu_has_bf16, cpu_name
+from simmim.accelerators import cpu_cores, cpu_has_bf16, cpu_name, describe_tpu
+from simmim.tpu_check import try_compiler
 
 # What each optional package is for.
 _OPTIONAL = {
     "transformers": "to load encoders with transformers.AutoModel",
     "datasets": "for --data hf:NAME",
     "tifffile": "for TIFF with many bands or deep colour",
-    "torch_tpu": "for --device tpu",
+    "torch_tpu": "for --device tpu and simmim tpu-check",
+    "libtpu": "for --device tpu and simmim tpu-check",
+    "keras": "for --engine keras",
     "wandb": "for --log wandb",
     "trackio": "for --log trackio",
 }
@@ -37,6 +40,8 @@ def examine() -> dict[str, str]:
     else:
         findings["cuda"] = describe_cuda()
         findings |= try_devices()
+    findings["tpu"] = describe_tpu()
+    findings["compiling for TPUs"] = try_compiler()
     findings |= {name: _version(name) or "MISSING; install simmim again" for name in _required()}
     findings |= {name: _version(name) or f"not installed ({use})" for name, use in _OPTIONAL.items()}
     return findings

@@ -31,7 +31,7 @@ class Study:
         self.facts: Facts = read_facts(wish.accelerators)
         if measure is None:
             from simmim.torch_engine.cost import measure_work as measure
-        self.config = _config(wish)
+        self.config = config_of(wish)
         self.batch_size = wish.batch_size or _default_batch(wish.images)
         if self.batch_size > wish.images:
             raise ValueError(f"batch size {self.batch_size} is more than {wish.images} images; use a smaller one")
@@ -234,7 +234,8 @@ class Study:
         }
 
 
-def _config(wish: Wish) -> PretrainConfig:
+def config_of(wish: Wish) -> PretrainConfig:
+    """The training that is wished for, but for its batch and precision, which each option has of its own."""
     from simmim.torch_engine.encoders import default_image_size
 
     size = wish.image_size or default_image_size(wish.model)

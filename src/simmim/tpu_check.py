@@ -61,9 +61,8 @@ def tpu_check(config: TpuCheckConfig, say: Callable[[str], None] = lambda line: 
     def compile(batch: int | None = None) -> CompilerReport:
         """The configured batch or another, of a device."""
         report = _compile(config if batch is None else dataclasses.replace(config, batch_size=batch * devices))
-        what = f"fits, {_gib(report.hbm['total'])}" if report.fits else f"does not fit, {_gib(report.needed)}"
-        size = f"{report.batch_a_device} images a device"
-        say(f"{size}: {what} of {_gib(report.available)} GiB, compiled in {report.seconds:.0f} s")
+        size = f"{report.topology}, {report.batch_a_device} images a device"
+        say(f"{size}: {memory_line(report)}; compiled in {report.seconds:.0f} s")
         return report
 
     report = compile()
@@ -120,15 +119,7 @@ def check_machine(config: PretrainConfig) -> None:
 
 
 def _compile(config: TpuCheckConfig) -> CompilerReport:
-    """By a new process, since libtpu reads the environment as it loads."""
-    done = subprocess.run(
-        [sys.executable, "-c", _CHILD],
-        input=to_toml(config),
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = _run(_CHILD, to_toml(config))
     lines = done.stdout.splitlines()
     if not lines:
         raise RuntimeError(f"the compiler's process ended with code {done.returncode}:\n{done.stderr}")
@@ -163,11 +154,11 @@ def describe(report: CompilerReport) -> str:
         f"step         {report.model} at {height}x{width}, {report.precision}, {engine}",
         f"TPU          {report.topology}: {report.devices} device{'s' * (report.devices > 1)}, "
         f"{report.batch_a_device} of {report.batch_size} images on each",
+        f"HBM          {memory_line(report)}",
     ]
     if report.fits:
         parts = ", ".join(f"{name} {_gib(size)}" for name, size in report.hbm.items() if name != "total")
         lines += [
-            f"HBM          fits: {_gib(report.hbm['total'])} of {_gib(report.available)} GiB a device",
             f"             {parts}",
             f"FLOP         {_tera(report.flops)} T a device, {_tera(report.flops_a_step)} T in all"
             + (f"; {report.kernels} calls of kernels are not counted" if report.kernels else ""),
@@ -187,6 +178,32 @@ def describe(report: CompilerReport) -> str:
         "These are the TPU compiler's figures. Nothing ran on a TPU: they are no measurements and say no speed."
     )
     return "\n".join(lines)
+
+
+def memory_line(report: CompilerReport) -> str:
+    """Whether it fits a device's memory."""
+    if report.fits:
+        return f"fits, {_gib(report.hbm['total'])} of {_gib(report.available)} GiB a device"
+    return f"does not fit, {_gib(report.needed)} GiB asked for, {_gib(report.available)} there on a device"
+
+
+def try_compiler() -> str:
+    """Whether this machine can compile for a TPU, in words: a few operations for a v5e."""
+    script = "from simmim.tpu_compiler import available_hbm; print(available_hbm('v5e:1x1'))"
+    try:
+        check_machine(PretrainConfig())
+    except ValueError as error:
+        return f"no: {error}"
+    done = _run(script)
+    if done.returncode:
+        return f"no: {(done.stderr.splitlines() or ['it ended without a word'])[-1]}"
+    return f"yes, also without a TPU (a v5e has {_gib(int(done.stdout.splitlines()[-1]))} GiB to use)"
+
+
+def _run(script: str, text: str = "") -> "subprocess.CompletedProcess[str]":
+    """By a new process, since libtpu reads its environment as it loads."""
+    command, environment = [sys.executable, "-c", script], os.environ | ENVIRONMENT
+    return subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
 
 
 def _gib(size: int | None) -> str:

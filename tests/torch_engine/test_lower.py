@@ -1,4 +1,7 @@
-"""The training step as TorchTPU lowers it: the same numbers as eager PyTorch. It runs on XLA's CPU, not on a TPU."""
+"""The training step as TorchTPU lowers it: run on XLA's CPU it gives eager PyTorch's numbers; compiled it fits, or not.
+
+Nothing runs on a TPU.
+"""
 
 import importlib.util
 import json
@@ -8,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from simmim.tpu_check import TpuCheckConfig, tpu_check
 
 _MISSING = [name for name in ("torch_tpu", "libtpu", "jax") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -22,6 +27,7 @@ MODELS = {
         *("use_rel_pos_bias=false", "use_shared_rel_pos_bias=true"),
     ),
     "swin_tiny_patch4_window7_224": ("embed_dim=24", "depths=[1,2]", "num_heads=[2,4]", "window_size=4"),
+    "resnet18": ("layers=[1,1,1,1]", "channels=[8,16,16,32]"),
 }
 
 
@@ -36,3 +42,39 @@ def test_a_lowered_step_equals_an_eager_one(model: str) -> None:
     assert found["loss"] < 1e-5
     assert found["gradients"] < 1e-4
     assert found["parameters"] < 1e-5
+
+
+VIT_B = {"model": "vit_base_patch16_224", "precision": "bf16"}
+FORWARD_AND_BACKWARD = 103e9  # FLOP of an image, by simmim.torch_engine.cost
+STATE = 12 * 86.4e6  # bytes: parameters and AdamW's two averages
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", pytest.param("v6e:1x1", marks=pytest.mark.slow)])
+def test_vit_b_fits_at_128_images_a_device(topology: str) -> None:
+    report = tpu_check(TpuCheckConfig(**VIT_B, batch_size=128, topology=topology))
+    assert report.fits
+    assert 8 * 2**30 < report.hbm["total"] < report.available
+    assert report.hbm["arguments"] == pytest.approx(STATE + 128 * 224 * 224 * 3, rel=0.02)
+    assert report.hbm["aliased"] == pytest.approx(STATE, rel=0.01)
+    assert report.flops is not None
+    assert 0.9 < report.flops / (128 * FORWARD_AND_BACKWARD) < 1.02  # attention's kernels are not counted
+    assert report.kernels == 36
+    assert not any(report.collectives.values())
+
+
+@pytest.mark.slow
+def test_vit_b_does_not_fit_at_512_images_a_device() -> None:
+    report = tpu_check(TpuCheckConfig(**VIT_B, batch_size=512, topology="v5e:1x1"))
+    assert (report.fits, report.hbm, report.flops) == (False, {}, None)
+    assert report.needed is not None
+    assert report.needed > report.available == round(15.75 * 2**30)
+
+
+def test_a_topology_that_does_not_exist_is_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^topology 'v9:1x1' is not known \(.*\); use one like v4:2x2x1, v5e:1x1"):
+        tpu_check(TpuCheckConfig(topology="v9:1x1"))
+
+
+def test_a_batch_that_does_not_divide_is_refused_in_one_line() -> None:
+    with pytest.raises(ValueError, match=r"^batch size 30 does not divide among the 8 devices of v5e:2x4 × 1 .* of 8$"):
+        tpu_check(TpuCheckConfig(batch_size=30, topology="v5e:2x4"))

@@ -49,6 +49,22 @@ def test_the_learning_rate_is_the_schedules_times_that_of_the_group() -> None:
     assert [group["lr"] for group in update.optimizer.param_groups] == [2e-3, 5e-4]
 
 
+def test_a_learning_rate_on_the_device_is_changed_there() -> None:
+    """As on a TPU, and with the same weights as from numbers."""
+    numbers, tensors = tiny.update(tiny.config(), lr=2e-3), tiny.update(tiny.config(), lr=2e-3)
+    tensors.optimizer.param_groups[1]["lr_scale"] = numbers.optimizer.param_groups[1]["lr_scale"] = 0.25
+    rates = [torch.zeros(()) for _ in tensors.optimizer.param_groups]
+    for group, rate in zip(tensors.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for step in range(2):
+        for update in (numbers, tensors):
+            update(step, tiny.batch(tiny.config(), seed=step))
+    assert [group["lr"] for group in tensors.optimizer.param_groups] == rates
+    torch.testing.assert_close(torch.stack(rates), torch.tensor([2e-3, 5e-4]))
+    for mine, theirs in zip(tensors.model.parameters(), numbers.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("pieces", [2, 4])
 def test_accumulation_equals_the_large_batch(pieces: int) -> None:
     settings = tiny.config(drop_path=0.3)

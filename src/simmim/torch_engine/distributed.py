@@ -145,7 +145,7 @@ def place(module: nn.Module, device: torch.device) -> None:
     """Put a module on its device, and make it fit for it."""
     module.to(device)
     if device.type == "tpu":
-        norms_in_fp32(module)
+        fit_for_tpu(module)
 
 
 def exact_fp32_on_tpu() -> None:
@@ -153,11 +153,30 @@ def exact_fp32_on_tpu() -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-def norms_in_fp32(module: nn.Module) -> None:
-    """Layer norms take and give fp32, as under CUDA's autocast: TorchTPU's has none of bf16 with weights in fp32."""
+def fit_for_tpu(module: nn.Module) -> None:
+    """Norms as TorchTPU 0.2.0 can take them.
+
+    Layer norms take and give fp32, as under CUDA's autocast: it has none of bf16 with weights in fp32. Batch norms keep
+    their statistics themselves: those that TorchTPU records as StableHLO do not change them.
+    """
     for norm in module.modules():
         if isinstance(norm, nn.LayerNorm):  # timm's too
             norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        elif isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+            norm.track_running_stats = False  # so that a training pass is not given them; an evaluating one is
+            norm.register_forward_pre_hook(_track_statistics)
+
+
+@torch.no_grad()
+def _track_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+    """What a batch norm in training does with its statistics."""
+    if norm.training:
+        assert norm.momentum is not None and norm.num_batches_tracked is not None
+        assert norm.running_mean is not None and norm.running_var is not None
+        variance, mean = torch.var_mean(inputs[0].float(), dim=(0, 2, 3))
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance, norm.momentum)
+        norm.num_batches_tracked.add_(1)
 
 
 # timm's blocks, each of which FSDP2 gathers for itself.

@@ -7,13 +7,15 @@ makes collectives on a device only.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simmim.config import PretrainConfig
 from simmim.schedules import CosineSchedule
-from simmim.torch_engine.distributed import World, exact_fp32_on_tpu, norms_in_fp32
+from simmim.targets import ClusterTarget
+from simmim.torch_engine.distributed import World, exact_fp32_on_tpu, fit_for_tpu
 from simmim.torch_engine.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.optim import create_optimizer
 from simmim.torch_engine.storage import build_step
@@ -89,7 +91,7 @@ def lower(config: PretrainConfig) -> Lowered:
         device = torch.device("tpu")
         exact_fp32_on_tpu()
         _place(step, trace)
-        norms_in_fp32(step)
+        fit_for_tpu(step)
         optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=device)
         names = {id(parameter): name for name, parameter in step.named_parameters()}
         for number, group in enumerate(optimizer.param_groups):
@@ -101,6 +103,9 @@ def lower(config: PretrainConfig) -> Lowered:
                     "exp_avg": trace.input(f"exp_avg {name}", parameter),
                     "exp_avg_sq": trace.input(f"exp_avg_sq {name}", parameter),
                 }
+        if isinstance(step.model.target, ClusterTarget):  # its colours would be copied to the device
+            centres: Any = trace.input("centres", torch.empty(config.clusters, config.channels))
+            step.model.target = dataclasses.replace(step.model.target, centres=centres)
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
         update = Update(step, optimizer, schedule, config=config, world=World(device=device))
         encoder = step.model.encoder
