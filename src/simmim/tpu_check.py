@@ -51,23 +51,25 @@ class TpuCheckConfig(PretrainConfig):
 
 
 def tpu_check(config: TpuCheckConfig, say: Callable[[str], None] = lambda line: None) -> CompilerReport:
-    """What the TPU compiler says of the step; with `search`, of the largest that fits. `say` hears of each compile.
+    """What the TPU compiler says of the step; with `search`, of the largest that fits. `say` hears of what is tried.
 
     One-line `ValueError` where it cannot be compiled. A step that does not fit is a report.
     """
     config = complete(config)
     check_machine(config)
-
-    def compile(batch: int | None = None) -> CompilerReport:
-        """The configured batch or another, of a device."""
-        report = _compile(config if batch is None else dataclasses.replace(config, batch_size=batch * devices))
-        size = f"{report.topology}, {report.batch_a_device} images a device"
-        say(f"{size}: {memory_line(report)}; compiled in {report.seconds:.0f} s")
+    say(f"compiling {config.model} for {config.topology}: about a minute{' for each batch' * config.search}")
+    report = _compile(config)
+    if not config.search:
         return report
-
-    report = compile()
     devices = report.devices
-    return largest(compile, report, unit=math.lcm(_UNIT, config.accumulate_steps)) if config.search else report
+
+    def compile(batch: int) -> CompilerReport:
+        found = _compile(dataclasses.replace(config, batch_size=batch * devices))
+        say(f"{batch} images a device: {memory_line(found)}")
+        return found
+
+    say(f"{report.batch_a_device} images a device: {memory_line(report)}")
+    return largest(compile, report, unit=math.lcm(_UNIT, config.accumulate_steps))
 
 
 def largest(compile: Callable[[int], CompilerReport], report: CompilerReport, *, unit: int) -> CompilerReport:

@@ -173,7 +173,7 @@ def compile_stablehlo(text: str, topology: str, *, effort: str = "O1") -> Any:
     try:  # jax has no public door for StableHLO; these are what `jax.jit` itself goes through
         from jax._src.interpreters.mlir import make_ir_context
         from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
-        from jaxlib.mlir import ir
+        from jax._src.lib.mlir import ir  # pyright: ignore[reportPrivateImportUsage]
     except ImportError as error:
         raise ValueError(f"jax has moved what compiles StableHLO ({error}); pip install 'jax>=0.10,<0.11'") from error
 

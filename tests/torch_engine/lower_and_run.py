@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jax._src.interpreters.mlir import make_ir_context
 from jax._src.lib import xla_client
-from jaxlib.mlir import ir
+from jax._src.lib.mlir import ir
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simmim.config import PretrainConfig

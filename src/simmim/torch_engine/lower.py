@@ -68,7 +68,8 @@ def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
         module = lower(dataclasses.replace(config, batch_size=facts.batch_a_device)).stablehlo
     except (RuntimeError, TypeError, NotImplementedError) as error:  # whatever TorchTPU says of an operation
         raise ValueError(
-            f"the step of {config.model} in {config.precision} is not lowered by TorchTPU: {error}"
+            f"the step of {config.model} in {config.precision} cannot be lowered by TorchTPU; change what it names: "
+            f"{' '.join(str(error).split())}"
         ) from error
     return report_of(lambda: compile_stablehlo(module, topology), facts)
 
