@@ -107,13 +107,13 @@ class DetectConfig(FinetuneConfig):
     scale_jitter: tuple[PositiveReal, PositiveReal] = (0.1, 2.0)
     """Least and largest random size of an image in training, where 1 just fits the image size."""
 
-    # ViTDet's settings (arXiv 2203.16527), for batches of 64; its falling learning rate has steps instead of a cosine.
-    lr: PositiveReal = 8e-4
-    """Learning rate for a batch of 512; it is scaled by batch size / 512, as warm-up and minimum are."""
-    weight_decay: NotNegativeReal = 0.1
-    """AdamW's weight decay; biases, norms, tokens and position tables are exempt."""
+    # Those of Swin's Mask R-CNN; in batches of 64, which ViTDet has, a few hundred images give too few steps.
+    batch_size: Positive = 16
+    """Images of one optimiser step, over all processes and accumulation together."""
+    lr: PositiveReal = 3.2e-3
+    """Learning rate for a batch of 512 (1e-4 for one of 16); it is scaled by batch size / 512, as the others are."""
     clip_grad: Annotated[PositiveReal | None, NONE_WORD, one_word(float, "FLOAT|none", nothing="none")] = 1.0
-    """Largest gradient norm; none is no limit."""
+    """Largest gradient norm (ViTDet's); none is no limit."""
 
 
 TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {

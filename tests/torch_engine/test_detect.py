@@ -143,6 +143,16 @@ def test_a_mask_that_reaches_beyond_its_image_keeps_its_shape(data: Path) -> Non
     assert abs(shown.masks[0].sum() - 32 * 64) <= 64 * 2
 
 
+@pytest.mark.parametrize(("detector", "size", "finest"), [("fcos", 96, 4), ("fcos", 128, 8), ("retinanet", 128, 8)])
+def test_a_detector_of_one_stage_looks_at_stride_4_in_the_smallest_images_only(
+    data: Path, detector: str, size: int, finest: int
+) -> None:
+    step = task(config(data, detector=detector, image_size=(size, size))).build()
+    assert step.detector.backbone.strides[0] == finest
+    levels = step.detector.backbone(torch.zeros(2, 3, size, size))
+    assert levels["0"].shape[2:] == (size // finest, size // finest)
+
+
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 @pytest.mark.parametrize("detector", ["faster_rcnn", "mask_rcnn", "fcos", "retinanet"])
 def test_every_parameter_of_every_detector_learns(data: Path, tmp_path: Path, detector: str, kind: str) -> None:
