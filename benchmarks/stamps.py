@@ -37,7 +37,8 @@ PRETRAINING: dict[str, Any] = {
     "loss": "mse",
     "mask_ratio": 0.5,
     "mask_cell": 16,
-    "epochs": 100.0,
+    "epochs": 60.0,
+    "warmup_epochs": 10.0,
     "batch_size": 32,
     "lr": 0.032,
     "betas": (0.9, 0.95),
@@ -45,7 +46,7 @@ PRETRAINING: dict[str, Any] = {
 }
 TRAINING: dict[str, dict[str, Any]] = {
     "segment": {
-        "epochs": 45.0,
+        "epochs": 30.0,
         "batch_size": 16,
         "lr": 0.032,
         "warmup_epochs": 2.0,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import simmim
 from simmim.config import PretrainConfig
 from simmim.errors import TrainingDivergedError
 from simmim.loop import Event, Loop, Outcome
@@ -143,6 +144,18 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, 
     assert engine.done[-1] == "save 5"
     assert [row["step"] for row in rows(tmp_path)] == [*range(1, 6)]
     assert signal.getsignal(number) is before
+
+
+def test_in_python_a_training_that_was_interrupted_does_not_pass_for_a_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted = Run(tmp_path), Outcome(5, 0, signal.SIGINT)
+    monkeypatch.setattr("simmim.engines.pretrain", lambda config: interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simmim.pretrain(data="demo", out=str(tmp_path))
+    monkeypatch.setattr("simmim.torch_engine.finetune.finetune", lambda config: interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simmim.finetune("segment", data="demo", out=str(tmp_path))
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:

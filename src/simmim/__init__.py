@@ -7,12 +7,14 @@ model = simmim.load_model("runs/a")       # model(images, mask) -> (loss, predic
 """
 
 import importlib
+import signal
 from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simmim.config import PretrainConfig
+    from simmim.loop import Outcome
     from simmim.run import Run
     from simmim.torch_engine.storage import load_encoder, load_model
 
@@ -48,12 +50,12 @@ def pretrain(**settings: Any) -> "Run":
     """Pretrain a backbone, or resume the run in `out`; settings are the fields of `PretrainConfig`.
 
     Returns the run. Raises a one-line `ValueError` for a setting that cannot be, images that cannot be read, or an
-    `out` that holds a run with another configuration.
+    `out` that holds a run with another configuration. A signal that stops it early is raised again once all is saved.
     """
     from simmim.config import PretrainConfig, from_settings
     from simmim.engines import pretrain
 
-    return pretrain(from_settings(PretrainConfig, settings))[0]
+    return _run_of(*pretrain(from_settings(PretrainConfig, settings)))
 
 
 def finetune(task: str, **settings: Any) -> "Run":
@@ -67,7 +69,14 @@ def finetune(task: str, **settings: Any) -> "Run":
     from simmim.task_config import find_task
     from simmim.torch_engine.finetune import finetune
 
-    return finetune(from_settings(find_task(task), settings))[0]
+    return _run_of(*finetune(from_settings(find_task(task), settings)))
+
+
+def _run_of(run: "Run", outcome: "Outcome") -> "Run":
+    """The run; a signal that stopped it goes to the caller's own handler, lest a script take the run for finished."""
+    if outcome.stopped_by is not None:
+        signal.raise_signal(outcome.stopped_by)
+    return run
 
 
 def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:

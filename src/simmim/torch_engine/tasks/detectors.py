@@ -24,7 +24,7 @@ TWO_STAGES = ("faster_rcnn", "mask_rcnn")
 _FINEST_ANCHOR = 32 / 1024
 _LEAST_CELLS = 2
 # FCOS and RetinaNet look from stride 8 on, as in their papers, but in images of fewer pixels a side at stride 4 too. At
-# 128, with objects of 20 pixels and more, that took twice the time and found less (benchmarks/results/stamps_search.md).
+# 128, with objects of 20 pixels and more, that took twice the time and found less (docs/detection.md).
 _SMALL = 128
 _LEAST_STRIDE = 2  # torchvision rounds FCOS's points of stride 1 to nothing
 _GROUP = 32  # channels of a group norm in FCOS's heads
