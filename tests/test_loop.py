@@ -146,15 +146,16 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, 
     assert signal.getsignal(number) is before
 
 
-def test_in_python_a_training_that_was_interrupted_does_not_pass_for_a_finished_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_in_python_a_training_that_was_stopped_does_not_pass_for_a_finished_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, error: type[BaseException]
 ) -> None:
-    interrupted = Run(tmp_path), Outcome(5, 0, signal.SIGINT)
-    monkeypatch.setattr("simmim.engines.pretrain", lambda config: interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    stopped = Run(tmp_path), Outcome(5, 0, number)
+    monkeypatch.setattr("simmim.engines.pretrain", lambda config: stopped)
+    with pytest.raises(error):
         simmim.pretrain(data="demo", out=str(tmp_path))
-    monkeypatch.setattr("simmim.torch_engine.finetune.finetune", lambda config: interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr("simmim.torch_engine.finetune.finetune", lambda config: stopped)
+    with pytest.raises(error):
         simmim.finetune("segment", data="demo", out=str(tmp_path))
 
 

@@ -50,7 +50,8 @@ def pretrain(**settings: Any) -> "Run":
     """Pretrain a backbone, or resume the run in `out`; settings are the fields of `PretrainConfig`.
 
     Returns the run. Raises a one-line `ValueError` for a setting that cannot be, images that cannot be read, or an
-    `out` that holds a run with another configuration. A signal that stops it early is raised again once all is saved.
+    `out` that holds a run with another configuration; once all is saved, `KeyboardInterrupt` if Ctrl-C stopped it, and
+    `SystemExit` if another signal did.
     """
     from simmim.config import PretrainConfig, from_settings
     from simmim.engines import pretrain
@@ -62,8 +63,8 @@ def finetune(task: str, **settings: Any) -> "Run":
     """Train an encoder for a task, or resume the run in `out`.
 
     `task` is one of `simmim.task_config.TASK_CONFIGS`, and settings are the fields of its configuration there; `init`
-    is what the command line calls `--from`: a run, "scratch" or "timm:NAME". Returns the run. Raises a one-line
-    `ValueError` as `pretrain` does.
+    is what the command line calls `--from`: a run, "scratch" or "timm:NAME". Returns the run. Raises what
+    `pretrain` does.
     """
     from simmim.config import from_settings
     from simmim.task_config import find_task
@@ -73,9 +74,11 @@ def finetune(task: str, **settings: Any) -> "Run":
 
 
 def _run_of(run: "Run", outcome: "Outcome") -> "Run":
-    """The run; a signal that stopped it goes to the caller's own handler, lest a script take the run for finished."""
+    """The run, unless a signal stopped it: a script is not to take half a training for a finished one."""
+    if outcome.stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
     if outcome.stopped_by is not None:
-        signal.raise_signal(outcome.stopped_by)
+        raise SystemExit(128 + outcome.stopped_by)
     return run
 
 
