@@ -17,7 +17,7 @@ from simmim.data.detection import open_detection
 from simmim.plan import Batch
 from simmim.task_config import DetectConfig
 from simmim.torch_engine.tasks.base import TaskPlan
-from simmim.torch_engine.tasks.detect import DetectTask, load_predictor
+from simmim.torch_engine.tasks.detect import DetectTask, draw_predicted, load_predictor
 from simmim.torch_engine.tasks.detect_step import DetectStep
 
 from . import tiny
@@ -141,6 +141,16 @@ def test_a_mask_that_reaches_beyond_its_image_keeps_its_shape(data: Path) -> Non
     np.testing.assert_allclose(shown.boxes, [[0, 0, 64, 48]])
     assert shown.masks is not None
     assert abs(shown.masks[0].sum() - 32 * 64) <= 64 * 2
+
+
+def test_of_boxes_in_one_place_the_best_is_seen() -> None:
+    best = {"label": "a", "score": 0.9, "box": [40, 60, 90, 80]}
+    worst = {"label": "b", "score": 0.4, "box": [40, 60, 90, 80]}
+
+    def rim(*boxes: dict[str, Any]) -> list[int]:
+        return draw_predicted(np.zeros((256, 256, 3), np.uint8), {"boxes": [*boxes]}, ("a", "b"))[130, 40].tolist()
+
+    assert rim(best, worst) == rim(best) != rim(worst)
 
 
 @pytest.mark.parametrize(("detector", "size", "finest"), [("fcos", 96, 4), ("fcos", 128, 8), ("retinanet", 128, 8)])

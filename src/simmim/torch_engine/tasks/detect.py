@@ -203,8 +203,8 @@ def predicted(found: Found, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def draw_predicted(image: NDArray[Any], prediction: dict[str, Any], classes: Sequence[str]) -> NDArray[np.uint8]:
-    """A picture of an image (H, W, C) with what is found in it of some score."""
-    drawn = [entry for entry in prediction["boxes"] if entry["score"] >= DRAWN_SCORE]
+    """A picture of an image (H, W, C) with what is found in it of some score, the best on top."""
+    drawn = [entry for entry in reversed(prediction["boxes"]) if entry["score"] >= DRAWN_SCORE]
     boxes = np.array([entry["box"] for entry in drawn], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     labels = np.array([classes.index(entry["label"]) for entry in drawn], np.int64)
