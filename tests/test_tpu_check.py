@@ -7,7 +7,7 @@ import pytest
 
 from simmim import tpu_check
 from simmim.tpu_check import TpuCheckConfig, check_machine, complete, describe, largest
-from simmim.tpu_compiler import CompilerReport, sizes
+from simmim.tpu_compiler import CompilerReport, _program, sizes
 
 GIB = 2**30
 
@@ -88,6 +88,18 @@ def test_a_step_that_does_not_fit_is_described_by_what_it_needs() -> None:
     lines = describe(report(512, fits=False)).splitlines()
     assert "HBM          does not fit, 20.00 GiB asked for, 16.00 there on a device" in lines
     assert not any(line.startswith("FLOP") for line in lines)
+
+
+def test_a_program_that_cannot_be_read_leaves_its_collectives_unknown() -> None:
+    errors = pytest.importorskip("jax.errors")
+
+    class Program:
+        def hlo_modules(self) -> None:
+            raise errors.JaxRuntimeError("INTERNAL: async-update instruction should have 1 operands but sees 3")
+
+    assert _program(Program()) is None
+    lines = describe(dataclasses.replace(report(), kernels=None, collectives=None)).splitlines()
+    assert "collectives  not known, and no kernels: jaxlib cannot read the compiled program" in lines
 
 
 def test_json_has_what_follows_from_the_rest() -> None:

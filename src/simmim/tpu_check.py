@@ -165,12 +165,11 @@ def describe(report: CompilerReport) -> str:
             f"FLOP         {_tera(report.flops)} T a device, {_tera(report.flops_a_step)} T in all"
             + (f"; {report.kernels} calls of kernels are not counted" if report.kernels else ""),
         ]
-        exchanged = ", ".join(f"{count} {name}" for name, count in report.collectives.items() if count)
-        lines.append(f"collectives  {exchanged or 'none'}")
-    else:
-        lines.append(
-            f"HBM          does not fit: {_gib(report.needed)} GiB needed of {_gib(report.available)} a device"
-        )
+        if report.collectives is None:
+            lines.append("collectives  not known, and no kernels: jaxlib cannot read the compiled program")
+        else:
+            exchanged = ", ".join(f"{count} {name}" for name, count in report.collectives.items() if count)
+            lines.append(f"collectives  {exchanged or 'none'}")
     if report.too_large:
         lines.append(f"largest      {report.batch_a_device} images a device; {report.too_large} do not fit")
     lines += [f"not in it    {note}" for note in report.notes]

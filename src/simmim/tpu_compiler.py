@@ -75,9 +75,10 @@ class CompilerReport(StepFacts):
     """Bytes: arguments, outputs, aliased (outputs in the place of arguments), temporaries, code, and total of them."""
     flops: float | None = None
     """FLOP of a step, but for those inside kernels."""
-    kernels: int = 0
-    """Calls of kernels that the compiler does not look into."""
-    collectives: dict[str, int] = dataclasses.field(default_factory=dict)
+    kernels: int | None = None
+    """Calls of kernels that the compiler does not look into; `None` where the compiled program cannot be read."""
+    collectives: dict[str, int] | None = None
+    """By name; `None` as for the kernels."""
     too_large: int | None = None
     """The smallest batch a device that a search found not to fit."""
     seconds: float
@@ -111,16 +112,31 @@ def report_of(compile: Callable[[], Any], facts: StepFacts) -> CompilerReport:
         return CompilerReport(**about, fits=False, needed=sizes(str(error))[0], seconds=seconds)
     seconds = time.perf_counter() - begun
     costs = executable.cost_analysis()
-    text = executable.hlo_modules()[0].to_string()
+    text = _program(executable)
     return CompilerReport(
         **about,
         fits=True,
         hbm=_memory(executable.get_compiled_memory_stats()),
         flops=(costs[0] if isinstance(costs, list) else costs).get("flops"),
-        kernels=text.count('custom_call_target="tpu_custom_call"'),
-        collectives={name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES},
+        kernels=None if text is None else text.count('custom_call_target="tpu_custom_call"'),
+        collectives=None if text is None else count_collectives(text),
         seconds=seconds,
     )
+
+
+def count_collectives(text: str) -> dict[str, int]:
+    """Exchanges between devices in a compiled program's text, by name."""
+    return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
+
+
+def _program(executable: Any) -> str | None:
+    """What was compiled, as text. `None` where libtpu has an operation that jaxlib does not know (ViT-B for a v6e)."""
+    from jax.errors import JaxRuntimeError
+
+    try:
+        return executable.hlo_modules()[0].to_string()
+    except JaxRuntimeError:
+        return None
 
 
 def _memory(stats: Any) -> dict[str, int]:
