@@ -138,9 +138,9 @@ def _compile_here() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     try:
         if config.engine == "keras":
-            raise ValueError("engine 'keras' cannot be compiled for a TPU yet; use --engine torch")
-        from simmim.torch_engine.lower import compile_step
-
+            from simmim.keras_engine import compile_step
+        else:
+            from simmim.torch_engine.lower import compile_step
         answer = dataclasses.asdict(compile_step(config, config.topology))
     except ValueError as error:
         answer = {"error": str(error)}

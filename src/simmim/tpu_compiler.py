@@ -33,7 +33,7 @@ TOPOLOGIES = ("v4:2x2x1", "v5e:1x1", "v5e:2x4", "v5p:2x2x1", "v6e:1x1", "v6e:2x4
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # XLA's effort levels by number. O1 compiles in a third of the time; what it does less well is speed.
 EFFORTS = {"O0": 9, "O1": 19, "O2": 29, "O3": 39}
-_PACKAGES = ("libtpu", "jaxlib", "torch", "torch_tpu", "keras", "tensorflow")
+_PACKAGES = ("libtpu", "jaxlib", "torch", "torch_tpu", "keras", "tensorflow_cpu")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -1,62 +1,59 @@
-"""Compiles the training step for TPUs that are not here: `python compile_tpu.py TOPOLOGY MODEL BATCH [shard]`.
+"""Compiles training steps for TPUs that are not here: `python compile_tpu.py BACKEND CASE…` prints reports as JSON."""
 
-Prints what the compiler says, as JSON: bytes a chip of arguments and in all, FLOPs a chip, collectives.
-"""
-
+import dataclasses
 import json
+import os
 import re
 import sys
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import topologies
+from simmim.tpu_compiler import ENVIRONMENT, topology_devices
+
+os.environ.update(ENVIRONMENT)
 
 from simmim.config import PretrainConfig
-from simmim.keras_engine import use_backend
+from simmim.keras_engine import compile_step, use_backend
 
-use_backend("jax")
+VIT = {"model": "vit_tiny_patch16_224", "model_args": {"depth": 1, "embed_dim": 96}}
+SWIN = {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "vit": VIT,
+    "vit, sharded": VIT | {"shard": True},
+    "vit in pieces, with drop path": VIT | {"accumulate_steps": 2, "drop_path": 0.1},
+    "vit, too large": VIT | {"batch_size": 2**23},
+    "vit, batch that does not divide": VIT | {"batch_size": 30},
+    "vit in fp32": VIT | {"precision": "fp32"},
+    "swin": {"model": "swin_tiny_patch4_window7_224", "model_args": SWIN},
+    "resnet": {"model": "resnet18", "model_args": {"layers": [1, 1, 1, 1], "channels": [16, 32, 48, 64]}},
+}
 
-from simmim.keras_engine.jax_machine import JaxMachine, JaxStepper  # noqa: E402
-from simmim.keras_engine.model import build_model  # noqa: E402
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
-
-
-def main(topology: str, model: str, batch: int, *, shard: bool) -> dict[str, Any]:
+def report_of(backend: str, case: str) -> dict[str, Any]:
+    settings = {"batch_size": 32, "image_size": (64, 64), "precision": "bf16"} | CASES[case]
     config = PretrainConfig(
-        data="none",
-        out="none",
-        model=model,
-        image_size=(224, 224),
-        mean=(0.5, 0.5, 0.5),
-        std=(0.25, 0.25, 0.25),
-        batch_size=batch,
-        precision="bf16",
-        shard=shard,
+        backend="jax" if backend == "jax" else "tensorflow", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), **settings
     )
-    machine = JaxMachine(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    with machine.building():
-        built = build_model(config)
-    cells = 224 // built.encoder.patch_size
-    shapes = {
-        "image": jax.ShapeDtypeStruct((batch, 224, 224, 3), np.uint8),
-        "flip": jax.ShapeDtypeStruct((batch,), np.bool_),
-        "mask": jax.ShapeDtypeStruct((batch, cells, cells), np.bool_),
-    }
-    compiled = JaxStepper(built, config, machine).lower(shapes).compile()
-    memory = compiled.memory_analysis()
-    text = compiled.as_text()
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
-        "device": machine.device,
-        "devices": machine.devices,
-        "arguments": memory.argument_size_in_bytes,
-        "hbm": used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        "flops": compiled.cost_analysis()["flops"],
-        "collectives": {name: len(re.findall(rf" {name}(-start)?\(", text)) for name in COLLECTIVES},
-    }
+    if config.precision == "fp32":
+        return {"products": sorted(products(config))}
+    try:
+        return dataclasses.asdict(compile_step(config, "v5e:2x4"))
+    except ValueError as error:
+        return {"error": str(error)}
+
+
+def products(config: PretrainConfig) -> set[str]:
+    """With which precision matrices are multiplied, in the step as it goes to the compiler."""
+    assert config.backend is not None
+    use_backend(config.backend)
+    from simmim.keras_engine import lower
+
+    if config.backend == "jax":
+        text = lower.lower_jax(config, topology_devices("v5e:2x4")).as_text()
+    else:
+        text = lower.lower_tensorflow(config, 4)
+    lines = [line for line in text.splitlines() if re.search(r"stablehlo\.(dot|dot_general|convolution)\b", line)]
+    return {word for line in lines for word in re.findall(r"DEFAULT|HIGHEST", line) or ["DEFAULT"]}
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), shard="shard" in sys.argv)))
+    print(json.dumps({case: report_of(sys.argv[1], case) for case in sys.argv[2:]}))

@@ -25,7 +25,9 @@ ENVIRONMENT = {
 
 def have(*libraries: str) -> pytest.MarkDecorator:
     missing = [library for library in libraries if importlib.util.find_spec(library) is None]
-    return pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed: pip install 'simmim[keras]'")
+    extras = "keras,tpu" if "libtpu" in missing else "keras"
+    reason = f"{', '.join(missing)} not installed: pip install 'simmim[{extras}]'"
+    return pytest.mark.skipif(bool(missing), reason=reason)
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -23,8 +23,11 @@ from simmim.torch_engine.update import Update
 STEPS, BATCH = 20, 4
 BEIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SHARED = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "init_values": 0.1}
-# What batch norms see of so small a net is nearly constant, the more so the more is hidden, and that enlarges rounding:
-# TensorFlow's gradients differ by 1.3e-4 of the largest if compiled by XLA for a CPU, JAX's by 1e-5.
+# What batch norms see of so small a net is nearly constant, the more so the more is hidden, and that enlarges rounding.
+# TensorFlow's step compiled by XLA for a CPU rounds more than JAX's: running statistics differ by 1.3e-5 (JAX: 2e-7),
+# and gradients by 1.3e-4 at most, of a bias whose largest gradient is 6e-6. XLA's optimisation level, fast-math, excess
+# precision and algebraic simplifier, and PyTorch's own formula for the variance's gradient, make no difference (1.3 to
+# 1.4e-4), so it is compared as TensorFlow runs it uncompiled.
 RESNET = {
     "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32]},
     "mask_ratio": 0.5,

@@ -1,6 +1,7 @@
 """`simmim pretrain --engine keras` as a user runs it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,16 @@ def test_an_option_that_it_does_not_honour_is_refused_in_one_line(
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slice_name", ["local", "nowhere"])
+@have("keras", "tensorflow")
+def test_a_tpu_that_tensorflow_does_not_find_is_refused_in_one_line(tmp_path: Path, slice_name: str) -> None:
+    """`nowhere` is looked up in Google's metadata, of which there is none here."""
+    options = ["--backend", "tensorflow", "--device", "tpu"]
+    done = run_python(*COMMAND, "--out", str(tmp_path / "run"), *options, TPU_NAME=slice_name)
+    assert done.returncode == 2
+    assert re.match(
+        r"simmim: device 'tpu' is not here: TensorFlow says .+; use tensorflow-tpu on", done.stderr.splitlines()[-1]
+    )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from simmim.config import PretrainConfig
     from simmim.loop import Outcome
     from simmim.run import Run
+    from simmim.tpu_compiler import CompilerReport
 
 
 def use_backend(backend: str) -> None:
@@ -33,3 +34,11 @@ def pretrain(config: "PretrainConfig") -> "tuple[Run, Outcome]":
     from simmim.keras_engine.pretrain import pretrain
 
     return pretrain(config)
+
+
+def compile_step(config: "PretrainConfig", topology: str) -> "CompilerReport":
+    """The training step, compiled for a TPU; see `simmim.keras_engine.lower`."""
+    use_backend(config.backend or "jax")
+    from simmim.keras_engine.lower import compile_step
+
+    return compile_step(config, topology)

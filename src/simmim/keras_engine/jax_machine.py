@@ -108,7 +108,7 @@ class JaxStepper:
         self._state, figures = self._train(self._state, placed, np.float32(lr))
         return figures
 
-    def lower(self, batch: dict[str, jax.ShapeDtypeStruct]) -> Any:
+    def lower(self, batch: Batch) -> Any:
         """The step, traced for a whole batch of these shapes: `.compile()` compiles it for the machine's devices."""
 
         def typed(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config import PretrainConfig, validated
-from simmim.keras_engine.architectures import find_architecture
 from simmim.keras_engine.machine import Machine, Stepper, open_machine
-from simmim.keras_engine.model import MaskedImageModel, build_model
+from simmim.keras_engine.model import MaskedImageModel, architecture_of, build_model
 from simmim.keras_engine.optim import State
 from simmim.keras_engine.storage import initialize, save_encoder
 from simmim.keras_engine.trainer import KerasTrainer
@@ -26,11 +25,11 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     """Pretrain, or resume; see `simmim.keras_engine.pretrain`, which chooses Keras's backend first."""
     config = validated(config)
     backend = keras.config.backend()
-    architecture = find_architecture(config.model).with_arguments(config.model_args)
+    architecture = architecture_of(config)
     check_options(config, backend, architecture.family)
     images = open_images(config)
     machine = open_machine(backend, config)
-    check_batch(config, machine)
+    check_batch(config, machine.devices)
     plan = Plan.complete(
         config,
         images,
@@ -73,11 +72,11 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
             raise ValueError(f"{option} is not for --engine keras --backend {backend}; {remedy}")
 
 
-def check_batch(config: PretrainConfig, machine: Machine) -> None:
-    parts = machine.devices * config.accumulate_steps
+def check_batch(config: PretrainConfig, devices: int) -> None:
+    parts = devices * config.accumulate_steps
     if config.batch_size % parts:
         raise ValueError(
-            f"batch size {config.batch_size} does not divide among {machine.devices} devices × "
+            f"batch size {config.batch_size} does not divide among {devices} devices × "
             f"{config.accumulate_steps} accumulation steps; use a multiple of {parts}"
         )
 

@@ -5,7 +5,7 @@ then takes the same update. TPUStrategy follows tensorflow-tpu's documentation a
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
@@ -59,6 +59,11 @@ class TensorFlowMachine:
             ) from None
         return cls(tf.distribute.TPUStrategy(resolver), "tpu", "TPU")
 
+    @classmethod
+    def absent_tpu(cls) -> "TensorFlowMachine":
+        """One device of a TPU that is not here: models are built on the CPU, and steppers only `lower`."""
+        return cls(tf.distribute.OneDeviceStrategy("CPU:0"), "tpu", "TPU")
+
     def building(self) -> AbstractContextManager[Any]:
         return self.strategy.scope()
 
@@ -77,12 +82,19 @@ def _strategy(devices: Sequence[Any]) -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(names) if len(names) > 1 else tf.distribute.OneDeviceStrategy(names[0])
 
 
+def _traced(function: Callable[..., Any], *, jit_compile: bool | None = None) -> Any:
+    """A graph of the function as it is: it has no branches or loops over tensors for AutoGraph to rewrite."""
+    return tf.function(function, autograph=False, jit_compile=jit_compile)
+
+
 class TensorFlowStepper:
     """A `simmim.keras_engine.machine.Stepper` whose state is variables of the strategy, the model's own among them."""
 
     def __init__(self, model: MaskedImageModel, config: PretrainConfig, machine: TensorFlowMachine):
         self._model, self._config, self._strategy = model, config, machine.strategy
         self._rule = rule_of(config, model)
+        # Else GPUs and TPUs round the factors of products: TensorFlow asks the same of both by this one switch.
+        tf.config.experimental.enable_tensor_float_32_execution(config.precision != "fp32")
         # A TPU compiles whatever runs on it, and takes no further request to.
         self._compile = bool(config.compile) and machine.device != "tpu"
         first = first_state(model)
@@ -99,6 +111,16 @@ class TensorFlowStepper:
     def step(self, batch: Batch, lr: float) -> Any:
         figures = self._train(self._split(batch), tf.constant(lr, tf.float32))
         return self._strategy.experimental_local_results(figures)[0]
+
+    def lower(self, batch: Batch) -> str:
+        """The step of one replica, for its part of a batch of these shapes, in StableHLO."""
+
+        def step(lr: Any, *arrays: Any) -> Any:
+            return self._strategy.run(self._replica, args=(dict(zip(batch, arrays, strict=True)), lr))
+
+        shapes = [tf.TensorSpec(array.shape, array.dtype) for array in batch.values()]
+        lowered = _traced(step, jit_compile=True).experimental_get_compiler_ir(tf.TensorSpec(()), *shapes)
+        return lowered(stage="stablehlo")
 
     def fetch(self, figures: Sequence[Any]) -> list[list[float]]:
         return [row.numpy().tolist() for row in figures]
@@ -127,7 +149,7 @@ class TensorFlowStepper:
 
     @cached_property
     def _train(self) -> Any:
-        return tf.function(lambda batch, lr: self._strategy.run(self._replica, args=(batch, lr)))
+        return _traced(lambda batch, lr: self._strategy.run(self._replica, args=(batch, lr)))
 
     def _replica(self, batch: dict[str, Any], lr: Any) -> Any:
         """One replica's part in a step; returns the figures, which are equal on all."""
@@ -159,12 +181,12 @@ class TensorFlowStepper:
             pieces = self._config.accumulate_steps
             return in_pieces(pieces, batch, state.statistics, lambda part, after: judge(state, part, after))
 
-        return tf.function(find, jit_compile=self._compile)
+        return _traced(find, jit_compile=self._compile)
 
     @cached_property
     def _advance(self) -> Any:
-        return tf.function(lambda *args: advance(self._rule, *args), jit_compile=self._compile)
+        return _traced(lambda *args: advance(self._rule, *args), jit_compile=self._compile)
 
     @cached_property
     def _judge(self) -> Any:
-        return tf.function(lambda batch: self._model(batch, training=False), jit_compile=self._compile)
+        return _traced(lambda batch: self._model(batch, training=False), jit_compile=self._compile)
