@@ -1,9 +1,10 @@
-"""What each saving of the step gains: predicted from the FLOP left out, and measured.
+"""What each saving of the step gains, and what other methods do: predicted from the FLOP left out, and measured.
 
-    python benchmarks/savings.py [--rounds 5] [--cases vit swin] [--tiny]
+    python benchmarks/savings.py [--rounds 5] [--cases vit swin methods] [--tiny]
 
 One thread and its processor time, rounds that alternate over all variants, and the fastest of each: what other work on
-the machine disturbs least. A gain is the plain step's time over the time with one saving, less 1; so for FLOP.
+the machine disturbs least. A gain is the first variant's time (the plain step's, or SimMIM's as it is by default) over
+that of another, less 1; so for FLOP. The case `methods` are steps that learn something else.
 """
 
 import argparse
@@ -39,6 +40,14 @@ VARIANTS = {
     "products": dataclasses.replace(PLAIN, products=True),
     "all": Savings(),
 }
+DECODER = {"encode": "visible", "head": "transformer"}
+METHODS: dict[str, dict[str, Any]] = {
+    "simmim": {},
+    "visible, decoder 2 x 256": DECODER,
+    "visible, decoder 8 x 512": DECODER | {"decoder_depth": 8, "decoder_width": 512},
+    "visible, 8 x 512, ratio 0.75": DECODER | {"decoder_depth": 8, "decoder_width": 512, "mask_ratio": 0.75},
+    "128 pixels": {"image_size": (128, 128)},
+}
 
 
 def settings(case: str, batch: int, *, tiny: bool) -> PretrainConfig:
@@ -55,10 +64,18 @@ def settings(case: str, batch: int, *, tiny: bool) -> PretrainConfig:
     )
 
 
-def measure(config: PretrainConfig, rounds: int) -> dict[str, dict[str, float]]:
+def variants(case: str, batch: int, *, tiny: bool) -> dict[str, tuple[PretrainConfig, Savings]]:
+    if case != "methods":
+        config = settings(case, batch, tiny=tiny)
+        return {name: (config, savings) for name, savings in VARIANTS.items()}
+    config = settings("vit", batch, tiny=tiny)
+    return {name: (dataclasses.replace(config, **changes), Savings()) for name, changes in METHODS.items()}
+
+
+def measure(steps: dict[str, tuple[PretrainConfig, Savings]], rounds: int) -> dict[str, dict[str, float]]:
     world = World(device=torch.device("cpu"))
     updates, batches, figures = {}, {}, {}
-    for name, savings in VARIANTS.items():
+    for name, (config, savings) in steps.items():
         torch.manual_seed(0)
         step = build_step(config, savings)
         updates[name] = update_of(step, config, world)
@@ -75,7 +92,7 @@ def measure(config: PretrainConfig, rounds: int) -> dict[str, dict[str, float]]:
             if turn:  # the first warms up
                 figures[name]["seconds"] = min(figures[name]["seconds"], time.process_time() - begun)
             figures[name].setdefault("first_loss", loss)
-    plain = dict(figures["plain"])
+    plain = dict(next(iter(figures.values())))
     for name, row in figures.items():
         row["predicted_gain"] = plain["flops"] / row["flops"] - 1
         row["measured_gain"] = plain["seconds"] / row["seconds"] - 1
@@ -91,17 +108,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, "methods"], default=[*CASES, "methods"])
+    parser.add_argument("--name", default="savings", help="of the file in benchmarks/results (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="very small models, to see that this runs")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    name = "savings_tiny" if arguments.tiny else arguments.name
     figures: dict[str, Any] = {}
     for case in arguments.cases:
-        config = settings(case, arguments.batch_size, tiny=arguments.tiny)
+        steps = variants(case, arguments.batch_size, tiny=arguments.tiny)
+        config = next(iter(steps.values()))[0]
         print(f"{config.model} at {config.image_size[0]}, batch {config.batch_size}, {config.precision}")  # type: ignore[index]
         figures[case] = {"model": config.model, "precision": config.precision, "batch_size": config.batch_size}
-        figures[case]["variants"] = measure(config, arguments.rounds)
-    save("savings", {**machine(), "cases": figures})
+        figures[case]["variants"] = measure(steps, arguments.rounds)
+        save(name, {**machine(), "cases": figures}, quiet=True)
+    save(name, {**machine(), "cases": figures})
 
 
 if __name__ == "__main__":

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import timm
+from PIL import Image
 
 from simmim.cli import main
 from simmim.config import PretrainConfig
-from simmim.torch_engine.bench import describe
+from simmim.data.sources import open_source
+from simmim.torch_engine.bench import BenchConfig, describe, plan_of
 from simmim.torch_engine.cost import count_flops
 
 TINY = "bench --model resnet10t --image-size 64 --batch-size 2 --seconds 0.05 --device cpu --json"
@@ -87,6 +89,13 @@ def test_a_person_is_told_each_figure_the_limit_and_what_to_try(printed):
         "machine", "step", "memory", "input", "both", "limit", "try", "profile",
     ]  # fmt: skip
     assert f"try      {figures['limit']['suggestion']}" in describe(figures).splitlines()
+
+
+def test_fewer_images_than_a_batch_has_are_read_again(tmp_path):
+    for number in range(3):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+    config = BenchConfig(model="resnet10t", image_size=(64, 64), batch_size=8)
+    assert plan_of(config, open_source(str(tmp_path)), "cpu").steps_per_epoch == 1
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path, capsys):

@@ -142,8 +142,14 @@ class PretrainConfig(TrainingConfig):
     """Colours that target clusters tells apart."""
     cluster_centres: Suppress[tuple[tuple[float, ...], ...] | None] = None
     """Those colours, normalised (default: found by k-means over the images)."""
+    encode: Literal["all", "visible"] = "all"
+    """Patches that the encoder sees: all, hidden ones as mask tokens, or visible only (MAE: faster, another method)."""
     head: Literal["linear", "mlp", "transformer"] = "linear"
     """The prediction head."""
+    decoder_depth: Positive = 2
+    """Blocks of head transformer (MAE: 8)."""
+    decoder_width: Positive = 256
+    """Features of head transformer (MAE: 512)."""
     plain_step: bool = False
     """Compute also what the loss does not need, as the official code does: slower, equal but for rounding."""
     engine: Literal["torch", "keras"] = "torch"
@@ -166,6 +172,9 @@ class PretrainConfig(TrainingConfig):
         cell = self.mask_cell or max(round(MaskStrategy.cell / patch), 1) * patch
         return MASKS[self.mask](ratio=self.mask_ratio, cell=cell)
 
+
+HEAD_FEATURES = 32
+"""Features of each attention head in head transformer, as in MAE's decoder."""
 
 # What may differ when a run is resumed: where and how it runs and is watched, never what is learned.
 OPERATIONAL = {
@@ -206,8 +215,29 @@ def validated(config: Config) -> Config:
             if (value := getattr(config, name)) not in table:
                 raise ValueError(f"{name} {value!r} is not known; choose from {', '.join(table)}")
         check_pair(config.target, config.loss)
+        _check_head(config)
         config.mask_strategy()  # its own rules
     return config
+
+
+def _check_head(config: PretrainConfig) -> None:
+    if config.decoder_width % HEAD_FEATURES:
+        near = max(config.decoder_width // HEAD_FEATURES, 1) * HEAD_FEATURES
+        raise ValueError(
+            f"decoder width {config.decoder_width} is not a multiple of {HEAD_FEATURES}; "
+            f"use {near} or {near + HEAD_FEATURES}"
+        )
+    if config.head == "transformer":
+        return
+    if config.encode == "visible":
+        raise ValueError(
+            f"--encode visible leaves hidden cells to the head, and head {config.head} sees one cell at a time; "
+            "add --head transformer"
+        )
+    for name in ("decoder_depth", "decoder_width"):
+        if (value := getattr(config, name)) != getattr(PretrainConfig, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} {value} is for head transformer; add --head transformer, or leave it out")
 
 
 def _check_colours(config: TrainingConfig) -> None:

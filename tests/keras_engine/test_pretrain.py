@@ -120,6 +120,8 @@ def test_it_starts_from_a_run_of_the_torch_engine(tmp_path: Path) -> None:
     [
         (["--precision", "fp16"], "--precision fp16 is not for --engine keras --backend jax; use bf16"),
         (["--no-compile"], "--no-compile is not for --engine keras --backend jax; leave it out"),
+        (["--encode", "visible", "--head", "transformer"], "--encode visible is not for --engine keras"),
+        (["--head", "transformer", "--decoder-depth", "8"], "--decoder-depth is not for --engine keras"),
     ],
 )
 @have("keras", "jax")

@@ -72,6 +72,19 @@ def test_a_step_that_is_not_finite_changes_nothing(precision: str) -> None:
     tiny.assert_same(tiny.state(update), before)
 
 
+@pytest.mark.parametrize("kind", ["vit", "swin", "resnet18"])
+def test_memory_does_not_grow(kind: str) -> None:
+    settings = tiny.config(kind, precision="bf16", accumulate_steps=2)
+    update, batch = tiny.update(settings, world=GPU), tiny.batch(settings)
+    in_use = []
+    for step in range(200):
+        update(step, batch)
+        if step in (9, 199):
+            torch.cuda.synchronize()
+            in_use.append(torch.cuda.memory_allocated())
+    assert in_use[1] < 1.02 * in_use[0]
+
+
 def test_a_process_alone_trains_on_the_first_gpu() -> None:
     with distributed.join("cuda") as world:
         assert world.device == torch.device("cuda", 0)
@@ -83,3 +96,16 @@ def test_a_whole_training_resumes(tmp_path: Path) -> None:
     pretrain(on_gpu)
     _, outcome = pretrain(on_gpu)
     assert outcome.start == 4
+
+
+def test_a_training_that_was_broken_off_goes_on_with_the_losses_of_a_whole_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(worker.settings(tmp_path / "whole"), device="cuda", steps=8, log_every_steps=1)
+    broken = dataclasses.replace(settings, out=str(tmp_path / "broken"))
+    pretrain(settings)
+    worker.break_off(broken, 5, monkeypatch)
+    _, outcome = pretrain(broken)
+    assert outcome.start == 3
+    whole, parts = ([row["loss"] for row in worker.rows(config)] for config in (settings, broken))
+    np.testing.assert_allclose(parts, whole, rtol=1e-3)

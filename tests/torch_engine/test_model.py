@@ -14,7 +14,7 @@ from torch.nn.functional import pixel_shuffle
 import simmim
 from simmim.config import PretrainConfig
 from simmim.targets import TARGETS
-from simmim.torch_engine.heads import HEADS, sine_positions
+from simmim.torch_engine.heads import sine_positions
 from simmim.torch_engine.model import build_model, check_sizes
 from simmim.torch_engine.pretrain import judge_and_draw
 from simmim.torch_engine.storage import build_step
@@ -30,7 +30,7 @@ def settings(target: str, loss: str, **others: Any) -> PretrainConfig:
     return tiny.config(target=target, loss=loss, cluster_centres=centres, **others)
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ["linear", "mlp", "transformer"])
 @pytest.mark.parametrize(("target", "loss"), PAIRS)
 def test_every_head_learns_every_target_by_every_loss(head: str, target: str, loss: str) -> None:
     config = settings(target, loss, head=head)

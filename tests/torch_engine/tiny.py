@@ -11,7 +11,8 @@ from simmim.config import PretrainConfig
 from simmim.masking import RandomMask, upsample_mask
 from simmim.schedules import MultiStepSchedule
 from simmim.torch_engine.distributed import World
-from simmim.torch_engine.encoders import Encoder, create_encoder
+from simmim.torch_engine.encoders import create_encoder
+from simmim.torch_engine.masked import Encoder
 from simmim.torch_engine.model import build_model
 from simmim.torch_engine.optim import create_optimizer
 from simmim.torch_engine.storage import build_step

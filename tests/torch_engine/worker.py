@@ -17,11 +17,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from simmim.config import PretrainConfig, to_toml
+from simmim.loop import Loop
 from simmim.run import Run
+from simmim.torch_engine.pretrain import pretrain as run_pretraining
 from simmim.torch_engine.storage import load_model
 
 from . import tiny
@@ -91,6 +94,21 @@ def run(config: PretrainConfig, log: Path, *, kill_at_call: int | None = None) -
     process.join(timeout=120)
     assert process.exitcode is not None, log.read_text()
     return process.exitcode
+
+
+def break_off(config: PretrainConfig, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pretrain in this process until step `at` is logged, which ends it uncleanly."""
+    log = Loop._log
+
+    def log_or_end(self: Loop, done: int, *rest: Any) -> None:
+        if done == at:
+            raise KeyboardInterrupt
+        log(self, done, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_log", log_or_end)
+        with pytest.raises(KeyboardInterrupt):
+            run_pretraining(config)
 
 
 def run_together(function: Callable[..., None], *arguments: Any, log: Path, processes: int = 2) -> None:

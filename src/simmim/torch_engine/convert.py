@@ -19,7 +19,8 @@ from simmim.masking import MaskStrategy
 from simmim.run import Run, open_run
 from simmim.torch_engine.checkpoint import save_checkpoint
 from simmim.torch_engine.distributed import World
-from simmim.torch_engine.encoders import Encoder, SwinEncoder, default_image_size, find_family, sketch_encoder
+from simmim.torch_engine.encoders import default_image_size, find_family, sketch_encoder
+from simmim.torch_engine.masked import Encoder, SwinEncoder
 from simmim.torch_engine.storage import adopt, as_tensors, build_step, save_hub
 from simmim.weights import BACKBONE, MASK_TOKEN
 

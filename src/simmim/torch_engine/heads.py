@@ -12,6 +12,8 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from simmim.config import HEAD_FEATURES, PretrainConfig
+
 
 class LinearHead(nn.Linear):
     """One linear layer (SimMIM §3.3): (B, h, w, D) → (B, h, w, P)."""
@@ -28,12 +30,15 @@ class MLPHead(nn.Sequential):
 
 
 class TransformerHead(nn.Module):
-    """A light transformer decoder over all cells, as in MAE (arXiv 2111.06377): (B, h, w, D) → (B, h, w, P)."""
+    """A light transformer decoder over all cells, as in MAE (arXiv 2111.06377): (B, h, w, D) → (B, h, w, P).
 
-    def __init__(self, features: int, outputs: int, width: int = 256, depth: int = 2, heads: int = 8):
+    `depth` blocks of `width` features, a multiple of `HEAD_FEATURES`.
+    """
+
+    def __init__(self, features: int, outputs: int, *, width: int, depth: int):
         super().__init__()
         self.embed = nn.Linear(features, width)
-        self.blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, width // HEAD_FEATURES, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.predict = nn.Linear(width, outputs)
 
@@ -58,6 +63,12 @@ def sine_positions(h: int, w: int, width: int, device: torch.device) -> Tensor:
     return torch.cat((rows, columns), dim=-1)
 
 
-HEADS = {"linear": LinearHead, "mlp": MLPHead, "transformer": TransformerHead}
+def create_head(config: PretrainConfig, features: int, outputs: int) -> nn.Module:
+    """The head of a configuration, with random weights: (B, h, w, `features`) → (B, h, w, `outputs`)."""
+    if config.head == "transformer":
+        return TransformerHead(features, outputs, width=config.decoder_width, depth=config.decoder_depth)
+    return {"linear": LinearHead, "mlp": MLPHead}[config.head](features, outputs)
+
+
 # Those that predict a cell from its own features only, for which a list of cells (B, n, D) will do.
 CELL_BY_CELL = (LinearHead, MLPHead)

@@ -11,8 +11,9 @@ from simmim.config import PretrainConfig
 from simmim.losses import LOSSES, Loss
 from simmim.plan import build_target, check_sizes
 from simmim.targets import Target, unpatchify
-from simmim.torch_engine.encoders import Encoder, create_encoder
-from simmim.torch_engine.heads import CELL_BY_CELL, HEADS
+from simmim.torch_engine.encoders import create_encoder
+from simmim.torch_engine.heads import CELL_BY_CELL, create_head
+from simmim.torch_engine.masked import Encoder, VisibleEncoder
 from simmim.torch_engine.savings import Chosen, Counts, Savings, choose
 
 
@@ -96,7 +97,8 @@ class PretrainStep(PixelStep):
         super().__init__(mean, std)
         self.model = model
         model.encoder.save_work(visible_patches=savings.visible_patches, last_block=savings.last_block)
-        self._visible = counts.visible_patches if savings.visible_patches else None
+        needed = savings.visible_patches or isinstance(model.encoder, VisibleEncoder)
+        self._visible = counts.visible_patches if needed else None
         # A head that mixes cells needs them all.
         self._hidden = counts.hidden_cells if savings.hidden_cells and isinstance(model.head, CELL_BY_CELL) else None
 
@@ -123,8 +125,9 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
         channels=config.channels,
         drop_path=config.drop_path,
         model_args=config.model_args,
+        encode=config.encode,
     )
     check_sizes(config, encoder)
     target = build_target(config)
-    head = HEADS[config.head](encoder.num_features, target.channels(config.channels, encoder.stride))
+    head = create_head(config, encoder.num_features, target.channels(config.channels, encoder.stride))
     return MaskedImageModel(encoder, head, target, LOSSES[config.loss]())

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmim.torch_engine.encoders import Encoder
+from simmim.torch_engine.masked import Encoder
 
 
 def has_weight_decay(model: nn.Module, name: str, parameter: Tensor) -> bool:

@@ -15,7 +15,7 @@ from simmim.data.pipeline import Reading
 from simmim.plan import Batch, TrainingPlan
 from simmim.run import write_json
 from simmim.task_config import FinetuneConfig
-from simmim.torch_engine.encoders import DropPathDraws
+from simmim.torch_engine.drop_path import DropPathDraws
 from simmim.torch_engine.model import PixelStep
 from simmim.torch_engine.storage import save_weights
 

@@ -26,7 +26,7 @@ from simmim.panels import captioned, to_rgb
 from simmim.plan import Batch, drop_path_numbers
 from simmim.run import write_json, written_whole
 from simmim.task_config import ClassifyConfig
-from simmim.torch_engine.encoders import route_drop_path
+from simmim.torch_engine.drop_path import route_drop_path
 from simmim.torch_engine.model import PixelStep
 from simmim.torch_engine.storage import save_hub
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels

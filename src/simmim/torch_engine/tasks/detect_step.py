@@ -19,7 +19,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from simmim.config import from_settings
 from simmim.data.detection import boxes_in_image
 from simmim.task_config import DetectConfig
-from simmim.torch_engine.encoders import route_drop_path
+from simmim.torch_engine.drop_path import route_drop_path
 from simmim.torch_engine.tasks.base import TaskStep, save_model
 from simmim.torch_engine.tasks.detectors import SampleKeys, create_detector, first_label
 from simmim.torch_engine.tasks.pyramid import create_pyramid

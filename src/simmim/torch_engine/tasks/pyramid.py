@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from simmim.plan import check_stride
 from simmim.task_config import FinetuneConfig
-from simmim.torch_engine.encoders import TokenEncoder, find_family
+from simmim.torch_engine.encoders import find_family
+from simmim.torch_engine.masked import TokenEncoder
 from simmim.torch_engine.tasks.backbones import create_backbone
 
 

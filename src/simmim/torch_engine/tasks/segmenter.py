@@ -21,7 +21,7 @@ from simmim.data.augment import crop_resize
 from simmim.data.segmentation import IGNORE, Mask, Windows
 from simmim.panels import lay_classes, to_rgb
 from simmim.task_config import SegmentConfig
-from simmim.torch_engine.encoders import route_drop_path
+from simmim.torch_engine.drop_path import route_drop_path
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.pyramid import Pyramid, create_pyramid
 from simmim.torch_engine.update import DTYPES
