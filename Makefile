@@ -49,6 +49,10 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/masks.py
 	$(BIN)/python benchmarks/input_vs_peers.py
 	$(BIN)/python benchmarks/step_vs_peers.py
+	$(BIN)/python benchmarks/savings.py
+	$(BIN)/python benchmarks/end_to_end.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/chart.py
 
 # On a machine with an NVIDIA GPU whose python3 has torch, timm and transformers; needs no network.
 bench-gpu:

@@ -222,3 +222,9 @@ def test_an_unknown_model_is_refused_with_names_that_are_close() -> None:
 def test_arguments_that_the_model_does_not_take_are_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^model 'resnet18' cannot be built with .*: [^\n]+$"):
         create_encoder("resnet18", image_size=(64, 64), model_args={"depth": 4})
+
+
+@pytest.mark.parametrize("kind", ["resnet18", "regnet"])
+def test_convolutions_work_with_channels_last(kind: str) -> None:
+    settings = tiny.config(kind)
+    assert tiny.convolutions_not_channels_last(tiny.update(settings), tiny.batch(settings)) == []

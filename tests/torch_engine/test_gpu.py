@@ -85,6 +85,13 @@ def test_memory_does_not_grow(kind: str) -> None:
     assert in_use[1] < 1.02 * in_use[0]
 
 
+@pytest.mark.parametrize("kind", ["resnet18", "regnet"])
+def test_convolutions_work_with_channels_last(kind: str) -> None:
+    settings = tiny.config(kind, precision="bf16")
+    update = tiny.update(settings, world=GPU)
+    assert tiny.convolutions_not_channels_last(update, tiny.batch(settings)) == []
+
+
 def test_a_process_alone_trains_on_the_first_gpu() -> None:
     with distributed.join("cuda") as world:
         assert world.device == torch.device("cuda", 0)

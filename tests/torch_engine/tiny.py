@@ -119,6 +119,21 @@ def batch(settings: PretrainConfig, *, seed: int = 0, broken: bool = False) -> B
     return numbers
 
 
+def convolutions_not_channels_last(update: Update, batch: Batch) -> list[str]:
+    """Those of the model that do not read and write channels last in memory in a step."""
+    found = []
+
+    def look(name: str, image: torch.Tensor, output: torch.Tensor) -> None:
+        if not all(each.is_contiguous(memory_format=torch.channels_last) for each in (image, output)):
+            found.append(name)
+
+    for name, module in update.model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, output, name=name: look(name, inputs[0], output))
+    update(0, batch)
+    return found
+
+
 def state(update: Update) -> dict[str, torch.Tensor]:
     """A copy of all that a step may change: weights, batch-norm statistics, the optimiser's averages and counts."""
     found = {name: tensor.clone() for name, tensor in update.model.state_dict().items()}

@@ -223,7 +223,8 @@ class ConvEncoder(Encoder):
         if self._mask is None:
             return images
         pixels = self._mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)
-        return images.masked_fill(pixels.unsqueeze(1), 0.0)
+        # Not `masked_fill`, which would lose the order of memory (channels last) in which convolutions are fast.
+        return torch.where(pixels.unsqueeze(1), 0.0, images)
 
     def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         if self._mask is None:
