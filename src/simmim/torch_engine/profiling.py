@@ -13,8 +13,8 @@ READING = "next batch"
 def profile_training(trial: Trial, path: Path, *, steps: int = 3, most: int = 10) -> dict[str, Any]:
     """Trains `steps` steps on a run's own batches and writes a Chrome trace of them to `path`.
 
-    Returns the `most` operators that take most time of their own: on a GPU of the device, else of the CPU. `next batch`
-    is the time that the step waited for one.
+    Returns the `most` that take most time of their own: on a GPU its kernels, else the operators of the CPU. In the
+    trace, `next batch` is the time that the step waited for one.
     """
     on_gpu = trial.world.device.type == "cuda"
     with trial.batches() as batches:
@@ -31,7 +31,10 @@ def profile_training(trial: Trial, path: Path, *, steps: int = 3, most: int = 10
     def own(event: Any) -> float:
         return (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
 
-    events = sorted(profiler.key_averages(), key=own, reverse=True)
+    events = list(profiler.key_averages())
+    if on_gpu:  # an operator's time there is that of its kernels, which are listed too
+        events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
+    events.sort(key=own, reverse=True)
     total = sum(map(own, events))
     rows = [
         {"name": event.key, "seconds": own(event) / steps, "share": own(event) / total, "calls": event.count / steps}
