@@ -1,10 +1,10 @@
-"""How time and memory of a training grow: with image size, batch, model, processes, images, and steps.
+"""How time and memory of a training grow: with image size, batch, model, processes and images.
 
-    python benchmarks/scaling.py [--parts size batch model processes files steps] [--seconds 2]
+    python benchmarks/scaling.py [--parts size batch model processes files] [--seconds 2]
 
 Every case runs in a process of its own (two for two gloo processes), so that its memory is its own: the most that was
 resident less what the imported libraries take. One thread a process, but where it is said. Figures are saved as they
-come; `python benchmarks/chart.py` draws them.
+come; `python benchmarks/chart.py` draws them. What a long training keeps in memory is for `benchmarks/memory.py`.
 """
 
 import argparse
@@ -38,18 +38,12 @@ PARTS: dict[str, list[dict[str, Any]]] = {
     "model": [SMALL | {"model": model} for model in (*MODELS, SMALL["model"])],
     "processes": [SMALL | {"batch": 16} | more for more in ({}, {"threads": 2}, {"processes": 2})],
     "files": [{"files": 10**power} for power in (3, 4, 5, 6)],
-    "steps": [{"steps": 2000}],
 }
 
 
 def peak() -> int:
     """Bytes: the most that this process had resident."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def resident() -> int:
-    """Bytes that this process has resident now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def trial_of(model: str, size: int, batch: int, data: str = "demo", **settings: Any) -> Trial:
@@ -102,20 +96,6 @@ def measure_start(files: int) -> dict[str, Any]:
             return {"seconds": time.perf_counter() - begun, "memory_bytes": peak() - before}
 
 
-def measure_growth(steps: int) -> dict[str, Any]:
-    """What is resident after a tenth of the steps of a small training, and after all."""
-    torch.set_num_threads(1)
-    trial = trial_of("vit_tiny_patch16_224", 64, 4, workers=1)
-    found = {}
-    with trial.batches() as batches:
-        for step in range(steps):
-            trial.update(step, next(batches))
-            if step + 1 in (steps // 10, steps):
-                found[str(step + 1)] = resident()
-    first, last = found.values()
-    return {"resident_bytes": found, "growth": last / first - 1}
-
-
 def run(case: dict[str, Any], seconds: float) -> dict[str, Any]:
     """A case in its own process or processes; the figures of the first."""
     with socket.socket() as free:
@@ -151,12 +131,7 @@ def main() -> None:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if case := arguments.case:
-        if "files" in case:
-            found = measure_start(case["files"])
-        elif "steps" in case:
-            found = measure_growth(case["steps"])
-        else:
-            found = measure_step(case, arguments.seconds)
+        found = measure_start(case["files"]) if "files" in case else measure_step(case, arguments.seconds)
         print(json.dumps(found))
         return
     figures: dict[str, list[dict[str, Any]]] = {}
