@@ -49,7 +49,14 @@ FORWARD_AND_BACKWARD = 103e9  # FLOP of an image, by simmim.torch_engine.cost
 STATE = 12 * 86.4e6  # bytes: parameters and AdamW's two averages
 
 
-@pytest.mark.parametrize("topology", ["v5e:1x1", pytest.param("v6e:1x1", marks=pytest.mark.slow)])
+def test_a_small_step_compiles_for_a_tpu() -> None:
+    report = tpu_check(TpuCheckConfig(model="vit_tiny_patch16_224", model_args={"depth": 1}, batch_size=8))
+    assert report.fits
+    assert 0 < report.hbm["temporaries"] < report.hbm["total"] < 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1"])
 def test_vit_b_fits_at_128_images_a_device(topology: str) -> None:
     report = tpu_check(TpuCheckConfig(**VIT_B, batch_size=128, topology=topology))
     assert report.fits
