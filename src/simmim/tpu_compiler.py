@@ -7,6 +7,9 @@ do not say, and nothing here is a measurement.
 `ENVIRONMENT` must be set before a process loads libtpu, so whoever compiles starts a process of its own (`tpu_check`).
 """
 
+# pyright: reportMissingImports=false
+# jax comes with the extras [tpu] and [keras], which need not be installed.
+
 import dataclasses
 import importlib.metadata
 import json
