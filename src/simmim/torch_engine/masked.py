@@ -223,6 +223,9 @@ class ConvEncoder(Encoder):
         if self._mask is None:
             return images
         pixels = self._mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)
+        if images.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            # In fp32 on a CPU channels last is slower, and PyTorch's batch norm sums less exactly in that order.
+            return images.masked_fill(pixels.unsqueeze(1), 0.0)
         # Not `masked_fill`, which would lose the order of memory (channels last) in which convolutions are fast.
         return torch.where(pixels.unsqueeze(1), 0.0, images)
 

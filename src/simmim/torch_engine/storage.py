@@ -97,7 +97,8 @@ def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
     checkpoint = newest_checkpoint(directory.checkpoints)
     if checkpoint is None:
         raise ValueError(f"{run} has no checkpoint yet; wait for its first --save-every-steps")
-    step = build_step(config)
+    # A run's features are those of anyone who loads its encoder, to the bit: products by the usual library.
+    step = build_step(config, PLAIN if config.plain_step else Savings(products=False))
     load_model_state(checkpoint, step)
     return step.eval(), config
 
