@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         hidden: Chosen | None = None,
     ) -> Tensor:
         self._mask = mask
-        self._choice.patches = visible
+        self._choice.patches = self._seen(mask, visible)
         self._choice.tokens = self._places(hidden) if self._short and hidden is not None else None
         features = self.backbone.forward_features(self._hide(images))
         if self._choice.tokens is None:
@@ -84,6 +84,10 @@ class Encoder(nn.Module):
         if not self.training:  # else kept: activation checkpointing runs parts again in the backward pass
             self._mask, self._choice.patches, self._choice.tokens = None, None, None
         return features
+
+    def _seen(self, mask: Tensor | None, visible: Chosen | None) -> Chosen | None:
+        """The visible patches, where it is to be known which they are."""
+        return visible
 
     def _places(self, cells: Chosen) -> Chosen:
         """Where the last block has these cells among its tokens."""
@@ -141,17 +145,8 @@ class VisibleEncoder(TokenEncoder):
     def save_work(self, *, visible_patches: bool, last_block: bool) -> None:
         super().save_work(visible_patches=visible_patches, last_block=False)  # which has no hidden tokens here
 
-    def forward(
-        self,
-        images: Tensor,
-        mask: Tensor | None = None,
-        *,
-        visible: Chosen | None = None,
-        hidden: Chosen | None = None,
-    ) -> Tensor:
-        if mask is not None and visible is None:
-            visible = choose(mask, count_visible(mask), hidden=False)
-        return super().forward(images, mask, visible=visible, hidden=hidden)
+    def _seen(self, mask: Tensor | None, visible: Chosen | None) -> Chosen | None:
+        return choose(mask, count_visible(mask), hidden=False) if mask is not None and visible is None else visible
 
     def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         return output
@@ -223,11 +218,11 @@ class ConvEncoder(Encoder):
         if self._mask is None:
             return images
         pixels = self._mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)
+        images = torch.where(pixels.unsqueeze(1), 0.0, images)  # keeps channels last in memory, as pixels come
         if images.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            # In fp32 on a CPU channels last is slower, and PyTorch's batch norm sums less exactly in that order.
-            return images.masked_fill(pixels.unsqueeze(1), 0.0)
-        # Not `masked_fill`, which would lose the order of memory (channels last) in which convolutions are fast.
-        return torch.where(pixels.unsqueeze(1), 0.0, images)
+            # In fp32 on a CPU convolutions are slower so, and PyTorch's batch norm sums less exactly.
+            images = images.contiguous()
+        return images
 
     def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         if self._mask is None:
