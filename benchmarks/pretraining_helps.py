@@ -203,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
             PARTS[arguments.part](comparison)
             return
         found = {name: value for part in PARTS.values() for name, value in part(comparison).items()}
-        figures = machine() | {"top1": found, "pieces": comparison.pieces()}
+        command = "python benchmarks/pretraining_helps.py DIR --work DIR"  # not the paths of one machine
+        figures = machine() | {"command": command, "top1": found, "pieces": comparison.pieces()}
     rows = {name: top1 for name, top1 in found.items() if isinstance(top1, list)}
     for name, top1 in rows.items():
         print(f"{name:28} {statistics.mean(top1):.3f}  ({', '.join(f'{value:.3f}' for value in top1)})")
