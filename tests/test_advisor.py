@@ -166,6 +166,12 @@ def test_the_command_has_only_options_that_pretrain_has(capsys):
     assert used <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
+def test_the_command_for_tpus_tells_torchtpu_of_its_processes():
+    launch = "env $(python -m torch.tpu.distributed | tr -d '\"') torchrun --nproc-per-node 2 -m simmim pretrain "
+    assert answer(accelerator=("tpu-v5e",), devices=2, batch_size=512).options[0].command.startswith(launch)
+    assert answer(accelerator=("tpu-v5e",), devices=1, batch_size=512).options[0].command.startswith("simmim pretrain ")
+
+
 def test_pretrain_understands_the_command_as_far_as_its_data_and_device(tmp_path, capsys):
     option = answer(accelerator=("rtx-3060",), devices=1, batch_size=512, model_args={"depth": 4}).options[0]
     words = shlex.split(option.command.replace("IMAGES", str(tmp_path)).replace("RUN", str(tmp_path / "run")))

@@ -176,6 +176,8 @@ class Study:
     ) -> str:
         wish, (height, width) = self.wish, self.config.image_size or (0, 0)
         start = f"torchrun --nproc-per-node {devices} -m simmim" if devices > 1 else "simmim"
+        if devices > 1 and row.device == "tpu":  # TorchTPU must be told of all its processes (docs/tpu.md)
+            start = f"env $(python -m torch.tpu.distributed | tr -d '\"') {start}"
         words = [f"{start} pretrain --data IMAGES --out RUN --model {wish.model}"]
         if wish.model_args:
             pairs = (f"{name}={json.dumps(value)}" for name, value in wish.model_args.items())
