@@ -59,6 +59,11 @@ def test_settings_of_python_are_converted_to_their_types():
     assert (config.image_size, config.lr, config.mean) == ((96, 160), 1.0, (0.5,))
 
 
+def test_tuples_among_the_models_arguments_are_lists_as_in_toml():
+    config = from_settings(PretrainConfig, {"model_args": {"depths": (1, 2), "window_size": ((2, 4), 4)}})
+    assert config.model_args == {"depths": [1, 2], "window_size": [[2, 4], 4]}
+
+
 def test_a_frozen_configuration_is_checked_again_when_it_enters():
     broken = dataclasses.replace(PretrainConfig(data="a", out="b"), mask_ratio=2.0)
     with pytest.raises(ValueError, match=r"^mask ratio 2\.0 is not below 1; the default is 0\.6$"):

@@ -39,6 +39,13 @@ def parse_model_args(value: Any) -> dict[str, Any]:
     return arguments
 
 
+def _in_lists(value: Any) -> Any:
+    """As TOML gives it back, so that a resumed run has what it was begun with."""
+    if isinstance(value, Mapping):
+        return {name: _in_lists(item) for name, item in value.items()}
+    return [_in_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _parse_yes_no(word: str) -> bool:
     if word not in ("yes", "no"):
         raise ValueError(f"{word!r} is neither yes nor no")
@@ -82,6 +89,7 @@ YesNo = Annotated[
 ]
 ModelArgs = Annotated[
     dict[str, Any],
+    BeforeValidator(_in_lists),
     PrimitiveConstructorSpec(
         nargs="*",
         metavar="NAME=VALUE",
