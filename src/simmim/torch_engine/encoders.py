@@ -9,6 +9,7 @@ import timm
 import torch
 from torch import nn
 
+from simmim.torch_engine.compact import CompactEncoder
 from simmim.torch_engine.masked import ConvEncoder, Encoder, SwinEncoder, TokenEncoder, VisibleEncoder
 
 
@@ -27,10 +28,6 @@ class Family:
 # The final norm must act on every token and not on a pooled vector, since every token is predicted from; pooling is
 # the mean, since the class token is never trained. Both keep the parameters' names.
 _NORM_ON_TOKENS = (("global_pool", "avg"), ("fc_norm", False))
-_WINDOWS = (
-    "attends within windows of whole maps (GreenMIM, arXiv 2205.13515, and UM-MAE, arXiv 2205.10063, which do it for "
-    "Swin, are not built)"
-)
 _BIAS = "has its positions in a bias between all patches, and none in the tokens"
 _CONVOLUTION = "needs whole maps for its convolutions"
 FAMILIES = {
@@ -39,8 +36,8 @@ FAMILIES = {
     ),
     "deit": Family(name="deit*", wrap=TokenEncoder, arguments=_NORM_ON_TOKENS, wrap_visible=VisibleEncoder),
     "beit": Family(name="beit*", wrap=TokenEncoder, arguments=(("use_fc_norm", False),), needs_all=_BIAS),
-    "swin_transformer": Family(name="swin_*", wrap=SwinEncoder, needs_all=_WINDOWS),
-    "swin_transformer_v2": Family(name="swinv2_*", wrap=SwinEncoder, needs_all=_WINDOWS),
+    "swin_transformer": Family(name="swin_*", wrap=SwinEncoder, wrap_visible=CompactEncoder),
+    "swin_transformer_v2": Family(name="swinv2_*", wrap=SwinEncoder, wrap_visible=CompactEncoder),
     "resnet": Family(name="resnet*", wrap=lambda net: ConvEncoder(net, "layer3"), sized=False, needs_all=_CONVOLUTION),
     "convnext": Family(
         name="convnext*", wrap=lambda net: ConvEncoder(net, "stages.2"), sized=False, needs_all=_CONVOLUTION
@@ -103,7 +100,8 @@ def create_encoder(model: str, *, encode: str = "all", **settings: Any) -> Encod
         return family.wrap(create_backbone(model, **settings))
     if family.wrap_visible is None:
         raise ValueError(
-            f"--encode visible is not for {model}, which {family.needs_all}; use --encode all, or a ViT or DeiT"
+            f"--encode visible is not for {model}, which {family.needs_all}; "
+            "use --encode all, or a ViT, DeiT, Swin or SwinV2"
         )
     return family.wrap_visible(create_backbone(model, **settings))
 

@@ -23,6 +23,8 @@ class Encoder(nn.Module):
 
     # Parameters that AdamW does not decay, besides biases and 1-D ones; see `simmim.torch_engine.optim`.
     without_decay: ClassVar[frozenset[str]] = frozenset({"mask_token"})
+    # Whether it must know what is visible: of a mask whose count it is not told, it asks the device.
+    needs_visible: ClassVar[bool] = False
 
     def __init__(self, backbone: nn.Module, token_module: str = "patch_embed"):
         super().__init__()
@@ -137,6 +139,8 @@ class VisibleEncoder(TokenEncoder):
     Hidden ones are left out after positions are added. In the feature map the mask token is in their places, for a head
     that mixes cells and adds positions of its own. Every mask of a batch must leave as many visible.
     """
+
+    needs_visible = True
 
     def __init__(self, backbone: Any):
         super().__init__(backbone)

@@ -11,9 +11,10 @@ from simmim.config import PretrainConfig
 from simmim.losses import LOSSES, Loss
 from simmim.plan import build_target, check_sizes
 from simmim.targets import Target, unpatchify
+from simmim.torch_engine.compact import CompactEncoder
 from simmim.torch_engine.encoders import create_encoder
 from simmim.torch_engine.heads import CELL_BY_CELL, create_head
-from simmim.torch_engine.masked import Encoder, VisibleEncoder
+from simmim.torch_engine.masked import Encoder
 from simmim.torch_engine.savings import Chosen, Counts, Savings, choose
 
 
@@ -97,7 +98,7 @@ class PretrainStep(PixelStep):
         super().__init__(mean, std)
         self.model = model
         model.encoder.save_work(visible_patches=savings.visible_patches, last_block=savings.last_block)
-        needed = savings.visible_patches or isinstance(model.encoder, VisibleEncoder)
+        needed = savings.visible_patches or model.encoder.needs_visible
         self._visible = counts.visible_patches if needed else None
         # A head that mixes cells needs them all.
         self._hidden = counts.hidden_cells if savings.hidden_cells and isinstance(model.head, CELL_BY_CELL) else None
@@ -128,6 +129,8 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
         encode=config.encode,
     )
     check_sizes(config, encoder)
+    if isinstance(encoder, CompactEncoder):
+        encoder.check_masks(config.mask_strategy(encoder.patch_size), config.model)
     target = build_target(config)
     head = create_head(config, encoder.num_features, target.channels(config.channels, encoder.stride))
     return MaskedImageModel(encoder, head, target, LOSSES[config.loss]())

@@ -168,7 +168,9 @@ def adopt(model: MaskedImageModel, state: Mapping[str, Tensor]) -> tuple[list[st
             for name in ("head.weight", "head.bias"):
                 rest[name] = adapt_output_channels(rest[name], old // pixels, new // pixels)
             resized.append(f"the head's channels {old // pixels} → {new // pixels}")
-    parts = {"mask token": [MASK_TOKEN], "head": [name for name in own if name.startswith("head.")]}
+    # What an encoder of visible cells has after its backbone serves the head.
+    decoder = [name for name in own if not name.startswith(BACKBONE) and name != MASK_TOKEN]
+    parts = {"mask token": [MASK_TOKEN], "head": decoder}
     fresh = []
     for part, names in parts.items():
         if all(name in rest and rest[name].shape == own[name].shape for name in names):
