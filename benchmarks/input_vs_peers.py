@@ -1,6 +1,6 @@
 """Input speed: simmim's batches against torchvision's ImageFolder and DataLoader, on the same photographs and cores.
 
-    python benchmarks/input_vs_peers.py [--parts loose large packed] [--photos FOLDER] [--rounds 5]
+    python benchmarks/input_vs_peers.py [--parts loose large packed] [--photos FOLDER] [--rounds 5] [--seconds 2]
 
 Both cut out RandomResizedCrop(224, scale=(0.67, 1)) and mirror half of the images. torchvision, in the loader that the
 official code has, hands over normalised float32, and simmim uint8, which its engine mirrors, converts and normalises on
@@ -10,9 +10,10 @@ the device. So that this work is not taken for free, one figure has it done on t
     large   some of them enlarged to 4000 pixels (here, by Pillow, quality 90)
     packed  after `simmim pack --short-side 288`, as JPEG and as raw pixels, against torchvision on the loose files
 
-Rounds alternate, so that a machine whose speed drifts slows all alike. What counts is the ratio, the median of those of
-the rounds, to the fastest torchvision (0, 2 or as many workers as there are cores): by the clock, and by the processor
-time of an image, which other work on the machine disturbs less. Figures are saved as they come.
+Rounds alternate, so that a machine whose speed drifts slows all alike. Each counts the batches of some seconds, after
+the first ones, which were read ahead while threads or processes started. What counts is the ratio, the median of those
+of the rounds, to the fastest torchvision (0, 2 or as many workers as there are cores): by the clock, and by the
+processor time of an image, which other work on the machine disturbs less. Figures are saved as they come.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,22 @@ from torchvision.datasets import ImageFolder
 
 from simmim.accelerators import cpu_cores
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, BadImages, RandomResizedCrop, Reading, open_source, train_batches
-from simmim.data.pipeline import Batch, load
+from simmim.data.pipeline import load
 from simmim.keys import sample_key
 from simmim.pack import PackConfig, pack
 
 SIZE = 224
-PARTS = {"loose": (32, 15), "large": (8, 6), "packed": (32, 15)}
-"""Images of a batch, and batches of a round: the first one, which starts threads or processes, does not count."""
-Contenders = dict[str, Callable[[], Iterator[Any]]]
+PARTS = {"loose": 32, "large": 8, "packed": 32}
+"""Images of a batch."""
+AHEAD = 6
+"""Batches of a round that do not count: a worker of torchvision's makes two ahead."""
+ENDLESS = 10_000
+"""Batches, which no round reads to the end."""
+Batches = Generator[Any, None, None]
+Contenders = dict[str, Callable[[], Batches]]
 
 
-def torchvision_batches(classes: Path, *, workers: int, size: int, batches: int) -> Iterator[torch.Tensor]:
+def torchvision_batches(classes: Path, *, workers: int, size: int) -> Batches:
     steps = [
         transforms.RandomResizedCrop(SIZE, scale=(0.67, 1.0)),
         transforms.RandomHorizontalFlip(),
@@ -57,12 +63,12 @@ def torchvision_batches(classes: Path, *, workers: int, size: int, batches: int)
         transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
     ]
     images = ImageFolder(classes, transforms.Compose(steps))
-    sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=batches * size)
+    sampler = torch.utils.data.RandomSampler(images, replacement=True, num_samples=ENDLESS * size)
     for batch, _ in DataLoader(images, size, sampler=sampler, num_workers=workers):
         yield batch
 
 
-def simmim_batches(folder: Path, *, size: int, batches: int) -> Iterator[Batch]:
+def simmim_batches(folder: Path, *, size: int) -> Batches:
     source = open_source(str(folder))
     yield from train_batches(
         source,
@@ -70,7 +76,7 @@ def simmim_batches(folder: Path, *, size: int, batches: int) -> Iterator[Batch]:
             batch_size=size,
             seed=0,
             start_step=0,
-            total_steps=batches,
+            total_steps=ENDLESS,
             threads=cpu_cores(),
             bad_images=BadImages(folder / "bad_images.txt", total=len(source), max_fraction=0),
         ),
@@ -80,7 +86,7 @@ def simmim_batches(folder: Path, *, size: int, batches: int) -> Iterator[Batch]:
     )
 
 
-def normalised(batches: Iterator[Batch]) -> Iterator[torch.Tensor]:
+def normalised(batches: Batches) -> Batches:
     mean = 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     for batch in batches:
@@ -131,13 +137,13 @@ def difference(photos: list[Path]) -> float:
 
 
 def contenders(part: str, scratch: Path) -> Contenders:
-    size, batches = PARTS[part]
+    size = PARTS[part]
 
-    def peer(workers: int) -> Callable[[], Iterator[Any]]:
-        return lambda: torchvision_batches(scratch / "classes", workers=workers, size=size, batches=batches)
+    def peer(workers: int) -> Callable[[], Batches]:
+        return lambda: torchvision_batches(scratch / "classes", workers=workers, size=size)
 
-    def ours(data: str) -> Callable[[], Iterator[Any]]:
-        return lambda: simmim_batches(scratch / data, size=size, batches=batches)
+    def ours(data: str) -> Callable[[], Batches]:
+        return lambda: simmim_batches(scratch / data, size=size)
 
     found: Contenders = {f"torchvision, {workers} workers": peer(workers) for workers in sorted({0, 2, cpu_cores()})}
     if part == "packed":
@@ -148,12 +154,18 @@ def contenders(part: str, scratch: Path) -> Contenders:
     return found
 
 
-def speed(batches: Iterator[Any], size: int) -> tuple[float, float]:
-    """Images per second by the clock, and per second of the processors' time, of all batches but the first."""
-    next(batches)
-    start, processor = time.perf_counter(), processor_seconds()
-    done = size * sum(1 for _ in batches)
-    return done / (time.perf_counter() - start), done / (processor_seconds() - processor)
+def speed(batches: Batches, size: int, seconds: float) -> tuple[float, float]:
+    """Images per second by the clock, and per second of the processors' time."""
+    for _ in range(AHEAD):
+        next(batches)
+    start, processor, done = time.perf_counter(), processor_seconds(), 0
+    while time.perf_counter() - start < seconds:
+        next(batches)
+        done += size
+    taken, worked = time.perf_counter() - start, processor_seconds() - processor
+    batches.close()
+    time.sleep(0.3)  # its threads finish what they are at
+    return done / taken, done / worked
 
 
 def processor_seconds() -> float:
@@ -189,6 +201,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--photos", type=Path, default=default, help="folder of JPEG files (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a round, for each (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # the cores are taken by workers or threads
     for part in arguments.parts:
@@ -201,7 +214,7 @@ def main() -> None:
             starts = contenders(part, Path(scratch))
             for number in range(1, arguments.rounds + 1):
                 for name, start in starts.items():
-                    rates.setdefault(name, []).append(speed(start(), PARTS[part][0]))
+                    rates.setdefault(name, []).append(speed(start(), PARTS[part], arguments.seconds))
                 figures = {"rounds": number, "load_average": round(os.getloadavg()[0], 1), **summary(rates)}
                 figures["mean_difference_of_pixels"] = levels
                 save(f"input_vs_peers_{part}", {**described(), **figures}, quiet=True)

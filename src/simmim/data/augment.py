@@ -207,15 +207,20 @@ def _blur(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     A triangle as wide as s pixels, for shrinking by s, has the variance s²/6, of which interpolation gives 1/6. The
     kernel (w, 1 - 2w, w) has 2w, which makes w = (s² - 1) / 12; with /8 photographs come out closest to the triangle's.
     """
-    cv2 = _opencv()
-    shrinking = [have / want for have, want in zip(pixels.shape[:2], size, strict=True)]
-    if max(shrinking) < 1.1:  # no aliasing to be seen
+    sizes, sigmas = zip(*map(_kernel, pixels.shape[:2], size), strict=True)
+    if sizes == (1, 1):
         return pixels
-    weights = [min(1 / 4, max(0, side**2 - 1) / 8) for side in shrinking]
-    if min(weights) == 1 / 4:
-        return cv2.GaussianBlur(pixels, (3, 3), 0, borderType=cv2.BORDER_REPLICATE)  # the same, in half the time
-    vertical, horizontal = (np.array([weight, 1 - 2 * weight, weight]) for weight in weights)
-    return cv2.sepFilter2D(pixels, -1, horizontal, vertical, borderType=cv2.BORDER_REPLICATE)
+    cv2 = _opencv()
+    return cv2.GaussianBlur(pixels, sizes[::-1], sigmas[1], sigmaY=sigmas[0], borderType=cv2.BORDER_REPLICATE)
+
+
+def _kernel(have: int, want: int) -> tuple[int, float]:
+    """How many pixels of a side the blur takes together, and the standard deviation that gives its 3 their weights."""
+    shrinking = have / want
+    if shrinking < 1.1:  # no aliasing to be seen
+        return 1, 0.0
+    weight = min(1 / 4, (shrinking**2 - 1) / 8)
+    return 3, math.sqrt(0.5 / math.log((1 - 2 * weight) / weight))
 
 
 @cache

@@ -19,6 +19,7 @@ from simmim.run import Run, mark_task, open_run, write_json
 from simmim.task_config import ClassifyConfig, DetectConfig, FinetuneConfig, SegmentConfig
 from simmim.torch_engine import distributed
 from simmim.torch_engine.optim import create_adamw
+from simmim.torch_engine.savings import choose_attention, choose_products
 from simmim.torch_engine.tasks.backbones import complete, find_origin
 from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep
 from simmim.torch_engine.tasks.classify import ClassifyTask
@@ -102,6 +103,8 @@ class Session:
         self.run = Run(Path(config.out))
         self.step = step
         distributed.place(step, world.device)
+        choose_attention(step.backbone, device=world.device.type, precision=config.precision)
+        choose_products(step, device=world.device.type, precision=config.precision)
         if config.checkpoint_activations:
             step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.compile:
