@@ -38,6 +38,7 @@ if [ "$1" = "--smoke" ]; then
         --no-compile --profile "$RESULTS/profiles_tiny"
     part 120 "$PYTHON" benchmarks/end_to_end.py --photos demo --cases vit_tiny --forms files --rounds 1 --seconds 0.1 \
         --device cpu --name end_to_end_tiny
+    part 60 "$PYTHON" benchmarks/gpu_decode.py --device cpu --batch-size 8 --rounds 1 --seconds 0.1
 else
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
     part 90 "$PYTHON" -m pytest -m gpu tests/torch_engine/test_gpu.py -q --timeout=80
@@ -45,11 +46,12 @@ else
         part "$1" "$PYTHON" benchmarks/step_vs_peers.py --cases "$2" --device cuda --batch-size "$3" --rounds 2 \
             --steps 6 --name "step_vs_peers_cuda_$2" --profile "$RESULTS/profiles"
     }
-    peers 110 vit 256
-    peers 120 swin 256
+    peers 105 vit 256
+    peers 115 swin 256
     # PHOTOS is a folder of JPEG files; without one the emoji in the package are read.
-    part 90 "$PYTHON" benchmarks/end_to_end.py --photos "${PHOTOS:-demo}" --cases vit_base --forms files --rounds 1 \
+    part 75 "$PYTHON" benchmarks/end_to_end.py --photos "${PHOTOS:-demo}" --cases vit_base --forms files --rounds 1 \
         --device cuda
-    peers 70 resnet 256
+    peers 60 resnet 256
+    part 45 "$PYTHON" benchmarks/gpu_decode.py --device cuda ${PHOTOS:+--photos "$PHOTOS"}
 fi
 exit $failed

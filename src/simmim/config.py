@@ -125,6 +125,8 @@ Settings = TypeVar("Settings")
 class PretrainConfig(TrainingConfig):
     """Masked image modelling on unlabelled images (SimMIM, arXiv 2111.09886)."""
 
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG, for few CPU cores beside it."""
     shard: bool = False
     """Shard parameters and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
 
@@ -179,8 +181,8 @@ HEAD_FEATURES = 32
 # What may differ when a run is resumed: where and how it runs and is watched, never what is learned.
 OPERATIONAL = {
     "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
-    "shard", "plain_step", "save_every_steps", "keep", "fresh", "log_every_steps", "log", "picture_every_steps",
-    "probe", "probe_every_epochs",
+    "shard", "plain_step", "decode", "save_every_steps", "keep", "fresh", "log_every_steps", "log",
+    "picture_every_steps", "probe", "probe_every_epochs",
 }  # fmt: skip
 
 
@@ -216,6 +218,10 @@ def validated(config: Config) -> Config:
                 raise ValueError(f"{name} {value!r} is not known; choose from {', '.join(table)}")
         check_pair(config.target, config.loss)
         _check_head(config)
+        if config.decode == "gpu" and config.channels not in (1, 3):
+            raise ValueError(
+                f"--decode gpu is for JPEGs, which have 1 or 3 channels, not {config.channels}; leave it out"
+            )
         config.mask_strategy()  # its own rules
     return config
 

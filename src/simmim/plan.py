@@ -18,6 +18,7 @@ from simmim.clusters import fit_colour_clusters
 from simmim.config import PretrainConfig, TrainingConfig
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
+from simmim.data.jpegs import Decode, device_batches
 from simmim.data.pipeline import Reading, eval_images, train_batches
 from simmim.data.sources import ImageSource, Subset, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
@@ -179,19 +180,21 @@ class Plan(TrainingPlan):
     def picture_every_steps(self) -> int:
         return self.config.picture_every_steps or self.save_every_steps
 
-    def batches(self, reading: Reading, *, patch: int, drop_path_layers: int) -> Iterator[Batch]:
+    def batches(
+        self, reading: Reading, *, patch: int, drop_path_layers: int, decode: Decode | None = None
+    ) -> Iterator[Batch]:
         """The batches of a reading: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p).
 
         With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
+        With `decode` images are what it returns, and are on its device.
         """
         config = self.config
-        for images in train_batches(
-            self.images.train,
-            reading,
-            crop=RandomResizedCrop(size=self.size),
-            channels=config.channels,
-            dtype=self.images.dtype,
-        ):
+        views = {"crop": RandomResizedCrop(size=self.size), "channels": config.channels}
+        if decode is None:
+            batches = train_batches(self.images.train, reading, **views, dtype=self.images.dtype)
+        else:
+            batches = device_batches(self.images.train, reading, **views, decode=decode)
+        for images in batches:
             epoch, index = images["epoch"], images["index"]
             batch: Batch = {
                 "image": images["image"],

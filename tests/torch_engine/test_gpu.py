@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from simmim.config import PretrainConfig
-from simmim.torch_engine import distributed
+from simmim.torch_engine import distributed, jpegs
 from simmim.torch_engine.distributed import World
 from simmim.torch_engine.pretrain import pretrain
 
-from . import tiny, worker
+from . import pictures, tiny, worker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU is seen")]
 GPU = World(device=torch.device("cuda", 0))
@@ -109,6 +109,63 @@ def test_a_training_that_was_broken_off_goes_on_with_the_losses_of_a_whole_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = dataclasses.replace(worker.settings(tmp_path / "whole"), device="cuda", steps=8, log_every_steps=1)
+    broken = dataclasses.replace(settings, out=str(tmp_path / "broken"))
+    pretrain(settings)
+    worker.break_off(broken, 5, monkeypatch)
+    _, outcome = pretrain(broken)
+    assert outcome.start == 3
+    whole, parts = ([row["loss"] for row in worker.rows(config)] for config in (settings, broken))
+    np.testing.assert_allclose(parts, whole, rtol=1e-3)
+
+
+def test_nvjpeg_gives_close_to_the_pixels_of_the_threads(tmp_path: Path) -> None:
+    turned = pictures.Image.Exif()
+    turned[274] = 6
+    progressive = pictures.encode(pictures.picture(9), progressive=True)
+    source = pictures.Files(
+        *pictures.jpegs(9),
+        progressive,
+        pictures.encode(pictures.picture(10).convert("L")),
+        pictures.encode(pictures.picture(11), exif=turned),
+    )
+    for channels in (1, 3):
+        found, expected = (pictures.read(source, tmp_path, where, channels=channels) for where in ("cuda", None))
+        pictures.assert_alike(found, expected, levels=3)
+
+
+def test_broken_jpegs_are_listed_and_replaced_as_by_the_threads(tmp_path: Path) -> None:
+    files = pictures.jpegs(8)
+    files[2], files[5] = pictures.without_tables(files[2]), files[5][: len(files[5]) // 2]
+    source, listed = pictures.Files(*files), []
+    for where in ("cuda", None):
+        folder = tmp_path / str(where)
+        folder.mkdir()
+        listed.append((pictures.read(source, folder, where), (folder / "bad_images.txt").read_text().split()[::2]))
+    pictures.assert_alike(listed[0][0], listed[1][0], levels=3)
+    assert sorted(listed[0][1]) == sorted(listed[1][1])
+
+
+def test_decoding_beside_other_work_and_in_used_memory_gives_the_same_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pictures.Files(*pictures.jpegs(9))
+    expected = pictures.read(source, tmp_path, "cuda", batch_size=8)
+    monkeypatch.setattr(jpegs, "_AT_ONCE", 1)  # so that each takes the memory of the one before
+    left = torch.ones(4096, 4096, device="cuda")
+    products = [left @ left for _ in range(50)]  # for seconds
+    found = pictures.read(source, tmp_path, "cuda", batch_size=8)
+    pictures.assert_alike(found, expected, levels=0)
+    assert all(bool((product == 4096).all()) for product in products)
+
+
+def test_a_training_on_images_that_nvjpeg_decodes_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, file in enumerate(pictures.jpegs(12)):
+        (folder / f"{number:02}.jpg").write_bytes(file)
+    settings = dataclasses.replace(
+        worker.settings(tmp_path / "whole"), data=str(folder), device="cuda", decode="gpu", steps=8, log_every_steps=1
+    )
     broken = dataclasses.replace(settings, out=str(tmp_path / "broken"))
     pretrain(settings)
     worker.break_off(broken, 5, monkeypatch)

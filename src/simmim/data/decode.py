@@ -54,6 +54,8 @@ class Picture:
     """Of the stored values."""
     read: Callable[[int], NDArray[Any]]
     """How many times smaller (1, 2, 4 or 8) a JPEG may come → stored values (h, w, bands), upright."""
+    jpeg_orientation: int | None = None
+    """The rotation (1..8) that EXIF names, for a JPEG in greys or YCbCr, which all decoders take; else `None`."""
 
     @property
     def channels(self) -> int:
@@ -138,8 +140,10 @@ def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
     # Pillow widens the 16 bits of a deep PGM to 32.
     dtype = np.dtype(np.uint16 if image.format == "PPM" and mode == "I" else _DEEP_MODES.get(mode, np.uint8))
 
+    is_jpeg = image.format in ("JPEG", "MPO") and image.mode == mode
+
     def read(reduction: int) -> NDArray[Any]:
-        if raw is not None and image.format in ("JPEG", "MPO") and image.mode == mode:
+        if raw is not None and is_jpeg:
             return _upright(_jpeg_pixels(raw, image, reduction), orientation)
         return _upright(_pillow_pixels(image, mode).astype(dtype, copy=False), orientation)
 
@@ -150,7 +154,14 @@ def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
         has_alpha=mode in ("LA", "RGBA"),
         dtype=dtype,
         read=read,
+        jpeg_orientation=orientation if is_jpeg and _is_grey_or_ycbcr(image) else None,
     )
+
+
+def _is_grey_or_ycbcr(jpeg: Any) -> bool:
+    """Adobe's marker may say that colours are stored as RGB, and so may the names of the components."""
+    components = [component[0] for component in jpeg.layer]
+    return len(components) == 1 or (components in ([1, 2, 3], [0, 1, 2]) and jpeg.info.get("adobe_transform", 1) == 1)
 
 
 def _pillow_pixels(image: "Image.Image", mode: str) -> NDArray[Any]:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from simmim.data.augment import Box, CentreCrop, Letterbox, RandomResizedCrop, crop_resize, reduction
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage, Raw, open_picture
+from simmim.data.decode import BadImage, Picture, Raw, open_picture
 from simmim.data.sources import ImageSource, read_raw
 from simmim.data.stream import Batch, Loader, Order, Read, Rows, Sample, stream
 from simmim.keys import sample_key, sample_keys
@@ -60,6 +60,20 @@ def load(
     """
     picture = open_picture(raw)
     box = choose_box(picture.height, picture.width)
+    return show(picture, box, size=size, channels=channels, dtype=dtype, fill=fill, out=out)
+
+
+def show(
+    picture: Picture,
+    box: Box,
+    *,
+    size: tuple[int, int],
+    channels: int,
+    dtype: DTypeLike,
+    fill: ArrayLike = 0,
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """`load` for an image that is open."""
     pixels = picture.decode(channels=channels, dtype=dtype, reduction=reduction(box, size))
     height, width = pixels.shape[:2]
     if (height, width) != (picture.height, picture.width):
@@ -108,6 +122,11 @@ def sample_batches(source: ImageSource, reading: Reading, read: Callable[[int, i
 
 
 def _batches(source: ImageSource, reading: Reading, read: Read, rows: Rows | None) -> Iterator[Batch]:
+    return read_ahead(open_loader(source, reading, read, rows), reading)
+
+
+def open_loader(source: ImageSource, reading: Reading, read: Read, rows: Rows | None) -> Loader:
+    """What reads the images of a reading; a one-line `ValueError` where sizes don't fit."""
     batch_size, world = reading.batch_size, reading.world
     if batch_size > len(source):
         raise ValueError(
@@ -118,7 +137,7 @@ def _batches(source: ImageSource, reading: Reading, read: Read, rows: Rows | Non
             f"batch size {batch_size} is not a multiple of the {world} processes; "
             f"use {max(1, batch_size // world) * world}"
         )
-    loader = Loader(
+    return Loader(
         source=source,
         read=read,
         order=Order(len(source), reading.seed),
@@ -126,6 +145,11 @@ def _batches(source: ImageSource, reading: Reading, read: Read, rows: Rows | Non
         bad_images=reading.bad_images,
         rows=rows,
     )
+
+
+def read_ahead(loader: Loader, reading: Reading) -> Iterator[Batch]:
+    """The batches of a reading, as threads read them."""
+    batch_size, world = reading.batch_size, reading.world
     first, end = reading.start_step * batch_size + reading.rank, reading.total_steps * batch_size
     return stream(loader, range(first, end, world), batch_size // world, reading.threads, reading.seed)
 

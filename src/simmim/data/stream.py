@@ -20,9 +20,9 @@ from simmim.data.decode import BadImage
 from simmim.data.sources import ImageSource
 from simmim.keys import sample_keys
 
-Sample = dict[str, NDArray[Any]]
-"""What is read of one image: "image" (H, W, C), and whatever a task has beside it."""
-Batch = dict[str, NDArray[Any]]
+Sample = dict[str, Any]
+"""What is read of one image: "image" (H, W, C), unless it is written into a row, and whatever a task has beside it."""
+Batch = dict[str, Any]
 """One process's part of a step: the samples' arrays stacked, as "image" (B, H, W, C), and flip (B,): which images the
 engine is to mirror; index (B,): the images' numbers in the source; epoch (B,): counted from 0."""
 Read = Callable[[int, int, NDArray[Any] | None], Sample]
@@ -68,7 +68,10 @@ class Loader:
 
     def __call__(self, position: int, row: NDArray[Any] | None) -> _Element:
         epoch, place = divmod(position, self.usable)
-        first = self.order.index(epoch, place)
+        return self.load(epoch, self.order.index(epoch, place), row)
+
+    def load(self, epoch: int, first: int, row: NDArray[Any] | None) -> _Element:
+        """The image number `first`, or else the next one of the source that can be read."""
         for step in range(len(self.source)):
             index = (first + step) % len(self.source)
             try:
@@ -111,7 +114,8 @@ def stream(loader: Loader, positions: range, size: int, threads: int, seed: int)
         samples, indices, epochs = zip(*itertools.chain(*pieces), strict=True)
         index, epoch = np.array(indices, np.int64), np.array(epochs, np.int64)
         if loader.rows:
-            arrays = {"image": loader.rows.take(next(numbers))}
+            arrays: Batch = {name: [sample[name] for sample in samples] for name in samples[0] if name != "image"}
+            arrays["image"] = loader.rows.take(next(numbers))
         else:
             arrays = {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
         return {**arrays, "flip": draw_flips(seed, epoch, index), "index": index, "epoch": epoch}

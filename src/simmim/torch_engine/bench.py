@@ -38,6 +38,8 @@ class BenchConfig:
     """Images to read; take your own to see what limits your run."""
     workers: Count = None
     """Threads that decode images (default: one a core)."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG."""
     device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -77,6 +79,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "batch_size": training.batch_size,
         "precision": training.precision,
         "compile": training.compile,
+        "decode": training.decode,
     }
     with distributed.join(device) as world:
         trial = Trial(plan, world)
@@ -111,6 +114,7 @@ def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
             model=config.model,
             batch_size=config.batch_size,
             workers=config.workers,
+            decode=config.decode,
             steps=10**9,
             warmup_epochs=0,
             mean=IMAGENET_MEAN,
@@ -159,13 +163,14 @@ def describe(figures: dict[str, Any]) -> str:
     share = f"{step['mfu']:.1%} of the peak" if step["mfu"] else f"{step['share_of_matmul']:.1%} of a large product's"
     gflops, rate = step["flops_per_image"] / 1e9, step["flops_per_second"] / 1e9
     place = "on the GPU" if figures["kind"] == "cuda" else "of this process, libraries included"
+    readers = f"{source['threads']} threads{' and nvJPEG' if figures['decode'] == 'gpu' else ''}"
     lines = [
         f"machine  {figures['device']}, torch {figures['torch']}",
         f"step     {figures['model']} at {size}, batch {figures['batch_size']}, {figures['precision']}: "
         f"{step['images_per_second']:.2f} images/s",
         f"         {gflops:.1f} GFLOP an image, {rate:.0f} GFLOP/s, {share}",
         f"memory   {step['memory_bytes'] / 2**30:.2f} GiB at most {place}",
-        f"input    {source['images_per_second']:.1f} images/s by {source['threads']} threads from {source['data']}",
+        f"input    {source['images_per_second']:.1f} images/s by {readers} from {source['data']}",
         f"both     {whole['images_per_second']:.2f} images/s end to end, {whole['share_of_slower']:.0%} of the slower",
         f"limit    {limit['limit']}: {limit['because']}",
         f"try      {limit['suggestion']}",

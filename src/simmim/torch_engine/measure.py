@@ -22,6 +22,7 @@ from simmim.plan import Plan
 from simmim.roofline import Rates
 from simmim.torch_engine.cost import count_flops, measure_work
 from simmim.torch_engine.distributed import World
+from simmim.torch_engine.jpegs import open_decoder, read_batches
 from simmim.torch_engine.trial import build_update, random_batch
 from simmim.torch_engine.update import DTYPES, Batch
 
@@ -35,6 +36,7 @@ class Trial:
         self.plan, self.config, self.world = plan, plan.config, world
         self.step, self.update = build_update(plan.config, world)
         self.patch = self.step.model.encoder.patch_size
+        self.decoder = open_decoder(plan, world.device)
 
     def wait(self) -> None:
         """Until the device has done what it was asked for."""
@@ -44,11 +46,10 @@ class Trial:
     @contextlib.contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
         """A run's own batches, which threads read ahead."""
-        layers = self.step.model.encoder.drop_path_draws.layers
         with tempfile.TemporaryDirectory() as directory:
             bad = BadImages(Path(directory, "bad_images.txt"), total=self.plan.train_images, max_fraction=1.0)
             reading = self.plan.reading(bad, start_step=0, rank=0, world=1)
-            batches = self.plan.batches(reading, patch=self.patch, drop_path_layers=layers)
+            batches = read_batches(self.plan, reading, self.step.model.encoder, self.decoder)
             with contextlib.closing(batches):  # type: ignore[type-var]
                 yield batches
 

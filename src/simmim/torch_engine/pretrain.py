@@ -14,6 +14,7 @@ from simmim.plan import Batch, Plan, draw_masks, open_images
 from simmim.run import Run, open_run, written_whole
 from simmim.torch_engine import distributed
 from simmim.torch_engine.encoders import default_image_size, find_family, sketch_encoder
+from simmim.torch_engine.jpegs import JpegDecoder, open_decoder, read_batches
 from simmim.torch_engine.model import PretrainStep
 from simmim.torch_engine.optim import create_optimizer
 from simmim.torch_engine.storage import build_step, full_state, initialize, save_hub
@@ -42,13 +43,14 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
             precision=distributed.choose_precision(config.precision, device),
             compile=device != "cpu" if config.compile is None else config.compile,
         )
+        decoder = open_decoder(plan, world.device)
         torch.manual_seed(config.seed)
         step = build_step(plan.config)  # before the run directory is made, since sizes may not fit
         started_from = initialize(step.model, config.init_from, config.model) if config.init_from else None
         if world.is_main:
             open_run(plan.config)
         world.barrier()
-        session = Session(plan, world, step, check)
+        session = Session(plan, world, step, check, decoder)
         session.loop.introduce(session.introduce(started_from))
         outcome = session.loop.fit()
         bad_images = len(plan.bad_images(session.run))
@@ -59,10 +61,17 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
 class Session:
     """One process's part in a pretraining: the model, and what happens as training goes."""
 
-    def __init__(self, plan: Plan, world: distributed.World, step: PretrainStep, check: KnnCheck | None):
+    def __init__(
+        self,
+        plan: Plan,
+        world: distributed.World,
+        step: PretrainStep,
+        check: KnnCheck | None,
+        decoder: JpegDecoder | None,
+    ):
         config = plan.config
         assert config.out is not None
-        self.plan, self.config, self.world, self.check = plan, config, world, check
+        self.plan, self.config, self.world, self.check, self.decoder = plan, config, world, check, decoder
         self.run = Run(Path(config.out))
         self.step = step
         distributed.place(step, world.device)
@@ -93,11 +102,9 @@ class Session:
         )
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        encoder = self.step.model.encoder
         bad_images = self.plan.bad_images(self.run)
         reading = self.plan.reading(bad_images, start_step=start_step, rank=self.world.rank, world=self.world.size)
-        layers = encoder.drop_path_draws.layers
-        return self.plan.batches(reading, patch=encoder.patch_size, drop_path_layers=layers)
+        return read_batches(self.plan, reading, self.step.model.encoder, self.decoder)
 
     def _events(self) -> list[Event]:
         events = []
@@ -155,6 +162,7 @@ class Session:
         yield (
             f"device     {distributed.device_name(self.world.device)}, {config.precision}"
             f"{', compiled' if config.compile else ''}, {self.world.size} process{'es' * (self.world.size > 1)}"
+            f"{', JPEGs by nvJPEG' if self.decoder else ''}"
         )
         yield from self.plan.describe()
         if self.check is not None:

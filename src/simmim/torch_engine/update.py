@@ -17,7 +17,8 @@ from simmim.keys import sample_keys
 from simmim.schedules import Schedule
 from simmim.torch_engine.distributed import World, full_tensor, gradient_sync, local_part
 
-Batch = dict[str, NDArray[Any]]
+Batch = dict[str, Any]
+"""Arrays, and tensors that the device has already."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BATCH_NORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -98,10 +99,14 @@ class Update:
 
     def _to_device(self, batch: Batch) -> dict[str, Tensor]:
         device = self._world.device
-        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-        if device.type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+        def send(value: NDArray[Any] | Tensor) -> Tensor:
+            if isinstance(value, Tensor):
+                return value
+            tensor = torch.from_numpy(np.ascontiguousarray(value))
+            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+        return {name: send(value) for name, value in batch.items()}
 
     def _backward(self, batch: dict[str, Tensor]) -> Tensor:
         """Gradients of the mean loss over the batch, in `accumulate_steps` pieces; returns that loss."""

@@ -1,0 +1,123 @@
+"""Input on few CPU cores beside a GPU: JPEGs decoded by the cores' threads against nvJPEG (`--decode gpu`).
+
+    python benchmarks/gpu_decode.py [--photos FOLDER] [--cores 2] [--rounds 3] [--seconds 3]
+
+The process keeps to so many cores. Both read the same images and crop them to 224 pixels for a batch of 256; nvJPEG's
+are then on the GPU, those of the threads in memory. Without photographs it takes 256 mosaics of emoji, JPEGs of
+640 × 480. Rounds alternate; the median counts. `--device cpu` runs the same code with libjpeg-turbo in the place of
+nvJPEG, which shows that it works and nothing about speed.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from results import machine, save
+
+from simmim.data import BadImages, RandomResizedCrop, Reading, open_source, train_batches
+from simmim.data.decode import decode
+from simmim.data.jpegs import device_batches
+from simmim.data.pipeline import Batch
+from simmim.torch_engine.jpegs import JpegDecoder, one_ahead
+
+SIZE = (224, 224)
+
+
+def draw_mosaics(folder: Path, count: int) -> None:
+    emoji, draw = open_source("demo"), np.random.default_rng(0)
+    for number in range(count):
+        indices = draw.integers(len(emoji), size=(4, 5))
+        tiles = [[decode(emoji.read(int(index)), channels=3, dtype=np.uint8) for index in row] for row in indices]
+        mosaic = Image.fromarray(np.concatenate([np.concatenate(row, axis=1) for row in tiles]))
+        mosaic.resize((640, 480), Image.Resampling.BICUBIC).save(folder / f"{number:03}.jpg", quality=90)
+
+
+class Contest:
+    def __init__(self, photos: str, bad_images: Path, *, device: str, batch_size: int, threads: int):
+        self.source = open_source(photos)
+        self.reading = Reading(
+            batch_size=batch_size,
+            seed=0,
+            start_step=0,
+            total_steps=10**6,
+            threads=threads,
+            bad_images=BadImages(bad_images, total=len(self.source), max_fraction=1),
+        )
+        self.decoder = JpegDecoder(torch.device(device), size=SIZE, channels=3)
+
+    def batches(self, way: str) -> Iterator[Batch]:
+        views: dict[str, Any] = {"crop": RandomResizedCrop(size=SIZE), "channels": 3}
+        if way == "threads":
+            return train_batches(self.source, self.reading, **views, dtype=np.uint8)
+        return one_ahead(device_batches(self.source, self.reading, **views, decode=self.decoder))
+
+    def speed(self, way: str, seconds: float) -> float:
+        """Images/s, from the third batch on."""
+        with contextlib.closing(self.batches(way)) as batches:  # type: ignore[type-var]
+            for _ in range(2):
+                next(batches)
+            begun, count = time.perf_counter(), 0
+            while not count or time.perf_counter() - begun < seconds:
+                next(batches)
+                count += 1
+            return count * self.reading.batch_size / (time.perf_counter() - begun)
+
+    def difference(self) -> float:
+        """Mean absolute difference of a batch's pixels, in levels of 255."""
+        images = []
+        for way in ("threads", "nvjpeg"):
+            with contextlib.closing(self.batches(way)) as batches:  # type: ignore[type-var]
+                images.append(torch.as_tensor(next(batches)["image"]).cpu().float())
+        return float((images[0] - images[1]).abs().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", help="folder of JPEG files (default: mosaics)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cores", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=256, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each figure in a round (default: %(default)s)")
+    arguments = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))[: arguments.cores]
+    os.sched_setaffinity(0, cores)
+    with tempfile.TemporaryDirectory() as scratch:
+        photos = arguments.photos or str(Path(scratch, "mosaics"))
+        if not arguments.photos:
+            Path(photos).mkdir()
+            draw_mosaics(Path(photos), arguments.batch_size)
+        contest = Contest(
+            photos,
+            Path(scratch, "bad_images.txt"),
+            device=arguments.device,
+            batch_size=arguments.batch_size,
+            threads=len(cores),
+        )
+        difference = contest.difference()
+        speeds: dict[str, list[float]] = {"threads": [], "nvjpeg": []}
+        for _ in range(arguments.rounds):
+            for way, found in speeds.items():
+                found.append(contest.speed(way, arguments.seconds))
+    medians = {way: statistics.median(found) for way, found in speeds.items()}
+    gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
+    facts = {**machine(), "gpu": gpu, "cores_used": len(cores), "photos": arguments.photos or "mosaics"}
+    figures = {"rounds": speeds, "images_per_second": medians, "difference_levels": difference}
+    print(
+        f"{len(cores)} cores: threads {medians['threads']:.0f} images/s, nvJPEG {medians['nvjpeg']:.0f} images/s, "
+        f"{medians['nvjpeg'] / medians['threads']:.2f} times; their pixels differ by {difference:.2f} levels"
+    )
+    save("gpu_decode" if gpu else "gpu_decode_tiny", facts | figures)
+
+
+if __name__ == "__main__":
+    main()
