@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def machine() -> dict[str, Any]:
             versions[package] = None
     return {
         "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": "python " + shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "cpu": cpu_name(),
         "cores": cpu_cores(),
         "versions": versions,

@@ -1,10 +1,10 @@
 """What each saving of the step gains, and what other methods do: predicted from the FLOP left out, and measured.
 
-    python benchmarks/savings.py [--rounds 5] [--cases vit swin methods] [--tiny]
+    python benchmarks/savings.py [--rounds 5] [--cases vit "methods swin"] [--tiny]
 
 One thread and its processor time, rounds that alternate over all variants, and the fastest of each: what other work on
 the machine disturbs least. A gain is the first variant's time (the plain step's, or SimMIM's as it is by default) over
-that of another, less 1; so for FLOP. The case `methods` are steps that learn something else.
+that of another, less 1; so for FLOP. The cases `methods` are steps that learn something else.
 """
 
 import argparse
@@ -41,12 +41,20 @@ VARIANTS = {
     "all": Savings(),
 }
 DECODER = {"encode": "visible", "head": "transformer"}
-METHODS: dict[str, dict[str, Any]] = {
-    "simmim": {},
-    "visible, decoder 2 x 256": DECODER,
-    "visible, decoder 8 x 512": DECODER | {"decoder_depth": 8, "decoder_width": 512},
-    "visible, 8 x 512, ratio 0.75": DECODER | {"decoder_depth": 8, "decoder_width": 512, "mask_ratio": 0.75},
-    "128 pixels": {"image_size": (128, 128)},
+UNIFORM = DECODER | {"mask": "uniform", "mask_cell": 16, "mask_ratio": 0.8125}
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "methods vit": {
+        "simmim": {},
+        "visible, decoder 2 x 256": DECODER,
+        "visible, decoder 8 x 512": DECODER | {"decoder_depth": 8, "decoder_width": 512},
+        "visible, 8 x 512, ratio 0.75": DECODER | {"decoder_depth": 8, "decoder_width": 512, "mask_ratio": 0.75},
+        "128 pixels": {"image_size": (128, 128)},
+    },
+    "methods swin": {
+        "simmim": {},
+        "visible, decoder 2 x 256": UNIFORM,
+        "visible, decoder 2 x 512": UNIFORM | {"decoder_width": 512},
+    },
 }
 
 
@@ -65,11 +73,11 @@ def settings(case: str, batch: int, *, tiny: bool) -> PretrainConfig:
 
 
 def variants(case: str, batch: int, *, tiny: bool) -> dict[str, tuple[PretrainConfig, Savings]]:
-    if case != "methods":
+    if case in CASES:
         config = settings(case, batch, tiny=tiny)
         return {name: (config, savings) for name, savings in VARIANTS.items()}
-    config = settings("vit", batch, tiny=tiny)
-    return {name: (dataclasses.replace(config, **changes), Savings()) for name, changes in METHODS.items()}
+    config = settings(case.removeprefix("methods "), batch, tiny=tiny)
+    return {name: (dataclasses.replace(config, **changes), Savings()) for name, changes in METHODS[case].items()}
 
 
 def measure(steps: dict[str, tuple[PretrainConfig, Savings]], rounds: int) -> dict[str, dict[str, float]]:
@@ -108,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=8, help="default: %(default)s")
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, "methods"], default=[*CASES, "methods"])
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, *METHODS], default=[*CASES, *METHODS])
     parser.add_argument("--name", default="savings", help="of the file in benchmarks/results (default: %(default)s)")
     parser.add_argument("--tiny", action="store_true", help="very small models, to see that this runs")
     arguments = parser.parse_args()

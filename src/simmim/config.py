@@ -145,7 +145,7 @@ class PretrainConfig(TrainingConfig):
     cluster_centres: Suppress[tuple[tuple[float, ...], ...] | None] = None
     """Those colours, normalised (default: found by k-means over the images)."""
     encode: Literal["all", "visible"] = "all"
-    """Patches that the encoder sees: all, hidden ones as mask tokens, or visible only (MAE: faster, another method)."""
+    """Patches that the encoder sees: all, hidden ones as mask tokens, or visible only (MAE, UM-MAE: other methods)."""
     head: Literal["linear", "mlp", "transformer"] = "linear"
     """The prediction head."""
     decoder_depth: Positive = 2

@@ -18,6 +18,7 @@ from simmim.torch_engine.storage import build_step, full_state, load_encoder
 from simmim.torch_engine.update import Update
 
 from . import tiny, worker
+from .test_visible import UNIFORM, VISIBLE
 from .worker import Finished, rows, weights
 
 slow = pytest.mark.slow
@@ -59,10 +60,22 @@ def assert_the_run_is_whole(config: PretrainConfig, expected: PretrainConfig) ->
 
 
 @slow
-@pytest.mark.parametrize("kind", ["beit with a shared bias", "swin", "swinv2", "convnext"])
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [
+        ("beit with a shared bias", {}),
+        ("swin", {}),
+        ("swinv2", {}),
+        ("convnext", {}),
+        # Without secondary masking the encoder's mask token is in no image.
+        ("swin", VISIBLE | UNIFORM | {"mask_ratio": 0.75}),
+    ],
+)
 @pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_give_the_losses_of_one_for_every_family(kind: str, shard: bool, tmp_path: Path) -> None:
-    one = dataclasses.replace(worker.settings(tmp_path / "one", kind), steps=4)
+def test_two_processes_give_the_losses_of_one_for_every_family(
+    kind: str, others: dict[str, Any], shard: bool, tmp_path: Path
+) -> None:
+    one = dataclasses.replace(worker.settings(tmp_path / "one", kind), steps=4, **others)
     two = dataclasses.replace(one, out=str(tmp_path / "two"), shard=shard)
     worker.finish(one, tmp_path / "log")
     worker.run_together(worker.pretrain, two, log=tmp_path / "log")

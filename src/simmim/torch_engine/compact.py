@@ -192,10 +192,10 @@ def _attend(block: Any, x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _with(module: nn.Module, **values: Any) -> Iterator[None]:
-    """Within it the module has these values."""
-    before = {name: getattr(module, name, None) for name in values}
-    for name, value in values.items():
-        setattr(module, name, value)
+    """Within it the module has these values, of those that it has at all."""
+    before = {name: getattr(module, name) for name in values if hasattr(module, name)}
+    for name in before:
+        setattr(module, name, values[name])
     try:
         yield
     finally:
