@@ -116,6 +116,29 @@ def test_a_jpeg_that_no_decoder_can_read_is_listed_and_replaced_as_by_the_thread
     assert listed(tmp_path) == listed(tmp_path / "threads") == ["2", "3"]
 
 
+def test_damage_of_any_kind_is_judged_as_by_the_threads(tmp_path: Path) -> None:
+    draw, files = np.random.default_rng(0), some_jpegs(12)
+    for number in range(36):
+        damaged = bytearray(encode(picture(number), progressive=number % 2 == 0))
+        begin = int(draw.integers(2, len(damaged)))
+        if number % 3 == 0:
+            del damaged[begin:]
+        elif number % 3 == 1:
+            del damaged[begin : begin + int(draw.integers(1, 40))]
+        else:
+            for place in draw.integers(2, len(damaged), 10):
+                damaged[place] = draw.integers(256)
+        files.append(bytes(damaged))
+    source = Files(*files)
+    (tmp_path / "threads").mkdir()
+    expected = read(source, tmp_path / "threads", None, total_steps=12)
+    found = read(source, tmp_path, "cpu", total_steps=12)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one["index"], other["index"])
+    assert listed(tmp_path) == listed(tmp_path / "threads")
+    assert 12 < len(listed(tmp_path)) < 36
+
+
 def test_too_many_of_them_end_the_run(tmp_path: Path) -> None:
     source = Files(*[without_tables(file) if number % 4 else file for number, file in enumerate(some_jpegs(8))])
     with pytest.raises(TooManyBadImages, match="cannot be read, more than --max-bad-fraction"):

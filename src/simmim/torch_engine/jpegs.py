@@ -40,17 +40,24 @@ class JpegDecoder:
         with torch.cuda.stream(self._stream):  # does nothing for `None`
             batch = torch.from_numpy(images).to(self._device)
             for portion in _portions({place: jpeg for place, jpeg in enumerate(jpegs) if jpeg is not None}):
-                decoded = self._decode([jpeg.raw for jpeg in portion.values()])
-                for (place, jpeg), pixels in zip(portion.items(), decoded, strict=True):
-                    if pixels is None or pixels.shape[1:] != jpeg.stored_size:
-                        fill(place)
-                        batch[place] = torch.from_numpy(images[place])
-                    else:
-                        batch[place] = show(pixels, jpeg, self._size)
+                for place in self._decode_into(batch, portion):
+                    fill(place)
+                    batch[place] = torch.from_numpy(images[place])
         if self._stream is not None:
             self._stream.synchronize()
             batch.record_stream(torch.cuda.current_stream(self._device))  # the step's: until it is done with them
         return batch
+
+    def _decode_into(self, batch: Tensor, jpegs: dict[int, Jpeg]) -> list[int]:
+        """Put what JPEGs show into their places; returns the places of those that are refused."""
+        refused = []
+        decoded = self._decode([jpeg.raw for jpeg in jpegs.values()])
+        for (place, jpeg), pixels in zip(jpegs.items(), decoded, strict=True):
+            if pixels is None or pixels.shape[1:] != jpeg.stored_size:
+                refused.append(place)
+            else:
+                batch[place] = show(pixels, jpeg, self._size)
+        return refused
 
     def _decode(self, files: Sequence[bytes]) -> list[Tensor | None]:
         """Pixels (C, h, w) of JPEGs, `None` for those that are refused.
@@ -84,7 +91,8 @@ class JpegDecoder:
         file = simplejpeg.encode_jpeg(np.ascontiguousarray(colours))
         expected = simplejpeg.decode_jpeg(file, "RGB" if self._channels == 3 else "GRAY")
         try:
-            pixels = self.decode([file])[0].permute(1, 2, 0).cpu().numpy()
+            with torch.cuda.stream(self._stream):
+                pixels = self.decode([file])[0].permute(1, 2, 0).cpu().numpy()
         except (RuntimeError, ImportError, AttributeError) as error:
             return (str(error).splitlines() or [type(error).__name__])[0]
         off = np.abs(pixels - expected.astype(np.float32)).mean()
