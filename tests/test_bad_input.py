@@ -146,9 +146,9 @@ BAD_OPTIONS = {
     "--probe images": "folder images has no class folders; put each class's images in a folder of its name",
     # the machine
     "--device gpu": "--device 'gpu' is not known; choose from auto, cpu, cuda, tpu",
-    "--decode gpu": "--decode gpu is for --device cuda, and this is cpu; leave it out",
+    "--decode gpu --device cpu": "--decode gpu is for --device cuda, and this is cpu; use --decode cpu",
     "--decode nvjpeg": "--decode 'nvjpeg' is not known; choose from cpu, gpu",
-    "--decode gpu --channels 5": "--decode gpu is for JPEGs, which have 1 or 3 channels, not 5; leave it out",
+    "--decode gpu --channels 5": "--decode gpu is for JPEGs, which have 1 or 3 channels, not 5; use --decode cpu",
     "--precision int8": "--precision 'int8' is not known; choose from auto, fp32, bf16, fp16",
     "--shard": "--shard spreads a model over processes and there is one; start it with torchrun, or leave it out",
     # the run directory

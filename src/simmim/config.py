@@ -220,7 +220,7 @@ def validated(config: Config) -> Config:
         _check_head(config)
         if config.decode == "gpu" and config.channels not in (1, 3):
             raise ValueError(
-                f"--decode gpu is for JPEGs, which have 1 or 3 channels, not {config.channels}; leave it out"
+                f"--decode gpu is for JPEGs, which have 1 or 3 channels, not {config.channels}; use --decode cpu"
             )
         config.mask_strategy()  # its own rules
     return config

@@ -296,21 +296,21 @@ def test_threads_need_no_decoder() -> None:
 
 
 def test_a_device_without_nvjpeg_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^--decode gpu is for --device cuda, and this is cpu; leave it out$"):
+    with pytest.raises(ValueError, match=r"^--decode gpu is for --device cuda, and this is cpu; use --decode cpu$"):
         open_decoder(plan(), CPU)
 
 
 def test_deep_images_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     with pytest.raises(
-        ValueError, match=r"^--decode gpu gives 8 bits, and the images of demo have more; leave it out$"
+        ValueError, match=r"^--decode gpu gives 8 bits, and the images of demo have more; use --decode cpu$"
     ):
         open_decoder(plan(dtype=np.dtype(np.float32)), torch.device("cuda"))
 
 
 def test_other_numbers_of_channels_are_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"^--decode gpu is for JPEGs, which have 1 or 3 channels, not 5; leave it out$"
+        ValueError, match=r"^--decode gpu is for JPEGs, which have 1 or 3 channels, not 5; use --decode cpu$"
     ):
         validated(PretrainConfig(data="demo", out="run", decode="gpu", channels=5))
 
@@ -325,7 +325,7 @@ def test_a_torchvision_without_nvjpeg_is_refused(monkeypatch: pytest.MonkeyPatch
         open_decoder(plan(), torch.device("cuda"))
     assert str(refusal.value) == (
         "--decode gpu does not work here: decode_jpegs_cuda: torchvision not compiled with nvJPEG support; "
-        f"install the torchvision that belongs to torch {torch.__version__}, built for CUDA, or leave it out"
+        f"install the torchvision that belongs to torch {torch.__version__}, built for CUDA, or use --decode cpu"
     )
 
 

@@ -61,7 +61,7 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
         "--encode visible": (config.encode != "all", "use --engine torch"),
         "--decoder-depth": (config.decoder_depth != PretrainConfig.decoder_depth, "use 2, or --engine torch"),
         "--decoder-width": (config.decoder_width != PretrainConfig.decoder_width, "use 256, or --engine torch"),
-        "--decode gpu": (config.decode != "cpu", "leave it out, or use --engine torch"),
+        "--decode gpu": (config.decode != "cpu", "use --decode cpu, or --engine torch"),
         "--probe": (config.probe is not None, "use simmim probe on the run, or --engine torch"),
         "--plain-step": (config.plain_step, "leave it out: a step of this engine is always the plain one"),
         "--no-compile": (config.compile is False and backend == "jax", "leave it out: JAX's step is always compiled"),

@@ -105,14 +105,14 @@ def open_decoder(plan: Plan, device: torch.device) -> JpegDecoder | None:
     if config.decode == "cpu":
         return None
     if device.type != "cuda":
-        raise ValueError(f"--decode gpu is for --device cuda, and this is {device.type}; leave it out")
+        raise ValueError(f"--decode gpu is for --device cuda, and this is {device.type}; use --decode cpu")
     if plan.images.dtype != np.uint8:
-        raise ValueError(f"--decode gpu gives 8 bits, and the images of {config.data} have more; leave it out")
+        raise ValueError(f"--decode gpu gives 8 bits, and the images of {config.data} have more; use --decode cpu")
     decoder = JpegDecoder(device, size=plan.size, channels=config.channels)
     if fault := decoder.find_fault():
         raise ValueError(
             f"--decode gpu does not work here: {fault}; install the torchvision that belongs to torch "
-            f"{torch.__version__}, built for CUDA, or leave it out"
+            f"{torch.__version__}, built for CUDA, or use --decode cpu"
         )
     return decoder
 
