@@ -1,5 +1,7 @@
 """Lowers a training step by TorchTPU and runs it on XLA's CPU: `python lower_and_run.py MODEL [NAME=VALUE...]`.
 
+With `visible` among the words, the encoder sees visible cells only.
+
 Prints, as JSON, how far loss, gradients and the parameters after the step are from those of eager PyTorch on the CPU,
 and how far the parameters moved.
 """
@@ -30,6 +32,7 @@ from simmim.torch_engine.trial import random_batch, update_of
 
 Arrays = dict[str, np.ndarray]
 RATE = 1e-3
+VISIBLE = {"encode": "visible", "head": "transformer", "decoder_width": 32, "mask": "uniform", "mask_ratio": 0.8125}
 
 
 def run(stablehlo: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
@@ -53,12 +56,14 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def main(model: str, arguments: list[str]) -> dict[str, float]:
+def main(model: str, words: list[str]) -> dict[str, float]:
+    visible = "visible" in words
     config = PretrainConfig(
         model=model,
-        model_args=parse_model_args(arguments),
+        model_args=parse_model_args(word for word in words if word != "visible"),
         image_size=(64, 64),
-        mask_cell=16 if model.startswith("vit") else None,
+        mask_cell=16 if visible or model.startswith("vit") else None,
+        **(VISIBLE if visible else {}),  # type: ignore[arg-type]
         batch_size=4,
         precision="fp32",
         drop_path=0.2,
@@ -69,7 +74,7 @@ def main(model: str, arguments: list[str]) -> dict[str, float]:
     torch.manual_seed(0)
     step = build_step(dataclasses.replace(config, device="cpu"))
     for parameter in step.parameters():  # else zeros of an initialisation hide what they multiply
-        torch.nn.init.normal_(parameter, std=0.05)
+        torch.nn.init.normal_(parameter, std=0.15 if visible else 0.05)  # more where a decoder makes gradients small
     before = as_arrays(step)
     encoder = step.model.encoder
     batch = random_batch(config, config.batch_size, encoder.patch_size, encoder.drop_path_draws.layers)
