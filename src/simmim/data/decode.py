@@ -131,7 +131,8 @@ def _identify(raw: bytes) -> "Image.Image":
 def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
     if image.format == "TIFF":
         image.load()  # turns the picture upright as it loads, and changes its size
-    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    stored = image.getexif().get(_ORIENTATION_TAG)
+    orientation = next((known for known in range(1, 9) if known == stored), 1)  # any other turns nothing
     width, height = image.size if orientation < 5 else image.size[::-1]
     mode = _MODES.get(image.mode, image.mode)
     if "transparency" in image.info and mode in ("L", "RGB"):
