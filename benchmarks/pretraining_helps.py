@@ -37,7 +37,7 @@ PRETRAINING = {
     **ENCODER,
     "mask_cell": 4,
     "batch_size": 64,
-    "steps": 4000,
+    "steps": 7000,
     "lr": 0.008,
     "warmup_epochs": 0.5,
     "val_images": 0,
@@ -53,8 +53,8 @@ FINETUNING = {
     "drop_path": 0.0,
     "eval_every_epochs": 1e4,  # at the end only
 }
-STEPS = 400
-PRETRAINED_RATE, SCRATCH_RATES = 0.008, (0.004, 0.008, 0.016)
+STEPS = 300
+PRETRAINED_RATE, SCRATCH_RATES = 0.008, (0.008, 0.016, 0.032)
 LAYER_DECAY = 0.75
 
 
