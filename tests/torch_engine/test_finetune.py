@@ -99,6 +99,22 @@ def test_the_average_of_the_weights_leaves_out_a_step_that_was_skipped() -> None
     torch.testing.assert_close(step.average.weight, before + 0.1)
 
 
+def test_attention_is_of_the_kind_that_is_fastest_on_the_cpu(
+    pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from simmim.torch_engine import finetune
+
+    trained = []
+    fit = finetune.Session.batches
+    monkeypatch.setattr(finetune.Session, "batches", lambda self, step: trained.append(self.step) or fit(self, step))
+    for precision in ("fp32", "bf16"):
+        words = command(pretrained, tmp_path / precision)
+        words[words.index("--precision") + 1], words[words.index("--steps") + 1] = precision, "1"
+        assert main(words) == 0
+    fused = [{block.attn.fused_attn for block in step.backbone.blocks} for step in trained]
+    assert fused == [{True}, {False}]
+
+
 def test_learning_rates_fall_from_head_to_embedding_as_the_paper_decays_them(pretrained: Path) -> None:
     from simmim.torch_engine.finetune import parameter_groups
 

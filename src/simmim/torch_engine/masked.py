@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from simmim.masking import MaskStrategy
 from simmim.torch_engine.drop_path import route_drop_path
 from simmim.torch_engine.savings import Choice, Chosen, choose, embed_visible, shorten_last_block
 
@@ -54,6 +55,9 @@ class Encoder(nn.Module):
     def patch_size(self) -> int:
         """Pixels of a side of the unit in which masks are given."""
         raise AssertionError
+
+    def check_masks(self, masks: MaskStrategy, model: str) -> None:
+        """One-line `ValueError` for a strategy whose masks `model` cannot be given."""
 
     def _token_features(self) -> int:
         raise AssertionError

@@ -11,7 +11,6 @@ from simmim.config import PretrainConfig
 from simmim.losses import LOSSES, Loss
 from simmim.plan import build_target, check_sizes
 from simmim.targets import Target, unpatchify
-from simmim.torch_engine.compact import CompactEncoder
 from simmim.torch_engine.encoders import create_encoder
 from simmim.torch_engine.heads import CELL_BY_CELL, create_head
 from simmim.torch_engine.masked import Encoder
@@ -129,8 +128,7 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
         encode=config.encode,
     )
     check_sizes(config, encoder)
-    if isinstance(encoder, CompactEncoder):
-        encoder.check_masks(config.mask_strategy(encoder.patch_size), config.model)
+    encoder.check_masks(config.mask_strategy(encoder.patch_size), config.model)
     target = build_target(config)
     head = create_head(config, encoder.num_features, target.channels(config.channels, encoder.stride))
     return MaskedImageModel(encoder, head, target, LOSSES[config.loss]())
