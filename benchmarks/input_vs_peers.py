@@ -10,10 +10,14 @@ the device. So that this work is not taken for free, one figure has it done on t
     large   some of them enlarged to 4000 pixels (here, by Pillow, quality 90)
     packed  after `simmim pack --short-side 288`, as JPEG and as raw pixels, against torchvision on the loose files
 
-Rounds alternate, so that a machine whose speed drifts slows all alike. Each counts the batches of some seconds, after
-the first ones, which were read ahead while threads or processes started. What counts is the ratio, the median of those
-of the rounds, to the fastest torchvision (0, 2 or as many workers as there are cores): by the clock, and by the
-processor time of an image, which other work on the machine disturbs less. Figures are saved as they come.
+simmim reads by threads, its default, and by as many processes (`--readers processes`), of raw pixels also without the
+blur that keeps fine patterns from aliasing (`--no-antialias`).
+
+Each is measured in a process of its own, in rounds that alternate, so that a machine whose speed drifts slows all
+alike. A round counts the batches of some seconds, after the first ones, which were read ahead while threads or
+processes started. What counts is the ratio, the median of those of the rounds, to the fastest torchvision (0, 2 or as
+many workers as there are cores): by the clock, and by the processor time of an image, which other work on the machine
+disturbs less. Figures are saved as they come.
 """
 
 import argparse
@@ -27,6 +31,8 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +74,7 @@ def torchvision_batches(classes: Path, *, workers: int, size: int) -> Batches:
         yield batch
 
 
-def simmim_batches(folder: Path, *, size: int) -> Batches:
+def simmim_batches(folder: Path, *, size: int, processes: bool = False, antialias: bool = True) -> Batches:
     source = open_source(str(folder))
     yield from train_batches(
         source,
@@ -78,18 +84,20 @@ def simmim_batches(folder: Path, *, size: int) -> Batches:
             start_step=0,
             total_steps=ENDLESS,
             threads=cpu_cores(),
+            processes=processes,
             bad_images=BadImages(folder / "bad_images.txt", total=len(source), max_fraction=0),
         ),
         crop=RandomResizedCrop(size=(SIZE, SIZE)),
         channels=3,
         dtype=np.uint8,
+        antialias=antialias,
     )
 
 
-def normalised(batches: Batches) -> Batches:
+def normalised(folder: Path, *, size: int) -> Batches:
     mean = 255 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
-    for batch in batches:
+    for batch in simmim_batches(folder, size=size):
         images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).float()
         flip = torch.from_numpy(batch["flip"])
         images[flip] = images[flip].flip(3)
@@ -140,29 +148,36 @@ def contenders(part: str, scratch: Path) -> Contenders:
     size = PARTS[part]
 
     def peer(workers: int) -> Callable[[], Batches]:
-        return lambda: torchvision_batches(scratch / "classes", workers=workers, size=size)
+        return partial(torchvision_batches, scratch / "classes", workers=workers, size=size)
 
-    def ours(data: str) -> Callable[[], Batches]:
-        return lambda: simmim_batches(scratch / data, size=size)
+    def ours(data: str, **options: bool) -> Callable[[], Batches]:
+        return partial(simmim_batches, scratch / data, size=size, **options)
 
     found: Contenders = {f"torchvision, {workers} workers": peer(workers) for workers in sorted({0, 2, cpu_cores()})}
     if part == "packed":
-        return found | {f"simmim, {form}": ours(form) for form in ("jpeg", "raw")}
+        for form in ("jpeg", "raw"):
+            found[f"simmim, {form}"] = ours(form)
+            found[f"simmim, {form}, processes"] = ours(form, processes=True)
+        found["simmim, raw, processes, no antialiasing"] = ours("raw", processes=True, antialias=False)
+        return found
     found["simmim"] = ours("classes")
+    found["simmim, processes"] = ours("classes", processes=True)
     if part == "loose":
-        found["simmim, normalised"] = lambda: normalised(ours("classes")())
+        found["simmim, normalised"] = partial(normalised, scratch / "classes", size=size)
     return found
 
 
-def speed(batches: Batches, size: int, seconds: float) -> tuple[float, float]:
+def speed(start: Callable[[], Batches], size: int, seconds: float) -> tuple[float, float]:
     """Images per second by the clock, and per second of the processors' time."""
+    torch.set_num_threads(1)  # the cores are taken by workers or threads
+    batches = start()
     for _ in range(AHEAD):
         next(batches)
-    start, processor, done = time.perf_counter(), processor_seconds(), 0
-    while time.perf_counter() - start < seconds:
+    begun, processor, done = time.perf_counter(), processor_seconds(), 0
+    while time.perf_counter() - begun < seconds:
         next(batches)
         done += size
-    taken, worked = time.perf_counter() - start, processor_seconds() - processor
+    taken, worked = time.perf_counter() - begun, processor_seconds() - processor
     batches.close()
     time.sleep(0.3)  # its threads finish what they are at
     return done / taken, done / worked
@@ -178,15 +193,17 @@ def summary(rates: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     medians = {name: np.median(found, axis=0) for name, found in rates.items()}
     peers = [name for name in rates if name.startswith("torchvision")]
     peer = max(peers, key=lambda name: medians[name][0])
-    idle = "torchvision, 0 workers"  # of workers the processor time is known only with that of their start
+    idle = "torchvision, 0 workers"
+    # Of other processes the processor time is known when they have ended, and with that of their start.
+    here = [name for name in rates if name == idle or (name not in peers and "processes" not in name)]
     return {
         "images_per_second": {name: round(float(median[0]), 1) for name, median in medians.items()},
         "images_per_processor_second": {
-            name: round(float(median[1]), 1) for name, median in medians.items() if name not in peers or name == idle
+            name: round(float(median[1]), 1) for name, median in medians.items() if name in here
         },
         f"ratio to {peer}": {name: ratio(rates[name], rates[peer], 0) for name in rates},
         f"ratio of processor time to {idle}": {
-            name: ratio(rates[name], rates[idle], 1) for name in rates if name not in peers
+            name: ratio(rates[name], rates[idle], 1) for name in here if name != idle
         },
     }
 
@@ -203,18 +220,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a round, for each (default: %(default)s)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the cores are taken by workers or threads
     for part in arguments.parts:
         rates: dict[str, list[tuple[float, float]]] = {}
         figures: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory() as scratch:
-            # In a process of its own: freeing large images here would change how memory is got for all that follow.
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as aside:
-                levels = aside.submit(prepare, part, arguments.photos, Path(scratch)).result()
+        with tempfile.TemporaryDirectory() as scratch, ExitStack() as processes:
+            levels = prepare(part, arguments.photos, Path(scratch))
             starts = contenders(part, Path(scratch))
+            # Each in a process of its own: what one frees would change how memory is got for those that follow.
+            spawn = multiprocessing.get_context("spawn")
+            aside = {name: processes.enter_context(ProcessPoolExecutor(1, spawn)) for name in starts}
             for number in range(1, arguments.rounds + 1):
                 for name, start in starts.items():
-                    rates.setdefault(name, []).append(speed(start(), PARTS[part], arguments.seconds))
+                    round_ = aside[name].submit(speed, start, PARTS[part], arguments.seconds)
+                    rates.setdefault(name, []).append(round_.result())
                 figures = {"rounds": number, "load_average": round(os.getloadavg()[0], 1), **summary(rates)}
                 figures["mean_difference_of_pixels"] = levels
                 save(f"input_vs_peers_{part}", {**described(), **figures}, quiet=True)

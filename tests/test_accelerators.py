@@ -1,6 +1,7 @@
 import pytest
 
-from simmim.accelerators import describe_tpu, find_gpu, gpu_peak_flops, read_facts
+from simmim import accelerators
+from simmim.accelerators import describe_tpu, find_gpu, gpu_peak_flops, read_facts, reading_cores
 
 ROWS = read_facts().accelerators
 # fmt: off
@@ -94,3 +95,14 @@ def test_tpu_chips_are_counted_by_their_pci_numbers(tmp_path):
             (tmp_path / place / name).write_text(number + "\n")
     assert describe_tpu(tmp_path) == "2 × TPU v5e"  # Google's network card is none
     assert describe_tpu(tmp_path / "elsewhere") == "none seen"
+
+
+@pytest.mark.parametrize(("cores", "local", "share"), [(8, None, 8), (8, "4", 2), (9, "4", 2), (2, "8", 1)])
+def test_processes_of_torchrun_share_the_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, local: str | None, share: int
+) -> None:
+    monkeypatch.setattr(accelerators, "cpu_cores", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert reading_cores() == share

@@ -148,6 +148,8 @@ BAD_OPTIONS = {
     "--device gpu": "--device 'gpu' is not known; choose from auto, cpu, cuda, tpu",
     "--decode gpu --device cpu": "--decode gpu is for --device cuda, and this is cpu; use --decode cpu",
     "--decode nvjpeg": "--decode 'nvjpeg' is not known; choose from cpu, gpu",
+    "--decode gpu --readers processes": "--readers processes is not for --decode gpu; leave one of them out",
+    "--decode gpu --no-antialias": "--no-antialias is not for --decode gpu; leave one of them out",
     "--decode gpu --channels 5": "--decode gpu is for JPEGs, which have 1 or 3 channels, not 5; use --decode cpu",
     "--precision int8": "--precision 'int8' is not known; choose from auto, fp32, bf16, fp16",
     "--shard": "--shard spreads a model over processes and there is one; start it with torchrun, or leave it out",

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from simmim.keys import draw, random_bits, sample_key, sample_keys, uniforms
+from simmim.keys import draws, random_bits, sample_key, sample_keys, uniforms
 
 
 def _bits(keys: np.ndarray) -> np.ndarray:
@@ -40,7 +40,8 @@ def test_the_same_image_has_the_same_key_in_any_batch() -> None:
 def test_one_key_alone_has_the_bits_and_the_numbers_that_it_has_in_an_array(seed: int, epoch: int, index: int) -> None:
     key, keys = sample_key(seed, epoch, index, stream="crop"), sample_keys(seed, epoch, [index], stream="crop")
     assert [key] == keys.tolist()
-    assert [draw(key, number) for number in range(50)] == uniforms(keys, 50)[0].tolist()
+    assert draws(key, 0, 50) == uniforms(keys, 50)[0].tolist()
+    assert draws(key, 30, 4) == uniforms(keys, 50)[0, 30:34].tolist()
 
 
 def test_one_epoch_for_all_equals_one_epoch_each() -> None:

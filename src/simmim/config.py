@@ -63,7 +63,7 @@ class TrainingConfig:
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of images that may be unreadable before the run is failed."""
     workers: Count = None
-    """Threads that decode images (default: one a core)."""
+    """Threads or processes that read images (default: one a core, shared out among processes of torchrun)."""
 
     epochs: PositiveReal = 100.0
     """Passes over the data."""
@@ -127,6 +127,10 @@ class PretrainConfig(TrainingConfig):
 
     decode: Literal["cpu", "gpu"] = "cpu"
     """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG, for few CPU cores beside it."""
+    readers: Literal["threads", "processes"] = "threads"
+    """What reads images: threads, or processes, which take more memory, for many images a second."""
+    antialias: bool = True
+    """Blur what is shrunk, as Pillow does; without it raw pixels are read faster, and fine patterns alias."""
     shard: bool = False
     """Shard parameters and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
 
@@ -181,7 +185,7 @@ HEAD_FEATURES = 32
 # What may differ when a run is resumed: where and how it runs and is watched, never what is learned.
 OPERATIONAL = {
     "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
-    "shard", "plain_step", "decode", "save_every_steps", "keep", "fresh", "log_every_steps", "log",
+    "shard", "plain_step", "decode", "readers", "save_every_steps", "keep", "fresh", "log_every_steps", "log",
     "picture_every_steps", "probe", "probe_every_epochs",
 }  # fmt: skip
 
@@ -222,6 +226,10 @@ def validated(config: Config) -> Config:
             raise ValueError(
                 f"--decode gpu is for JPEGs, which have 1 or 3 channels, not {config.channels}; use --decode cpu"
             )
+        cpu_only = {"--readers processes": config.readers != "threads", "--no-antialias": not config.antialias}
+        for option, given in cpu_only.items():
+            if given and config.decode == "gpu":
+                raise ValueError(f"{option} is not for --decode gpu; leave one of them out")
         config.mask_strategy()  # its own rules
     return config
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simmim.accelerators import cpu_cores
+from simmim.accelerators import reading_cores
 from simmim.clusters import fit_colour_clusters
 from simmim.config import PretrainConfig, TrainingConfig
 from simmim.data.augment import RandomResizedCrop
@@ -135,7 +135,7 @@ class TrainingPlan:
             total_steps=self.total_steps,
             rank=rank,
             world=world,
-            threads=self.config.workers or cpu_cores(),
+            threads=self.config.workers or reading_cores(),
             bad_images=bad_images,
         )
 
@@ -155,7 +155,7 @@ class Plan(TrainingPlan):
         and compile.
         """
         cell = config.mask_strategy(patch).cell
-        changes = {"workers": config.workers or cpu_cores(), "mask_cell": cell, **machine}
+        changes = {"workers": config.workers or reading_cores(), "mask_cell": cell, **machine}
         if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
             changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         elif not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
@@ -191,7 +191,9 @@ class Plan(TrainingPlan):
         config = self.config
         views = {"crop": RandomResizedCrop(size=self.size), "channels": config.channels}
         if decode is None:
-            batches = train_batches(self.images.train, reading, **views, dtype=self.images.dtype)
+            dtype, processes = self.images.dtype, config.readers == "processes"
+            reading = dataclasses.replace(reading, processes=processes)
+            batches = train_batches(self.images.train, reading, **views, dtype=dtype, antialias=config.antialias)
         else:
             batches = device_batches(self.images.train, reading, **views, decode=decode)
         for images in batches:

@@ -202,3 +202,11 @@ def test_any_number_of_channels_is_resized_each_as_if_alone(channels: int, dtype
 def test_a_crop_of_the_size_that_is_asked_for_is_not_changed():
     image = np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     np.testing.assert_array_equal(crop_resize(image, Box(5, 7, 32, 24), (32, 24)), image[5:37, 7:31])
+
+
+def test_without_antialiasing_an_image_is_only_interpolated():
+    image = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    found = crop_resize(image, Box(10, 20, 150, 180), (80, 100), antialias=False)
+    np.testing.assert_array_equal(found, cv2.resize(image[10:160, 20:200], (100, 80), interpolation=cv2.INTER_LINEAR))
+    beyond = crop_resize(image, Box(-10, 20, 150, 180), (75, 90), antialias=False)
+    np.testing.assert_array_equal(beyond[5:], cv2.resize(image[:140, 20:200], (90, 70), interpolation=cv2.INTER_LINEAR))

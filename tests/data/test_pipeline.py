@@ -7,17 +7,20 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from simmim.config import PretrainConfig
 from simmim.data.augment import CentreCrop, RandomResizedCrop, draw_flips
 from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.pipeline import Batch, Reading, eval_images, load, sample_batches, train_batches
+from simmim.data.sources import ArrayImages
 from simmim.data.statistics import measure_mean_std
 from simmim.keys import sample_key
+from simmim.plan import Images, Plan
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 
@@ -43,7 +46,7 @@ class Noise:
 
 def batches(source: Any, folder: Path, **changes: Any) -> list[Batch]:
     views: dict[str, Any] = {"crop": RandomResizedCrop(size=(8, 8)), "channels": 3, "dtype": np.uint8}
-    views |= {name: changes.pop(name) for name in (*views, "augment") if name in changes}
+    views |= {name: changes.pop(name) for name in (*views, "augment", "antialias") if name in changes}
     return list(train_batches(source, reading(source, folder, **changes), **views))
 
 
@@ -151,6 +154,21 @@ def test_an_image_is_cropped_by_its_own_key(tmp_path: Path):
                 dtype=np.uint8,
             )
             np.testing.assert_array_equal(image, alone)
+
+
+@pytest.mark.parametrize("readers", ["threads", "processes"])
+def test_a_plan_leaves_out_antialiasing_where_it_is_told_to(tmp_path: Path, readers: Literal["threads", "processes"]):
+    source = ArrayImages(Noise(4).images, "noise")
+    images, found = Images(train=source, val=source, dtype=np.dtype(np.uint8)), {}
+    for antialias in (True, False):
+        config = PretrainConfig(image_size=(4, 4), mask_cell=1, readers=readers, antialias=antialias)
+        how = {"crop": RandomResizedCrop(size=(4, 4)), "antialias": antialias}
+        [expected] = batches(source, tmp_path, total_steps=1, **how)
+        one = reading(source, tmp_path, total_steps=1)
+        [batch] = Plan(config, images).batches(one, patch=1, drop_path_layers=0)
+        np.testing.assert_array_equal(batch["image"], expected["image"])
+        found[antialias] = batch["image"]
+    assert (found[True] != found[False]).mean() > 0.5
 
 
 def test_arrays_of_different_lengths_are_filled_up_with_zeros(tmp_path: Path):

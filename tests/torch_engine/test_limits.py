@@ -16,6 +16,9 @@ def figures(**changes: Any) -> dict[str, Any]:
         "batch_size": 256,
         "precision": "bf16",
         "compile": True,
+        "decode": "cpu",
+        "readers": "processes",
+        "antialias": False,
         "step": {
             "images_per_second": 5000.0,
             "seconds": 0.051,
@@ -23,13 +26,16 @@ def figures(**changes: Any) -> dict[str, Any]:
             "arithmetic_share": 0.7,
             "memory_bytes": 20 * 2**30,
         },
-        "input": {"images_per_second": 6000.0, "threads": 16, "data": "images/", "stored": "files"},
+        "input": {"images_per_second": 6000.0, "workers": 16, "data": "images/", "stored": "files"},
         "end_to_end": {"share_of_slower": 0.99},
     }
     for name, value in changes.items():
         part, _, key = name.rpartition("__")
         (found[part] if part else found)[key] = value
     return found
+
+
+RAW = {"input__images_per_second": 900.0, "input__stored": "raw"}
 
 
 def test_a_step_that_waits_for_nothing_is_limited_by_arithmetic() -> None:
@@ -41,11 +47,19 @@ def test_a_step_that_waits_for_nothing_is_limited_by_arithmetic() -> None:
 @pytest.mark.parametrize(
     ("changes", "limit", "suggestion"),
     [
-        ({"input__images_per_second": 900.0, "input__threads": 4}, "input", "--workers 16: 4 of 16 cores read now"),
+        ({"input__images_per_second": 900.0, "input__workers": 4}, "input", "--workers 16: 4 of 16 cores read now"),
         ({"input__images_per_second": 900.0}, "input", "simmim pack images/ --out SHARDS --short-side 291 --form jpeg"),
         ({"input__images_per_second": 900.0, "input__stored": "jpeg"}, "input", "--form raw: pixels need no decoding"),
-        ({"input__images_per_second": 900.0, "input__stored": "raw"}, "input", "more CPU cores"),
+        (RAW, "input", "more CPU cores"),
+        (RAW | {"readers": "threads"}, "input", "--readers processes"),
+        (RAW | {"antialias": True}, "input", "--no-antialias"),
         ({"end_to_end__share_of_slower": 0.8}, "contention", "--workers 8"),
+        ({"end_to_end__share_of_slower": 0.8, "readers": "threads"}, "contention", "--readers processes"),
+        (
+            {"end_to_end__share_of_slower": 0.8, "readers": "threads", "decode": "gpu"},
+            "contention",
+            "--workers 8",
+        ),
         ({"step__seconds": 0.1}, "overhead", "--batch-size 512"),
         ({"step__seconds": 0.1, "compile": False}, "overhead", "--compile"),
         ({"step__seconds": 0.1, "step__memory_bytes": 50 * 2**30}, "overhead", "--profile FILE"),

@@ -76,6 +76,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     assert [row["step"] for row in rows(config)] == [*range(1, STEPS + 1)]
 
 
+def test_a_training_read_by_processes_has_the_same_weights(whole: Finished, tmp_path: Path) -> None:
+    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"), readers="processes", workers=2)
+    assert worker.run(config, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert_same_training(config, whole.config)
+
+
 def test_a_finished_training_says_so_and_changes_nothing(whole: Finished, tmp_path: Path) -> None:
     before = weights(whole.config)
     assert worker.run(whole.config, tmp_path / "log") == 0

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simmim.keys import draw, sample_keys, uniforms
+from simmim.keys import draws, sample_keys, uniforms
+
+_SHARP = 1.1
+"""A side that shrinks by less is only interpolated: there is no aliasing to be seen."""
 
 
 class Box(NamedTuple):
@@ -52,13 +55,14 @@ class RandomResizedCrop:
         """The box for an image's key; the largest box in the middle where ten draws don't fit."""
         aspect = self.size[1] / self.size[0]
         narrowest, widest = self.ratio[0] * aspect, self.ratio[1] * aspect
+        smallest, largest = self.scale
         for first in range(0, 4 * 10, 4):
-            area = height * width * (self.scale[0] + (self.scale[1] - self.scale[0]) * draw(key, first))
-            ratio = narrowest * (widest / narrowest) ** draw(key, first + 1)
+            share, shape, down, right = draws(key, first, 4)
+            area = height * width * (smallest + (largest - smallest) * share)
+            ratio = narrowest * (widest / narrowest) ** shape
             box_height, box_width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 1 <= box_height <= height and 1 <= box_width <= width:
-                top = int(draw(key, first + 2) * (height - box_height + 1))
-                left = int(draw(key, first + 3) * (width - box_width + 1))
+                top, left = int(down * (height - box_height + 1)), int(right * (width - box_width + 1))
                 return Box(top, left, box_height, box_width)
         return _middle(height, width, min(max(width / height, narrowest), widest))
 
@@ -158,42 +162,42 @@ def crop_resize(
     size: tuple[int, int],
     fill: ArrayLike = 0,
     out: NDArray[Any] | None = None,
+    antialias: bool = True,
 ) -> NDArray[Any]:
     """Cut `box` out of an image (H, W, C) and resize it to `size`, without aliasing; beyond the image is `fill`.
 
     The result is written into `out`, if given, an array of its shape and of the image's dtype. It is close to what
     Pillow's and torchvision's antialiased bilinear resizing give (docs/speed.md says how close), in a quarter of the
-    time, by three steps that OpenCV has vectorised: a blur over 3×3 pixels, bilinear interpolation to a power of two
-    times `size`, and halving by means of 2×2 pixels.
+    time, by three steps that OpenCV has vectorised: a blur over 3×3 pixels, which `antialias` may leave out, bilinear
+    interpolation to a power of two times `size`, and halving by means of 2×2 pixels.
     """
     channels = image.shape[2]
     if out is None:
         out = np.empty((*size, channels), image.dtype)
-    part, place = visible(box, image.shape[0], image.shape[1], size)
-    if part != box:
+    bottom, right = box.top + box.height, box.left + box.width
+    if min(box.top, box.left) < 0 or bottom > image.shape[0] or right > image.shape[1]:
+        part, place = visible(box, image.shape[0], image.shape[1], size)
         out[:] = fill
         rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
-        out[rows, columns] = crop_resize(image, part, (place.height, place.width))
+        out[rows, columns] = crop_resize(image, part, (place.height, place.width), antialias=antialias)
         return out
-    crop = image[box.top : box.top + box.height, box.left : box.left + box.width]
+    crop = image[box.top : bottom, box.left : right]
     block = 64  # OpenCV takes no more than 128 channels at once
     if channels <= block:
-        return _resize(crop, size, out)
+        return _resize(crop, size, out, antialias)
     for first in range(0, channels, block):
         some = slice(first, first + block)
-        out[..., some] = _resize(crop[..., some], size, np.empty_like(out[..., some]))
+        out[..., some] = _resize(crop[..., some], size, np.empty_like(out[..., some]), antialias)
     return out
 
 
-def _resize(pixels: NDArray[Any], size: tuple[int, int], out: NDArray[Any]) -> NDArray[Any]:
+def _resize(pixels: NDArray[Any], size: tuple[int, int], out: NDArray[Any], antialias: bool) -> NDArray[Any]:
     cv2 = _opencv()
     height, width = size
-    # Interpolation shrinks by 2.2 at the most: a blur over 3 pixels is wide enough for that.
-    down, right = (
-        max(0, math.ceil(math.log2(have / want / 2.2))) for have, want in zip(pixels.shape[:2], size, strict=True)
-    )
-    between = (height << down, width << right)
-    resized, interpolation = _blur(pixels, between), cv2.INTER_LINEAR
+    down, right = _halvings(pixels.shape[0], height), _halvings(pixels.shape[1], width)
+    resized, interpolation = pixels, cv2.INTER_LINEAR
+    if antialias:
+        resized = _blur(pixels, height << down, width << right)
     while down or right:
         resized = cv2.resize(resized, (width << right, height << down), interpolation=interpolation)
         down, right, interpolation = max(0, down - 1), max(0, right - 1), cv2.INTER_AREA
@@ -201,26 +205,29 @@ def _resize(pixels: NDArray[Any], size: tuple[int, int], out: NDArray[Any]) -> N
     return out
 
 
-def _blur(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
-    """What bilinear interpolation to `size` lacks of an antialiasing filter.
+def _halvings(have: int, want: int) -> int:
+    """How often a side is halved after interpolation, which shrinks it by 2.2 at the most: the blur suits no more."""
+    return max(0, math.ceil(math.log2(have / want / 2.2)))
+
+
+def _blur(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
+    """What bilinear interpolation to (`height`, `width`) lacks of an antialiasing filter.
 
     A triangle as wide as s pixels, for shrinking by s, has the variance s²/6, of which interpolation gives 1/6. The
     kernel (w, 1 - 2w, w) has 2w, which makes w = (s² - 1) / 12; with /8 photographs come out closest to the triangle's.
     """
-    sizes, sigmas = zip(*map(_kernel, pixels.shape[:2], size), strict=True)
-    if sizes == (1, 1):
+    down, right = pixels.shape[0] / height, pixels.shape[1] / width
+    if max(down, right) < _SHARP:
         return pixels
     cv2 = _opencv()
-    return cv2.GaussianBlur(pixels, sizes[::-1], sigmas[1], sigmaY=sigmas[0], borderType=cv2.BORDER_REPLICATE)
+    kernel = (3 if right >= _SHARP else 1, 3 if down >= _SHARP else 1)
+    return cv2.GaussianBlur(pixels, kernel, _sigma(right), sigmaY=_sigma(down), borderType=cv2.BORDER_REPLICATE)
 
 
-def _kernel(have: int, want: int) -> tuple[int, float]:
-    """How many pixels of a side the blur takes together, and the standard deviation that gives its 3 their weights."""
-    shrinking = have / want
-    if shrinking < 1.1:  # no aliasing to be seen
-        return 1, 0.0
+def _sigma(shrinking: float) -> float:
+    """The standard deviation for which GaussianBlur gives 3 pixels their weights."""
     weight = min(1 / 4, (shrinking**2 - 1) / 8)
-    return 3, math.sqrt(0.5 / math.log((1 - 2 * weight) / weight))
+    return math.sqrt(0.5 / math.log((1 - 2 * weight) / weight)) if shrinking >= _SHARP else 0.0
 
 
 @cache

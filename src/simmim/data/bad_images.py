@@ -2,7 +2,9 @@
 
 import re
 import threading
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class TooManyBadImages(ValueError):
@@ -25,6 +27,9 @@ class BadImages:
         self._names: set[str] = set()
         self._bytes_read = 0
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(BadImages, total=self.total, max_fraction=self.max_fraction), (self.path,)
 
     def __len__(self) -> int:
         with self._lock:

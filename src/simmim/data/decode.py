@@ -8,8 +8,7 @@ Shapes: `H W` pixels, `C` channels.
 """
 
 import io
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -70,7 +69,7 @@ class Picture:
         """Pixels (H, W, `channels`), or a JPEG's at 1/`reduction` of the size; `BadImage` where that cannot be."""
         if not self.fits(channels):
             raise BadImage(f"has {self.channels} channels, not {channels}")
-        with _blame_the_image():
+        with _BlameTheImage():
             pixels = _scaled_to_255(self.read(reduction))
             if channels != self.bands:
                 pixels = _grey_or_colour(_on_white(pixels) if self.has_alpha else pixels, channels)
@@ -94,7 +93,7 @@ def decode(raw: Raw, *, channels: int, dtype: DTypeLike) -> NDArray[Any]:
 
 def open_picture(raw: Raw) -> Picture:
     """Read the header of an image; raises `BadImage`, also for a header that claims more than `MAX_PIXELS`."""
-    with _blame_the_image():
+    with _BlameTheImage():
         if isinstance(raw, np.ndarray):
             return _open_array(raw)
         if not isinstance(raw, bytes):
@@ -108,15 +107,15 @@ def open_picture(raw: Raw) -> Picture:
         return _open_pillow(_identify(raw), raw)
 
 
-@contextmanager
-def _blame_the_image() -> Iterator[None]:
+class _BlameTheImage:
     """Decoders raise anything at all on damaged bytes: OSError, SyntaxError, struct.error, …"""
-    try:
-        yield
-    except BadImage:
-        raise
-    except Exception as error:
-        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, BadImage):
+            raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def _identify(raw: bytes) -> "Image.Image":

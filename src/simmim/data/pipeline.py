@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from simmim.data.augment import Box, CentreCrop, Letterbox, RandomResizedCrop, crop_resize, reduction
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, Picture, Raw, open_picture
+from simmim.data.processes import stream_from_processes
 from simmim.data.sources import ImageSource, read_raw
 from simmim.data.stream import Batch, Loader, Order, Read, Rows, Sample, stream
 from simmim.keys import sample_key, sample_keys
@@ -40,6 +41,8 @@ class Reading:
     rank: int = 0
     world: int = 1
     threads: int
+    processes: bool = False
+    """Have `threads` processes of one thread each, for `train_batches` without augmentation."""
     bad_images: BadImages
 
 
@@ -72,13 +75,14 @@ def show(
     dtype: DTypeLike,
     fill: ArrayLike = 0,
     out: NDArray[Any] | None = None,
+    antialias: bool = True,
 ) -> NDArray[Any]:
-    """`load` for an image that is open."""
+    """`load` for an image that is open; without `antialias` it is interpolated only, in less time."""
     pixels = picture.decode(channels=channels, dtype=dtype, reduction=reduction(box, size))
     height, width = pixels.shape[:2]
     if (height, width) != (picture.height, picture.width):
         box = box.scaled(height / picture.height, width / picture.width)
-    return crop_resize(pixels, box, size, fill, out)
+    return crop_resize(pixels, box, size, fill, out, antialias)
 
 
 def train_batches(
@@ -89,25 +93,42 @@ def train_batches(
     channels: int,
     dtype: DTypeLike,
     augment: Augment | None = None,
+    antialias: bool = True,
 ) -> Iterator[Batch]:
-    """The batches of `sample_batches` of an image each, cropped and resized, and augmented if asked for."""
-
-    def read(epoch: int, index: int, row: NDArray[Any] | None) -> Sample:
-        key = sample_key(reading.seed, epoch, index, stream="crop")
-        image = load(
-            read_raw(source, index),
-            lambda height, width: crop.box(key, height, width),
-            size=crop.size,
-            channels=channels,
-            dtype=dtype,
-            out=row,
-        )
-        if augment is not None:
-            image = augment(image, sample_keys(reading.seed, epoch, index, stream="augment"))
-        return {"image": image}
-
+    """The batches of `sample_batches` of an image each, cropped and resized (`show`), and augmented if asked for."""
+    read = _ReadCrop(source, reading.seed, crop, channels, dtype, augment, antialias)
     rows = None if augment else Rows((reading.batch_size // reading.world, *crop.size, channels), dtype)
     return _batches(source, reading, read, rows)
+
+
+@dataclass(frozen=True)
+class _ReadCrop:
+    """Reads an image for training; not a function within one, so that it can be sent to another process."""
+
+    source: ImageSource
+    seed: int
+    crop: RandomResizedCrop
+    channels: int
+    dtype: DTypeLike
+    augment: Augment | None
+    antialias: bool
+
+    def __call__(self, epoch: int, index: int, row: NDArray[Any] | None) -> Sample:
+        picture = open_picture(read_raw(self.source, index))
+        key = sample_key(self.seed, epoch, index, stream="crop")
+        box = self.crop.box(key, picture.height, picture.width)
+        image = show(
+            picture,
+            box,
+            size=self.crop.size,
+            channels=self.channels,
+            dtype=self.dtype,
+            out=row,
+            antialias=self.antialias,
+        )
+        if self.augment is not None:
+            image = self.augment(image, sample_keys(self.seed, epoch, index, stream="augment"))
+        return {"image": image}
 
 
 def sample_batches(source: ImageSource, reading: Reading, read: Callable[[int, int], Sample]) -> Iterator[Batch]:
@@ -148,10 +169,11 @@ def open_loader(source: ImageSource, reading: Reading, read: Read, rows: Rows | 
 
 
 def read_ahead(loader: Loader, reading: Reading) -> Iterator[Batch]:
-    """The batches of a reading, as threads read them."""
+    """The batches of a reading, read ahead by threads or processes."""
     batch_size, world = reading.batch_size, reading.world
     first, end = reading.start_step * batch_size + reading.rank, reading.total_steps * batch_size
-    return stream(loader, range(first, end, world), batch_size // world, reading.threads, reading.seed)
+    read = stream_from_processes if reading.processes else stream
+    return read(loader, range(first, end, world), batch_size // world, reading.threads, reading.seed)
 
 
 def eval_images(

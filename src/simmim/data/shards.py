@@ -114,6 +114,9 @@ class LocalStorage:
         self._root = root
         self._files: dict[str, Any] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalStorage, (self._root,)
+
     def read(self, name: str) -> bytes:
         return (self._root / name).read_bytes()
 

@@ -39,15 +39,18 @@ class Rows:
     """The images of the batches in the making, (B, H, W, C) each: threads fill in rows, and nothing is copied."""
 
     def __init__(self, shape: tuple[int, ...], dtype: DTypeLike):
-        self._shape = shape
-        self._dtype = dtype
+        self.shape = shape
+        self.dtype = dtype
         self._batches: dict[int, NDArray[Any]] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rows, (self.shape, self.dtype)
 
     def of(self, batch: int) -> NDArray[Any]:
         with self._lock:
             if batch not in self._batches:
-                self._batches[batch] = np.empty(self._shape, self._dtype)
+                self._batches[batch] = np.empty(self.shape, self.dtype)
             return self._batches[batch]
 
     def take(self, batch: int) -> NDArray[Any]:
@@ -91,6 +94,9 @@ class Order:
         self._seed = seed
         self._orders: dict[int, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Order, (self._images, self._seed)
 
     def index(self, epoch: int, place: int) -> int:
         with self._lock:

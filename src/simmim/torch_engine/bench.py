@@ -40,6 +40,10 @@ class BenchConfig:
     """Threads that decode images (default: one a core)."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG."""
+    readers: Literal["threads", "processes"] = "threads"
+    """What reads images."""
+    antialias: bool = True
+    """Blur what is shrunk, as Pillow does."""
     device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -80,6 +84,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "precision": training.precision,
         "compile": training.compile,
         "decode": training.decode,
+        "readers": training.readers,
+        "antialias": training.antialias,
     }
     with distributed.join(device) as world:
         trial = Trial(plan, world)
@@ -115,6 +121,8 @@ def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
             batch_size=config.batch_size,
             workers=config.workers,
             decode=config.decode,
+            readers=config.readers,
+            antialias=config.antialias,
             steps=10**9,
             warmup_epochs=0,
             mean=IMAGENET_MEAN,
@@ -163,7 +171,7 @@ def describe(figures: dict[str, Any]) -> str:
     share = f"{step['mfu']:.1%} of the peak" if step["mfu"] else f"{step['share_of_matmul']:.1%} of a large product's"
     gflops, rate = step["flops_per_image"] / 1e9, step["flops_per_second"] / 1e9
     place = "on the GPU" if figures["kind"] == "cuda" else "of this process, libraries included"
-    readers = f"{source['threads']} threads{' and nvJPEG' if figures['decode'] == 'gpu' else ''}"
+    readers = f"{source['workers']} {figures['readers']}{' and nvJPEG' if figures['decode'] == 'gpu' else ''}"
     lines = [
         f"machine  {figures['device']}, torch {figures['torch']}",
         f"step     {figures['model']} at {size}, batch {figures['batch_size']}, {figures['precision']}: "

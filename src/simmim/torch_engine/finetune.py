@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.optim._param_groups import param_groups_layer_decay
 
-from simmim.accelerators import cpu_cores
+from simmim.accelerators import reading_cores
 from simmim.config import validated
 from simmim.data.detection import open_detection
 from simmim.data.labelled import open_labelled
@@ -76,7 +76,7 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
             device=device,
             precision=distributed.choose_precision(config.precision, device),
             compile=device != "cpu" if config.compile is None else config.compile,
-            workers=config.workers or cpu_cores(),
+            workers=config.workers or reading_cores(),
             classes=tuple(data.classes),
         )
         task: Task = create_task(config, data, origin.weights)

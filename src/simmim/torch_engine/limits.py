@@ -37,8 +37,12 @@ def judge(figures: dict[str, Any]) -> dict[str, str]:
         return {"limit": "input", "because": because, "suggestion": _read_faster(figures)}
     if figures["kind"] != "cpu" and whole["share_of_slower"] < _NEAR:
         because = f"together they reach {whole['share_of_slower']:.0%} of the step alone"
-        fewer = max(source["threads"] // 2, 1)
-        suggestion = f"--workers {fewer}: threads that read take time from the one that feeds the accelerator"
+        fewer = max(source["workers"] // 2, 1)
+        suggestion = f"--workers {fewer}: what reads takes time from what feeds the accelerator"
+        if _may_be_processes(figures):
+            suggestion = (
+                "--readers processes: threads that read take Python's lock from the one that feeds the accelerator"
+            )
         return {"limit": "contention", "because": because, "suggestion": suggestion}
     times = step["seconds"] / step["expected_seconds"]
     if times > _SLACK:
@@ -54,15 +58,23 @@ def judge(figures: dict[str, Any]) -> dict[str, str]:
 
 def _read_faster(figures: dict[str, Any]) -> str:
     source, cores = figures["input"], figures["cores"]
-    if source["threads"] < cores:
-        return f"--workers {cores}: {source['threads']} of {cores} cores read now"
+    if source["workers"] < cores:
+        return f"--workers {cores}: {source['workers']} of {cores} cores read now"
     short = round(1.3 * min(figures["image_size"]))
     pack = f"simmim pack {source['data']} --out SHARDS --short-side {short} --form"
     if source["stored"] == "files":
         return f"{pack} jpeg, or raw where disk is at hand, and --data SHARDS"
     if source["stored"] in ("original", "jpeg", "webp"):
         return f"{pack} raw: pixels need no decoding"
+    if _may_be_processes(figures):
+        return "--readers processes: threads wait for Python's lock where images need no decoding"
+    if figures["antialias"]:
+        return "--no-antialias: a third less work, but fine patterns alias"
     return "more CPU cores: these images need no decoding, and every core reads"
+
+
+def _may_be_processes(figures: dict[str, Any]) -> bool:
+    return figures["readers"] == "threads" and figures["decode"] == "cpu"
 
 
 def _wait_less(figures: dict[str, Any]) -> str:

@@ -93,7 +93,7 @@ def measure_input(trial: Trial, seconds: float) -> dict[str, Any]:
         elapsed = time.perf_counter() - begun
     config = trial.config
     speed = steps * config.batch_size / elapsed
-    return {"images_per_second": speed, "threads": config.workers, "data": config.data}
+    return {"images_per_second": speed, "workers": config.workers, "data": config.data}
 
 
 def measure_end_to_end(trial: Trial, seconds: float) -> dict[str, Any]:
