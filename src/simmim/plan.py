@@ -180,6 +180,10 @@ class Plan(TrainingPlan):
     def picture_every_steps(self) -> int:
         return self.config.picture_every_steps or self.save_every_steps
 
+    def reading(self, bad_images: BadImages, **part: int) -> Reading:
+        reading = super().reading(bad_images, **part)
+        return dataclasses.replace(reading, processes=self.config.readers == "processes")
+
     def batches(
         self, reading: Reading, *, patch: int, drop_path_layers: int, decode: Decode | None = None
     ) -> Iterator[Batch]:
@@ -189,11 +193,10 @@ class Plan(TrainingPlan):
         With `decode` images are what it returns, and are on its device.
         """
         config = self.config
-        views = {"crop": RandomResizedCrop(size=self.size), "channels": config.channels}
+        views: dict[str, Any] = {"crop": RandomResizedCrop(size=self.size), "channels": config.channels}
         if decode is None:
-            dtype, processes = self.images.dtype, config.readers == "processes"
-            reading = dataclasses.replace(reading, processes=processes)
-            batches = train_batches(self.images.train, reading, **views, dtype=dtype, antialias=config.antialias)
+            views |= {"dtype": self.images.dtype, "antialias": config.antialias}
+            batches = train_batches(self.images.train, reading, **views)
         else:
             batches = device_batches(self.images.train, reading, **views, decode=decode)
         for images in batches:

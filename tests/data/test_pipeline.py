@@ -161,11 +161,13 @@ def test_a_plan_leaves_out_antialiasing_where_it_is_told_to(tmp_path: Path, read
     source = ArrayImages(Noise(4).images, "noise")
     images, found = Images(train=source, val=source, dtype=np.dtype(np.uint8)), {}
     for antialias in (True, False):
-        config = PretrainConfig(image_size=(4, 4), mask_cell=1, readers=readers, antialias=antialias)
-        how = {"crop": RandomResizedCrop(size=(4, 4)), "antialias": antialias}
-        [expected] = batches(source, tmp_path, total_steps=1, **how)
-        one = reading(source, tmp_path, total_steps=1)
-        [batch] = Plan(config, images).batches(one, patch=1, drop_path_layers=0)
+        how = {"readers": readers, "antialias": antialias}
+        plan = Plan(PretrainConfig(image_size=(4, 4), mask_cell=1, batch_size=4, steps=1, **how), images)
+        crop = RandomResizedCrop(size=(4, 4))
+        [expected] = batches(source, tmp_path, total_steps=1, crop=crop, antialias=antialias)
+        whole = plan.reading(BadImages(tmp_path / "bad_images.txt", total=4), start_step=0, rank=0, world=1)
+        assert whole.processes == (readers == "processes")
+        [batch] = plan.batches(whole, patch=1, drop_path_layers=0)
         np.testing.assert_array_equal(batch["image"], expected["image"])
         found[antialias] = batch["image"]
     assert (found[True] != found[False]).mean() > 0.5

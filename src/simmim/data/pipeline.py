@@ -9,6 +9,7 @@ Shapes: `B` images, `H W` pixels, `C` channels; a size is (H, W).
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,15 +56,17 @@ def load(
     dtype: DTypeLike,
     fill: ArrayLike = 0,
     out: NDArray[Any] | None = None,
+    antialias: bool = True,
 ) -> NDArray[Any]:
     """The part of an image that `choose_box(height, width)` names, at `size`: (H, W, C). Raises `BadImage`.
 
     What the box has beyond the image is filled with the colour `fill`, (C,) or one number. The result is written into
-    `out`, if given.
+    `out`, if given. Without `antialias` it is interpolated only, in less time.
     """
     picture = open_picture(raw)
     box = choose_box(picture.height, picture.width)
-    return show(picture, box, size=size, channels=channels, dtype=dtype, fill=fill, out=out)
+    how: dict[str, Any] = {"size": size, "channels": channels, "dtype": dtype, "fill": fill, "antialias": antialias}
+    return show(picture, box, **how, out=out)
 
 
 def show(
@@ -77,7 +80,7 @@ def show(
     out: NDArray[Any] | None = None,
     antialias: bool = True,
 ) -> NDArray[Any]:
-    """`load` for an image that is open; without `antialias` it is interpolated only, in less time."""
+    """`load` for an image that is open."""
     pixels = picture.decode(channels=channels, dtype=dtype, reduction=reduction(box, size))
     height, width = pixels.shape[:2]
     if (height, width) != (picture.height, picture.width):
@@ -95,7 +98,7 @@ def train_batches(
     augment: Augment | None = None,
     antialias: bool = True,
 ) -> Iterator[Batch]:
-    """The batches of `sample_batches` of an image each, cropped and resized (`show`), and augmented if asked for."""
+    """The batches of `sample_batches` of an image each, cropped and resized (`load`), and augmented if asked for."""
     read = _ReadCrop(source, reading.seed, crop, channels, dtype, augment, antialias)
     rows = None if augment else Rows((reading.batch_size // reading.world, *crop.size, channels), dtype)
     return _batches(source, reading, read, rows)
@@ -114,12 +117,9 @@ class _ReadCrop:
     antialias: bool
 
     def __call__(self, epoch: int, index: int, row: NDArray[Any] | None) -> Sample:
-        picture = open_picture(read_raw(self.source, index))
-        key = sample_key(self.seed, epoch, index, stream="crop")
-        box = self.crop.box(key, picture.height, picture.width)
-        image = show(
-            picture,
-            box,
+        image = load(
+            read_raw(self.source, index),
+            partial(self.crop.box, sample_key(self.seed, epoch, index, stream="crop")),
             size=self.crop.size,
             channels=self.channels,
             dtype=self.dtype,

@@ -6,6 +6,7 @@ with room for two such pieces. Order, crops and broken images are those of `stre
 
 import ctypes
 import multiprocessing
+import pickle
 import signal
 import traceback
 import weakref
@@ -92,7 +93,7 @@ class _Reader:
         self._process = context.Process(target=_read, args=(work, numbers, memory, theirs), daemon=True)
         try:
             self._process.start()
-        except (TypeError, AttributeError) as error:  # of pickle
+        except (TypeError, AttributeError, pickle.PicklingError) as error:  # whichever pickle chooses
             raise ValueError(f"these images cannot be sent to processes ({error}); use --readers threads") from error
         theirs.close()
         self.close = weakref.finalize(self, _end, self._connection, self._process)  # at exit at the latest

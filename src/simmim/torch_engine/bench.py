@@ -37,7 +37,7 @@ class BenchConfig:
     data: str = "demo"
     """Images to read; take your own to see what limits your run."""
     workers: Count = None
-    """Threads that decode images (default: one a core)."""
+    """Threads or processes that read images (default: one a core)."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG."""
     readers: Literal["threads", "processes"] = "threads"
