@@ -181,5 +181,8 @@ def test_no_process_outlives_the_one_that_trains(tmp_path: Path, ending: str):
         assert len(children) >= 2
         if "for" in ending:
             training.kill()
-        assert training.wait(20) == (-9 if "for" in ending else 3)
+        try:
+            assert training.wait(20) == (-9 if "for" in ending else 3)
+        finally:
+            training.kill()
     wait_for_the_end(children)
