@@ -7,7 +7,7 @@ time       seconds of an update: rates fitted to two models, against six other c
            rounds that alternate over all cases, and the fastest of each: what other work on the machine disturbs least
 published  images a second of ten trainings on one RTX 3090 (huggingface/pytorch-image-models, results/
            benchmark-train-amp-nchw-pt112-cu113-rtx3090.csv at 5e7d47c): rates fitted to all ten, which is what
-           `simmim/accelerators.toml` says a step reaches of the peaks
+           `simmim/hardware/accelerators.toml` says a step reaches of the peaks
 """
 
 import argparse
@@ -21,12 +21,12 @@ from results import machine, save
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from simmim.accelerators import read_facts
-from simmim.config import PretrainConfig
-from simmim.roofline import StepWork, fit_rates
-from simmim.torch_engine.cost import measure_work
-from simmim.torch_engine.distributed import World
-from simmim.torch_engine.trial import build_update, random_batch
+from simmim.config.training import PretrainConfig
+from simmim.hardware.accelerators import read_facts
+from simmim.hardware.roofline import StepWork, fit_rates
+from simmim.torch_engine.perf.cost import measure_work
+from simmim.torch_engine.perf.trial import build_update, random_batch
+from simmim.torch_engine.train.distributed import World
 
 SWIN = {"window_size": 6}
 MEMORY = [

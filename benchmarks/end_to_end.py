@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from results import machine, save
 
+from simmim.commands.pack import PackConfig, pack
 from simmim.data.sources import open_source
-from simmim.pack import PackConfig, pack
-from simmim.torch_engine import distributed
-from simmim.torch_engine.bench import BenchConfig, plan_of
-from simmim.torch_engine.limits import compare
-from simmim.torch_engine.measure import Trial, measure_end_to_end, measure_input, median_time
-from simmim.torch_engine.trial import random_batch
+from simmim.torch_engine.perf.bench import BenchConfig, plan_of
+from simmim.torch_engine.perf.limits import compare
+from simmim.torch_engine.perf.measure import Trial, measure_end_to_end, measure_input, median_time
+from simmim.torch_engine.perf.trial import random_batch
+from simmim.torch_engine.train import distributed
 
 CASES = {  # timm name, pixels, batch on a CPU and on a GPU
     "vit_base": ("vit_base_patch16_224", 224, 8, 256),

@@ -26,9 +26,9 @@ from results import machine, save
 
 from simmim.data import BadImages, RandomResizedCrop, Reading, open_source, train_batches
 from simmim.data.decode import decode
-from simmim.data.jpegs import device_batches
 from simmim.data.pipeline import Batch
-from simmim.torch_engine.jpegs import JpegDecoder, one_ahead
+from simmim.data.readers.device_jpegs import device_batches
+from simmim.torch_engine.train.jpegs import JpegDecoder, one_ahead
 
 SIZE = (224, 224)
 

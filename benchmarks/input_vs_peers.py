@@ -44,11 +44,11 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from simmim.accelerators import cpu_cores
+from simmim.commands.pack import PackConfig, pack
 from simmim.data import IMAGENET_MEAN, IMAGENET_STD, BadImages, RandomResizedCrop, Reading, open_source, train_batches
 from simmim.data.pipeline import load
-from simmim.keys import sample_key
-from simmim.pack import PackConfig, pack
+from simmim.hardware.host import cpu_cores
+from simmim.method.random_keys import sample_key
 
 SIZE = 224
 PARTS = {"loose": 32, "large": 8, "packed": 32}

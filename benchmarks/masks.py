@@ -9,8 +9,8 @@ import time
 
 import numpy as np
 
-from simmim.keys import sample_keys
-from simmim.masking import MASKS, MaskStrategy
+from simmim.method.masks import MASKS, MaskStrategy
+from simmim.method.random_keys import sample_keys
 
 IMAGES, CELL, SIZE = 256, 16, (224, 224)
 RATIOS = (0.6, 0.75, 0.9)

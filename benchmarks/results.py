@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from simmim.accelerators import cpu_cores, cpu_name
+from simmim.hardware.host import cpu_cores, cpu_name
 
 
 def machine() -> dict[str, Any]:

@@ -17,11 +17,11 @@ from results import machine, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.config import PretrainConfig
-from simmim.torch_engine.distributed import World
-from simmim.torch_engine.savings import PLAIN, Savings
-from simmim.torch_engine.storage import build_step
-from simmim.torch_engine.trial import random_batch, update_of
+from simmim.config.training import PretrainConfig
+from simmim.torch_engine.models.savings import PLAIN, Savings
+from simmim.torch_engine.perf.trial import random_batch, update_of
+from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.storage import build_step
 
 CASES = {
     "vit fp32": ("vit_base_patch16_224", 224, "fp32", {}),

@@ -23,11 +23,11 @@ import torch
 from results import machine, save
 
 from simmim.data.sources import open_source
-from simmim.torch_engine import distributed
-from simmim.torch_engine.bench import BenchConfig, plan_of
-from simmim.torch_engine.measure import Trial, median_time
-from simmim.torch_engine.trial import random_batch
-from simmim.torch_engine.update import Update
+from simmim.torch_engine.perf.bench import BenchConfig, plan_of
+from simmim.torch_engine.perf.measure import Trial, median_time
+from simmim.torch_engine.perf.trial import random_batch
+from simmim.torch_engine.train import distributed
+from simmim.torch_engine.train.update import Update
 
 LIMIT = 300  # seconds of a case
 SMALL = {"model": "vit_small_patch16_224", "size": 224, "batch": 8, "threads": 1, "processes": 1}

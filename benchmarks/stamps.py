@@ -23,8 +23,8 @@ import results
 from PIL import Image
 
 import simmim
-from simmim.average_precision import average_precision
-from simmim.data.detection import open_detection
+from simmim.data.labelled.detection import open_detection
+from simmim.metrics.coco import average_precision
 
 MODEL: dict[str, Any] = {
     "model": "resnet18",

@@ -27,14 +27,14 @@ from results import machine, save
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from simmim.config import PretrainConfig
-from simmim.targets import patchify
-from simmim.torch_engine.distributed import World
-from simmim.torch_engine.encoders import find_family
-from simmim.torch_engine.export import arrays
-from simmim.torch_engine.storage import build_step
-from simmim.torch_engine.trial import build_update, random_batch
-from simmim.weights import to_transformers
+from simmim.config.training import PretrainConfig
+from simmim.interop.weight_names import to_transformers
+from simmim.method.targets import patchify
+from simmim.torch_engine.interop.export import arrays
+from simmim.torch_engine.models.encoders import find_family
+from simmim.torch_engine.perf.trial import build_update, random_batch
+from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.storage import build_step
 
 Step = Callable[[], Tensor]
 CASES = {

@@ -1,7 +1,8 @@
 import pytest
 
-from simmim import accelerators
-from simmim.accelerators import describe_tpu, find_gpu, gpu_peak_flops, read_facts, reading_cores
+from simmim.hardware import host
+from simmim.hardware.accelerators import find_gpu, gpu_peak_flops, read_facts
+from simmim.hardware.host import describe_tpu, reading_cores
 
 ROWS = read_facts().accelerators
 # fmt: off
@@ -101,7 +102,7 @@ def test_tpu_chips_are_counted_by_their_pci_numbers(tmp_path):
 def test_processes_of_torchrun_share_the_cores(
     monkeypatch: pytest.MonkeyPatch, cores: int, local: str | None, share: int
 ) -> None:
-    monkeypatch.setattr(accelerators, "cpu_cores", lambda: cores)
+    monkeypatch.setattr(host, "cpu_cores", lambda: cores)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", local)

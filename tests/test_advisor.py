@@ -8,12 +8,12 @@ import shlex
 import numpy as np
 import pytest
 
-from simmim import advisor
-from simmim.advisor import advise, compile_for_tpus, plot, show
+from simmim.advise import rank as advisor
+from simmim.advise.rank import advise, compile_for_tpus, plot, show
+from simmim.advise.request import Wish
 from simmim.cli import main
-from simmim.roofline import StepWork
-from simmim.tpu_compiler import CompilerReport
-from simmim.wish import Wish
+from simmim.hardware.roofline import StepWork
+from simmim.hardware.tpu_compiler import CompilerReport
 
 MODEL = "vit_tiny_patch16_224"
 GIB = 2**30
@@ -302,7 +302,7 @@ def test_advise_reads_what_bench_saved(tmp_path, capsys):
 
 
 def test_steps_of_two_machines_do_not_mix(tmp_path):
-    from simmim.torch_engine.bench import add_calibration
+    from simmim.torch_engine.perf.bench import add_calibration
 
     file = tmp_path / "mine.json"
     add_calibration(file, {"device": "one"})

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 
-from simmim.architectures import infer
-from simmim.recipes import find_recipe
+from simmim.config.pretrain_recipes import find_recipe
+from simmim.interop.infer_model import infer
 
 torch = pytest.importorskip("torch")
 
 
 def shapes(recipe):
     """Weights of a recipe's backbone that have shapes only, and its buffers."""
-    from simmim.torch_engine.encoders import create_backbone
+    from simmim.torch_engine.models.encoders import create_backbone
 
     with torch.device("meta"):
         backbone = create_backbone(recipe.model, image_size=recipe.image_size, model_args=recipe.model_args)

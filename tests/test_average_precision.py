@@ -11,7 +11,7 @@ from pycocotools import mask as reference_rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from simmim.average_precision import average_precision
+from simmim.metrics.coco import average_precision
 
 IMAGES, CLASSES, SIDE = 30, 3, 200
 NAMES = ("map", "map50", "map75", "map_small", "map_medium", "map_large")

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from simmim.cli import main
-from simmim.recipes import RECIPES
+from simmim.config.pretrain_recipes import RECIPES
 
 SUFFIXES = (
     ".avif, .bmp, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .npy, .pbm, .pgm, .png, .pnm, .ppm, .tga, .tif, .tiff, "

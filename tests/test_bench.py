@@ -10,10 +10,10 @@ import timm
 from PIL import Image
 
 from simmim.cli import main
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
 from simmim.data.sources import open_source
-from simmim.torch_engine.bench import BenchConfig, describe, plan_of
-from simmim.torch_engine.cost import count_flops
+from simmim.torch_engine.perf.bench import BenchConfig, describe, plan_of
+from simmim.torch_engine.perf.cost import count_flops
 
 TINY = "bench --model resnet10t --image-size 64 --batch-size 2 --seconds 0.05 --device cpu --json"
 

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from simmim import cli
-from simmim.arguments import one_line
 from simmim.cli import COMMANDS, main
-from simmim.config import PretrainConfig
+from simmim.config.cli_errors import one_line
+from simmim.config.pretrain_recipes import RECIPES
+from simmim.config.training import PretrainConfig
 from simmim.errors import TrainingDivergedError
-from simmim.recipes import RECIPES
 
 
 @pytest.fixture

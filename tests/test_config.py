@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmim.config import PretrainConfig, changed_fields, from_settings, read_toml, to_toml, validated
-from simmim.fields import parse_image_size, parse_model_args
+from simmim.config.field_types import parse_image_size, parse_model_args
+from simmim.config.training import PretrainConfig, changed_fields, from_settings, read_toml, to_toml, validated
 
 SOURCES = Path(__file__).parents[1] / "src/simmim"
 

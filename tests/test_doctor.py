@@ -5,8 +5,8 @@ import numpy
 import pytest
 import torch
 
-from simmim import doctor
-from simmim.doctor import examine
+from simmim.commands import doctor
+from simmim.commands.doctor import examine
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_a_device_that_fails_is_a_finding_and_no_error(monkeypatch):
     def fail(*_args, **_settings):
         raise RuntimeError("no kernel image\nis available")
 
-    monkeypatch.setattr("simmim.torch_engine.trial.build_update", fail)
+    monkeypatch.setattr("simmim.torch_engine.perf.trial.build_update", fail)
     assert examine()["training on cpu"] == "does not work: no kernel image is available"
 
 

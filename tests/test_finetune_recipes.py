@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from simmim.cli import main
-from simmim.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
-from simmim.task_config import ClassifyConfig, FinetuneConfig
+from simmim.config.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
+from simmim.config.tasks import ClassifyConfig, FinetuneConfig
 
 SHARED = {
     "image_size": (224, 224),

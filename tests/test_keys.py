@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from simmim.keys import draws, random_bits, sample_key, sample_keys, uniforms
+from simmim.method.random_keys import draws, random_bits, sample_key, sample_keys, uniforms
 
 
 def _bits(keys: np.ndarray) -> np.ndarray:

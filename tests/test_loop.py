@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 import simmim
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
 from simmim.errors import TrainingDivergedError
-from simmim.loop import Event, Loop, Outcome
-from simmim.run import Run
+from simmim.training.loop import Event, Loop, Outcome
+from simmim.training.run_directory import Run
 
 
 class Diary:
@@ -154,7 +154,7 @@ def test_in_python_a_training_that_was_stopped_does_not_pass_for_a_finished_one(
     monkeypatch.setattr("simmim.engines.pretrain", lambda config: stopped)
     with pytest.raises(error):
         simmim.pretrain(data="demo", out=str(tmp_path))
-    monkeypatch.setattr("simmim.torch_engine.finetune.finetune", lambda config: stopped)
+    monkeypatch.setattr("simmim.torch_engine.train.finetune.finetune", lambda config: stopped)
     with pytest.raises(error):
         simmim.finetune("segment", data="demo", out=str(tmp_path))
 

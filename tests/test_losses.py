@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from simmim.losses import LOSSES, CrossEntropyLoss, L1Loss, Loss, MSELoss, SmoothL1Loss, check_pair
-from simmim.targets import TARGETS, PixelTarget, patchify
+from simmim.method.losses import LOSSES, CrossEntropyLoss, L1Loss, Loss, MSELoss, SmoothL1Loss, check_pair
+from simmim.method.targets import TARGETS, PixelTarget, patchify
 
 REFERENCE = Path(__file__).parents[1].parent / "shared" / "reference" / "simmim_official"
 

@@ -7,8 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from simmim.keys import sample_keys
-from simmim.masking import MASKS, BlockMask, GridMask, MaskStrategy, RandomMask, SquareMask, UniformMask, upsample_mask
+from simmim.method.masks import (
+    MASKS,
+    BlockMask,
+    GridMask,
+    MaskStrategy,
+    RandomMask,
+    SquareMask,
+    UniformMask,
+    upsample_mask,
+)
+from simmim.method.random_keys import sample_keys
 
 REFERENCE = Path(__file__).parents[1].parent / "shared" / "reference" / "simmim_official"
 EVERY_STRATEGY = pytest.mark.parametrize("strategy", MASKS.values(), ids=MASKS.keys())

@@ -4,7 +4,14 @@ from sklearn import metrics as sklearn_metrics
 from sklearn.datasets import make_blobs
 from sklearn.neighbors import KNeighborsClassifier
 
-from simmim.metrics import balanced_accuracy, class_table, confusion_matrix, intersection_over_union, knn_predict, top1
+from simmim.metrics.classification import (
+    balanced_accuracy,
+    class_table,
+    confusion_matrix,
+    intersection_over_union,
+    knn_predict,
+    top1,
+)
 
 
 @pytest.fixture

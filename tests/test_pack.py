@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim import pack as module
 from simmim.cli import main
+from simmim.commands import pack as module
+from simmim.commands.pack import PackConfig, pack
 from simmim.data import BadImage, TooManyBadImages
 from simmim.data.decode import decode
-from simmim.data.packing import Jpeg, Original, RawPixels, WebP
-from simmim.data.shards import open_packed
-from simmim.pack import PackConfig, pack
+from simmim.data.packed.format import open_packed
+from simmim.data.packed.writer import Jpeg, Original, RawPixels, WebP
 
 
 def photo(height: int, width: int, mode: str = "RGB", **options) -> bytes:
@@ -142,7 +142,7 @@ def test_the_number_of_threads_changes_nothing(images: Path):
 def test_a_killed_packing_goes_on_and_gives_what_an_uninterrupted_one_does(images: Path):
     pack(config(images, out=str(images.parent / "whole"), form="jpeg", short_side=20))
     code = (
-        "import time, simmim.pack as m\n"
+        "import time, simmim.commands.pack as m\n"
         "class Slow(m.Jpeg):\n"
         "    def __call__(self, raw):\n"
         "        time.sleep(0.1)\n"
@@ -201,7 +201,7 @@ def test_a_shard_that_does_not_read_back_is_an_error(images: Path, monkeypatch: 
 
 
 def test_progress_is_told_line_by_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]):
-    from simmim.tracking import progress
+    from simmim.training.tracking import progress
 
     assert list(progress(range(3), 3, "images packed", every_seconds=0)) == [0, 1, 2]
     assert capsys.readouterr().err.splitlines()[-1] == "3 of 3 images packed, 0s left"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.pickles import StoredTensor, UnsafePickleError, read_pickle
+from simmim.interop.pickles import StoredTensor, UnsafePickleError, read_pickle
 
 REFERENCE = Path(__file__).parents[1].parent / "shared" / "reference" / "simmim_official"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared/reference")

@@ -11,12 +11,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim.cli import main
-from simmim.config import PretrainConfig, from_settings, to_toml, validated
+from simmim.config.finetune_recipes import FINETUNE_RECIPES
+from simmim.config.pretrain_recipes import RECIPES, find_recipe
+from simmim.config.training import PretrainConfig, from_settings, to_toml, validated
 from simmim.data.sources import open_source
-from simmim.finetune_recipes import FINETUNE_RECIPES
-from simmim.plan import Images, Plan
-from simmim.recipes import RECIPES, find_recipe
-from simmim.torch_engine.model import build_model
+from simmim.torch_engine.models.masked_image_model import build_model
+from simmim.training.plan import Images, Plan
 
 # Typed off the table of the official configurations, not off the code. Rates are for a batch of 512.
 ALL = {

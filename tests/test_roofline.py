@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from simmim.roofline import Rates, StepWork, fit_rates
+from simmim.hardware.roofline import Rates, StepWork, fit_rates
 
 MEMORY = 1000.0
 

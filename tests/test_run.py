@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from simmim.config import PretrainConfig
-from simmim.run import Run, drop_metrics_after, open_run, written_whole
+from simmim.config.training import PretrainConfig
+from simmim.training.run_directory import Run, drop_metrics_after, open_run, written_whole
 
 
 def config(out: Path, **others: Any) -> PretrainConfig:

@@ -4,7 +4,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
-from simmim.schedules import CosineSchedule, MultiStepSchedule, scale_lr
+from simmim.method.schedules import CosineSchedule, MultiStepSchedule, scale_lr
 
 
 def _optimizer(lr: float) -> torch.optim.Optimizer:

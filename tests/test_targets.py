@@ -9,8 +9,8 @@ from sklearn.datasets import load_sample_image
 from sklearn.metrics import pairwise_distances_argmin
 from torch.nn import functional
 
-from simmim.clusters import fit_colour_clusters
-from simmim.targets import (
+from simmim.method.colour_clusters import fit_colour_clusters
+from simmim.method.targets import (
     TARGETS,
     ClusterTarget,
     HogTarget,

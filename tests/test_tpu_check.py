@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from simmim import tpu_check
-from simmim.tpu_check import TpuCheckConfig, check_machine, complete, describe, largest
-from simmim.tpu_compiler import CompilerReport, _program, sizes
+from simmim.commands import tpu_check
+from simmim.commands.tpu_check import TpuCheckConfig, check_machine, complete, describe, largest
+from simmim.hardware.tpu_compiler import CompilerReport, _program, sizes
 
 GIB = 2**30
 

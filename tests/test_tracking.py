@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from simmim.run import Run
-from simmim.tracking import Console, MetricsFile, duration, open_trackers
+from simmim.training.run_directory import Run
+from simmim.training.tracking import Console, MetricsFile, duration, open_trackers
 
 
 def scalars_of(directory: Path) -> dict[str, list[tuple[int, float]]]:
@@ -119,7 +119,7 @@ def test_only_the_main_process_speaks(capsys):
 
 def test_the_time_left_is_taken_from_the_steps_of_this_start(monkeypatch, capsys):
     now = iter([0.0, 50.0])
-    monkeypatch.setattr("simmim.tracking.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("simmim.training.tracking.time.monotonic", lambda: next(now))
     console = Console(total=300, start=100, enabled=True)  # resumed: 100 steps took no time here
     console.progress(200, FIGURES)
     assert capsys.readouterr().err.endswith("50s left\n")

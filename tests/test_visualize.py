@@ -3,8 +3,8 @@ import pytest
 from PIL import Image
 
 from simmim.cli import main
-from simmim.panels import reconstruction_panel, to_rgb
-from simmim.visualize import reconstruct
+from simmim.commands.reconstruct import reconstruct
+from simmim.training.pictures import reconstruction_panel, to_rgb
 
 
 @pytest.fixture(scope="module")

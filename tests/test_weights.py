@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from simmim.weights import (
+from simmim.interop.weight_names import (
     DIALECTS,
     from_official_simmim,
     from_official_swin,

@@ -13,10 +13,10 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simmim.config import PretrainConfig
-    from simmim.loop import Outcome
-    from simmim.run import Run
-    from simmim.torch_engine.storage import load_encoder, load_model
+    from simmim.config.training import PretrainConfig
+    from simmim.torch_engine.train.storage import load_encoder, load_model
+    from simmim.training.loop import Outcome
+    from simmim.training.run_directory import Run
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,10 +33,10 @@ __all__ = [
 
 # Loaded on first use, so that `import simmim` stays fast.
 _HOMES = {
-    "PretrainConfig": "simmim.config",
-    "Run": "simmim.run",
-    "load_encoder": "simmim.torch_engine.storage",
-    "load_model": "simmim.torch_engine.storage",
+    "PretrainConfig": "simmim.config.training",
+    "Run": "simmim.training.run_directory",
+    "load_encoder": "simmim.torch_engine.train.storage",
+    "load_model": "simmim.torch_engine.train.storage",
 }
 
 
@@ -53,7 +53,7 @@ def pretrain(**settings: Any) -> "Run":
     `out` that holds a run with another configuration; once all is saved, `KeyboardInterrupt` if Ctrl-C stopped it, and
     `SystemExit` if another signal did.
     """
-    from simmim.config import PretrainConfig, from_settings
+    from simmim.config.training import PretrainConfig, from_settings
     from simmim.engines import pretrain
 
     return _run_of(*pretrain(from_settings(PretrainConfig, settings)))
@@ -62,13 +62,13 @@ def pretrain(**settings: Any) -> "Run":
 def finetune(task: str, **settings: Any) -> "Run":
     """Train an encoder for a task, or resume the run in `out`.
 
-    `task` is one of `simmim.task_config.TASK_CONFIGS`, and settings are the fields of its configuration there; `init`
+    `task` is one of `simmim.config.tasks.TASK_CONFIGS`, and settings are the fields of its configuration there; `init`
     is what the command line calls `--from`: a run, "scratch" or "timm:NAME". Returns the run. Raises what
     `pretrain` does.
     """
-    from simmim.config import from_settings
-    from simmim.task_config import find_task
-    from simmim.torch_engine.finetune import finetune
+    from simmim.config.tasks import find_task
+    from simmim.config.training import from_settings
+    from simmim.torch_engine.train.finetune import finetune
 
     return _run_of(*finetune(from_settings(find_task(task), settings)))
 
@@ -88,7 +88,7 @@ def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
     Returns top1 and balanced_accuracy, in [0, 1], and on how many images and classes they stand. Raises a one-line
     `ValueError` for a run without encoder, or images that cannot be read or do not fit.
     """
-    from simmim.config import from_settings
+    from simmim.config.training import from_settings
     from simmim.torch_engine.tasks.probe import ProbeConfig, probe
 
     return probe(from_settings(ProbeConfig, {"run": run, "data": data, **settings}))
@@ -110,8 +110,8 @@ def predict(
     too, and each image has a "picture" there and from segmentation a "mask", a PNG of class numbers. Raises a one-line
     `ValueError` for a run without a fine-tuned model, or where no image can be read.
     """
-    from simmim.config import from_settings
-    from simmim.torch_engine.predict import PredictConfig, predict
+    from simmim.config.training import from_settings
+    from simmim.torch_engine.tasks.predict import PredictConfig, predict
 
     several = (images,) if isinstance(images, (str, PathLike)) else images
     names = tuple(fspath(image) for image in several)

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from simmim import arguments
-from simmim.errors import TrainingDivergedError
+from simmim.config import cli_errors
+from simmim.errors import TrainingDivergedError, UserError
 
 if TYPE_CHECKING:
-    from simmim.config import PretrainConfig, TrainingConfig
+    from simmim.config.training import PretrainConfig, TrainingConfig
 
 Arguments = TypeVar("Arguments")
 Config = TypeVar("Config", bound="TrainingConfig")
@@ -25,8 +25,8 @@ Config = TypeVar("Config", bound="TrainingConfig")
 
 def pretrain(argv: list[str]) -> int:
     """Pretrain a backbone on unlabelled images, or resume"""
-    from simmim.config import PretrainConfig
-    from simmim.recipes import find_recipe
+    from simmim.config.pretrain_recipes import find_recipe
+    from simmim.config.training import PretrainConfig
 
     return _pretrain(parse_with_defaults(PretrainConfig, "pretrain", argv, find_recipe))
 
@@ -42,7 +42,7 @@ def reconstruct(argv: list[str]) -> int:
     """Draw original, masked and reconstructed images side by side"""
     from tyro.conf import Positional, arg
 
-    from simmim.visualize import reconstruct
+    from simmim.commands.reconstruct import reconstruct
 
     @dataclass(frozen=True, kw_only=True)
     class Command:
@@ -79,8 +79,8 @@ def probe(argv: list[str]) -> int:
 
 def finetune(argv: list[str]) -> int:
     """Train a pretrained encoder for a task on labelled images: simmim finetune TASK"""
-    from simmim.finetune_recipes import find_finetune_recipe
-    from simmim.task_config import TASK_CONFIGS, find_task
+    from simmim.config.finetune_recipes import find_finetune_recipe
+    from simmim.config.tasks import TASK_CONFIGS, find_task
 
     if argv[:1] in (["-h"], ["--help"]):
         tasks = "\n".join(f"  {name:10}{kind.__doc__}" for name, kind in TASK_CONFIGS.items())
@@ -90,7 +90,7 @@ def finetune(argv: list[str]) -> int:
     kind = find_task(*argv[:1])
     config = parse_with_defaults(kind, f"finetune {argv[0]}", argv[1:], lambda name: find_finetune_recipe(name, kind))
 
-    from simmim.torch_engine.finetune import finetune as run
+    from simmim.torch_engine.train.finetune import finetune as run
 
     _, outcome = run(config)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
@@ -98,7 +98,7 @@ def finetune(argv: list[str]) -> int:
 
 def predict(argv: list[str]) -> int:
     """Use a fine-tuned model: labels, masks or boxes of new images"""
-    from simmim.torch_engine.predict import PredictConfig, describe, predict
+    from simmim.torch_engine.tasks.predict import PredictConfig, describe, predict
 
     @dataclass(frozen=True, kw_only=True)
     class Command(PredictConfig):
@@ -114,7 +114,7 @@ def predict(argv: list[str]) -> int:
 
 def pack(argv: list[str]) -> int:
     """Convert images once to shards that read faster"""
-    from simmim.pack import PackConfig, pack
+    from simmim.commands.pack import PackConfig, pack
 
     print("\n".join(pack(parse(PackConfig, "pack", argv))))
     return 0
@@ -122,9 +122,9 @@ def pack(argv: list[str]) -> int:
 
 def advise(argv: list[str]) -> int:
     """Say which accelerator, how many, how long, what it costs, and whether it fits"""
-    from simmim.advisor import advise, compile_for_tpus, plot, show
-    from simmim.fields import Word
-    from simmim.wish import Wish
+    from simmim.advise.rank import advise, compile_for_tpus, plot, show
+    from simmim.advise.request import Wish
+    from simmim.config.field_types import Word
 
     @dataclass(frozen=True, kw_only=True)
     class Command(Wish):
@@ -147,8 +147,8 @@ def advise(argv: list[str]) -> int:
 
 def tpu_check(argv: list[str]) -> int:
     """Compile the training step for a TPU that is not here: does it fit, memory, FLOPs, largest batch"""
-    from simmim.recipes import find_recipe
-    from simmim.tpu_check import TpuCheckConfig, describe, tpu_check
+    from simmim.commands.tpu_check import TpuCheckConfig, describe, tpu_check
+    from simmim.config.pretrain_recipes import find_recipe
 
     def find(name: str) -> TpuCheckConfig:
         return TpuCheckConfig(**vars(find_recipe(name)))
@@ -161,7 +161,7 @@ def tpu_check(argv: list[str]) -> int:
 
 def bench(argv: list[str]) -> int:
     """Measure this machine's step and input speed, and its share of the peak"""
-    from simmim.torch_engine.bench import BenchConfig, bench, describe
+    from simmim.torch_engine.perf.bench import BenchConfig, bench, describe
 
     @dataclass(frozen=True, kw_only=True)
     class Command(BenchConfig):
@@ -176,7 +176,7 @@ def bench(argv: list[str]) -> int:
 
 def doctor(argv: list[str]) -> int:
     """Say what was found on this machine, what works and what is missing"""
-    from simmim.doctor import examine
+    from simmim.commands.doctor import examine
 
     @dataclass(frozen=True, kw_only=True)
     class Command:
@@ -195,10 +195,10 @@ def recipes(argv: list[str]) -> int:
     """List the recipes, or show one: simmim recipes NAME"""
     from tyro.conf import Positional
 
-    from simmim.config import to_toml
-    from simmim.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
-    from simmim.recipes import RECIPES, find_recipe
-    from simmim.task_config import FinetuneConfig
+    from simmim.config.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
+    from simmim.config.pretrain_recipes import RECIPES, find_recipe
+    from simmim.config.tasks import FinetuneConfig
+    from simmim.config.training import to_toml
 
     @dataclass(frozen=True, kw_only=True)
     class Command:
@@ -219,7 +219,7 @@ def recipes(argv: list[str]) -> int:
 
 def convert(argv: list[str]) -> int:
     """Make a run of a checkpoint of official SimMIM, MAE, Swin or BEiT, of Transformers or of timm"""
-    from simmim.torch_engine.convert import ConvertConfig, convert
+    from simmim.torch_engine.interop.convert import ConvertConfig, convert
 
     print("\n".join(convert(parse(ConvertConfig, "convert", argv))))
     return 0
@@ -229,7 +229,7 @@ def export(argv: list[str]) -> int:
     """Write a run's model for timm, Transformers, ONNX or official SimMIM, and check it"""
     from tyro.conf import Positional, arg
 
-    from simmim.export import export
+    from simmim.commands.export import export
 
     @dataclass(frozen=True, kw_only=True)
     class Command:
@@ -268,13 +268,13 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def parse(kind: type[Arguments], command: str, argv: list[str], default: Arguments | None = None) -> Arguments:
     """The command's arguments; `--help` prints and exits. Raises a one-line `ValueError`."""
-    return arguments.parse(kind, command, COMMANDS[command.split()[0]].__doc__, argv, default)
+    return cli_errors.parse(kind, command, COMMANDS[command.split()[0]].__doc__, argv, default)
 
 
 def parse_with_defaults(kind: type[Config], command: str, argv: list[str], find: Callable[[str], Config]) -> Config:
     """As `parse`, where a recipe, which `find` finds by its name, or a file may give the defaults."""
-    from simmim.config import read_toml
-    from simmim.fields import Word
+    from simmim.config.field_types import Word
+    from simmim.config.training import read_toml
 
     @dataclass(frozen=True, kw_only=True)
     class Command(kind):
@@ -289,7 +289,7 @@ def parse_with_defaults(kind: type[Config], command: str, argv: list[str], find:
     sources = vars(first.parse_known_args(argv)[0])
     defaults = kind()
     if sources["recipe"] and sources["config"]:
-        raise ValueError("--recipe and --config both give the defaults; use one of them")
+        raise UserError("--recipe and --config both give the defaults; use one of them")
     if sources["recipe"]:
         defaults = find(sources["recipe"])
     if sources["config"]:
@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
             remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
-            raise ValueError(f"command {argv[0]!r} is not known; {remedy}")
+            raise UserError(f"command {argv[0]!r} is not known; {remedy}")
         return COMMANDS[argv[0]](argv[1:])
     except KeyboardInterrupt:
         print("simmim: interrupted", file=sys.stderr)
@@ -333,17 +333,17 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         line = explain(error)
         if debug or line is None:
             raise
         print(f"simmim: {line}", file=sys.stderr)
-        return 2 if isinstance(error, (ValueError, OSError)) else 1
+        return 2 if isinstance(error, (UserError, OSError)) else 1
 
 
 def explain(error: Exception) -> str | None:
     """What went wrong, in one line for a user; `None` for what is a bug of ours."""
-    if isinstance(error, (ValueError, OSError, TrainingDivergedError)):
+    if isinstance(error, (UserError, OSError, TrainingDivergedError)):
         return str(error).strip().splitlines()[0] if str(error) else repr(error)
     if "out of memory" in str(error) or "can't allocate memory" in str(error):  # CUDA's words and the CPU's
         return "out of memory: lower --batch-size, split it by --accumulate-steps, or use --checkpoint-activations"

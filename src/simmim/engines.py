@@ -1,8 +1,8 @@
 """Which engine does it. The engines do not know each other; each is loaded when it is asked for."""
 
-from simmim.config import PretrainConfig
-from simmim.loop import Outcome
-from simmim.run import Run
+from simmim.config.training import PretrainConfig
+from simmim.training.loop import Outcome
+from simmim.training.run_directory import Run
 
 
 def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
@@ -10,5 +10,5 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     if config.engine == "keras":
         from simmim.keras_engine import pretrain
     else:
-        from simmim.torch_engine.pretrain import pretrain
+        from simmim.torch_engine.train.pretrain import pretrain
     return pretrain(config)

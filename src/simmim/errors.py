@@ -1,4 +1,8 @@
-"""Errors that are not a user's mistake; those are `ValueError`s of one line: value, rule, remedy."""
+"""Errors that the package raises on purpose. Every other error is a bug of ours."""
+
+
+class UserError(ValueError):
+    """A mistake that the user can fix. The message is one line: the value, the rule, the remedy."""
 
 
 class TrainingDivergedError(RuntimeError):

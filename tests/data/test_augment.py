@@ -22,7 +22,7 @@ from simmim.data.augment import (
     reduction,
     visible,
 )
-from simmim.keys import sample_key, sample_keys
+from simmim.method.random_keys import sample_key, sample_keys
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 

@@ -12,7 +12,7 @@ from pycocotools import mask as reference_rle
 
 from simmim.data.augment import Letterbox, ScaleJitter, visible
 from simmim.data.decode import BadImage
-from simmim.data.detection import DetectionReader, boxes_in_image, decode_masks, encode_mask, open_detection
+from simmim.data.labelled.detection import DetectionReader, boxes_in_image, decode_masks, encode_mask, open_detection
 from simmim.data.sources import read_raw
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simmim.data.labelled import LabelledImages, hold_out, open_labelled
+from simmim.data.labelled.classes import LabelledImages, hold_out, open_labelled
 from simmim.data.sources import ImageSource, open_source
 
 

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
 from simmim.data.augment import CentreCrop, RandomResizedCrop, draw_flips
 from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.pipeline import Batch, Reading, eval_images, load, sample_batches, train_batches
 from simmim.data.sources import ArrayImages
 from simmim.data.statistics import measure_mean_std
-from simmim.keys import sample_key
-from simmim.plan import Images, Plan
+from simmim.method.random_keys import sample_key
+from simmim.training.plan import Images, Plan
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 

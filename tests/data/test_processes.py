@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simmim.commands.pack import PackConfig, pack
 from simmim.data import BadImages, RandomResizedCrop, Reading, open_source, train_batches
 from simmim.data.bad_images import TooManyBadImages
 from simmim.data.pipeline import Batch
 from simmim.data.sources import ArrayImages, ImageSource
-from simmim.pack import PackConfig, pack
 
 
 def batches(source: ImageSource, folder: Path, *, processes: bool, **changes: Any) -> Any:

@@ -13,8 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from simmim.data.augment import Box
-from simmim.data.segmentation import IGNORE, SegmentationImages, Windows, crop_mask, open_segmentation, read_mask
-from simmim.keys import sample_keys
+from simmim.data.labelled.segmentation import (
+    IGNORE,
+    SegmentationImages,
+    Windows,
+    crop_mask,
+    open_segmentation,
+    read_mask,
+)
+from simmim.method.random_keys import sample_keys
 
 SUFFIXES = (
     ".avif, .bmp, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .npy, .pbm, .pgm, .png, .pnm, .ppm, .tga, .tif, .tiff, "

@@ -10,11 +10,11 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
+from simmim.commands.pack import PackConfig, pack
 from simmim.data import BadImage, BadImages, RandomResizedCrop, Reading, open_source, train_batches
-from simmim.data.labelled import open_labelled
-from simmim.data.packing import Entry, Packed, write_shard
-from simmim.data.shards import BLOCK, LocalStorage, RemoteStorage, open_packed
-from simmim.pack import PackConfig, pack
+from simmim.data.labelled.classes import open_labelled
+from simmim.data.packed.format import BLOCK, LocalStorage, RemoteStorage, open_packed
+from simmim.data.packed.writer import Entry, Packed, write_shard
 
 
 @pytest.fixture(scope="module")

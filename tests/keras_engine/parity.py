@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
 from simmim.keras_engine import use_backend
-from simmim.plan import draw_masks
-from simmim.schedules import CosineSchedule
-from simmim.torch_engine.distributed import World
-from simmim.torch_engine.optim import create_optimizer
-from simmim.torch_engine.storage import build_step
-from simmim.torch_engine.update import Update
+from simmim.method.schedules import CosineSchedule
+from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.optim import create_optimizer
+from simmim.torch_engine.train.storage import build_step
+from simmim.torch_engine.train.update import Update
+from simmim.training.plan import draw_masks
 
 STEPS, BATCH = 20, 4
 BEIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}

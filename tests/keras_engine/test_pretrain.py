@@ -11,9 +11,9 @@ import timm
 import torch
 from safetensors.numpy import load_file
 
-from simmim.plan import Plan, open_images
-from simmim.torch_engine.pretrain import judge_and_draw
-from simmim.torch_engine.storage import load_run
+from simmim.torch_engine.train.pretrain import judge_and_draw
+from simmim.torch_engine.train.storage import load_run
+from simmim.training.plan import Plan, open_images
 
 from .conftest import have, run_python
 

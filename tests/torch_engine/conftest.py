@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from simmim.cli import main
-from simmim.loop import Loop
+from simmim.training.loop import Loop
 
 from . import worker
 

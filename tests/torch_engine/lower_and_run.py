@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from simmim.tpu_compiler import ENVIRONMENT
+from simmim.hardware.tpu_compiler import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT | {"JAX_ENABLE_X64": "1"})  # BEiT has indices of 64 bits
 
@@ -23,12 +23,12 @@ from jax._src.lib import xla_client
 from jax._src.lib.mlir import ir
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from simmim.config import PretrainConfig
-from simmim.fields import parse_model_args
-from simmim.torch_engine.distributed import World
-from simmim.torch_engine.lower import complete, lower
-from simmim.torch_engine.storage import build_step
-from simmim.torch_engine.trial import random_batch, update_of
+from simmim.config.field_types import parse_model_args
+from simmim.config.training import PretrainConfig
+from simmim.torch_engine.perf.trial import random_batch, update_of
+from simmim.torch_engine.tpu.lower import complete, lower
+from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.storage import build_step
 
 Arrays = dict[str, np.ndarray]
 RATE = 1e-3

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from simmim.data import BadImages, RandomResizedCrop, Reading, train_batches
-from simmim.data.jpegs import device_batches
 from simmim.data.pipeline import Batch
-from simmim.torch_engine.jpegs import JpegDecoder
+from simmim.data.readers.device_jpegs import device_batches
+from simmim.torch_engine.train.jpegs import JpegDecoder
 
 SIZE = (64, 96)
 """For which the threads decode none of `jpegs` at a reduced size, in whose pixels they would round the crop."""

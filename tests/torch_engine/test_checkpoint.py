@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from simmim import checkpoints
-from simmim.checkpoints import MANIFEST, checkpoint_path, newest_checkpoint
-from simmim.torch_engine.checkpoint import EXTRA, load_checkpoint, load_model_state, save_checkpoint
-from simmim.torch_engine.update import Update
+from simmim.torch_engine.train.checkpoint import EXTRA, load_checkpoint, load_model_state, save_checkpoint
+from simmim.torch_engine.train.update import Update
+from simmim.training import checkpoint_directory as checkpoints
+from simmim.training.checkpoint_directory import MANIFEST, checkpoint_path, newest_checkpoint
 
 from . import tiny
 

@@ -9,11 +9,11 @@ import timm
 import torch
 from torch import Tensor
 
-from simmim.masking import UniformMask, upsample_mask
-from simmim.torch_engine.compact import CompactEncoder
-from simmim.torch_engine.encoders import create_encoder
-from simmim.torch_engine.model import build_model
-from simmim.torch_engine.savings import Chosen, Savings
+from simmim.method.masks import UniformMask, upsample_mask
+from simmim.torch_engine.models.compact import CompactEncoder
+from simmim.torch_engine.models.encoders import create_encoder
+from simmim.torch_engine.models.masked_image_model import build_model
+from simmim.torch_engine.models.savings import Chosen, Savings
 
 from . import tiny
 from .test_savings import outcome

@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simmim.cli import main
-from simmim.config import PretrainConfig
-from simmim.foreign import read_checkpoint
-from simmim.pickles import read_pickle
-from simmim.run import Run
-from simmim.task_config import ClassifyConfig
-from simmim.torch_engine.convert import ConvertConfig, convert
-from simmim.torch_engine.encoders import create_backbone
-from simmim.torch_engine.optim import create_optimizer
-from simmim.torch_engine.storage import build_step, load_encoder, load_model, save_hub
+from simmim.config.tasks import ClassifyConfig
+from simmim.config.training import PretrainConfig
+from simmim.interop.checkpoints import read_checkpoint
+from simmim.interop.pickles import read_pickle
+from simmim.interop.weight_names import to_official_simmim, to_transformers
+from simmim.torch_engine.interop.convert import ConvertConfig, convert
+from simmim.torch_engine.models.encoders import create_backbone
 from simmim.torch_engine.tasks import backbones
-from simmim.weights import to_official_simmim, to_transformers
+from simmim.torch_engine.train.optim import create_optimizer
+from simmim.torch_engine.train.storage import build_step, load_encoder, load_model, save_hub
+from simmim.training.run_directory import Run
 
 from . import tiny
 from .test_resize import official_geometric_axis

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.average_precision import average_precision
 from simmim.cli import main
+from simmim.config.tasks import DetectConfig
 from simmim.data.bad_images import BadImages
-from simmim.data.detection import open_detection
-from simmim.plan import Batch
-from simmim.task_config import DetectConfig
+from simmim.data.labelled.detection import open_detection
+from simmim.metrics.coco import average_precision
 from simmim.torch_engine.tasks.base import TaskPlan
 from simmim.torch_engine.tasks.detect import DetectTask, draw_predicted, load_predictor
 from simmim.torch_engine.tasks.detect_step import DetectStep
+from simmim.training.plan import Batch
 
 from . import tiny
 

@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 
-from simmim.config import PretrainConfig
-from simmim.torch_engine import distributed
-from simmim.torch_engine.distributed import World, check_tpu_launch, check_world, choose_device, spread
-from simmim.torch_engine.optim import create_optimizer
-from simmim.torch_engine.storage import build_step, full_state, load_encoder
-from simmim.torch_engine.update import Update
+from simmim.config.training import PretrainConfig
+from simmim.torch_engine.train import distributed
+from simmim.torch_engine.train.distributed import World, check_tpu_launch, check_world, choose_device, spread
+from simmim.torch_engine.train.optim import create_optimizer
+from simmim.torch_engine.train.storage import build_step, full_state, load_encoder
+from simmim.torch_engine.train.update import Update
 
 from . import tiny, worker
 from .test_visible import UNIFORM, VISIBLE

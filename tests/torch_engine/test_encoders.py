@@ -10,10 +10,10 @@ import timm
 import torch
 from torch import Tensor
 
-from simmim.torch_engine.drop_path import route_drop_path
-from simmim.torch_engine.encoders import FAMILIES, create_encoder, find_family
-from simmim.torch_engine.masked import ConvEncoder, Encoder
-from simmim.torch_engine.storage import save_hub
+from simmim.torch_engine.models.drop_path import route_drop_path
+from simmim.torch_engine.models.encoders import FAMILIES, create_encoder, find_family
+from simmim.torch_engine.models.masked import ConvEncoder, Encoder
+from simmim.torch_engine.train.storage import save_hub
 
 from . import tiny
 

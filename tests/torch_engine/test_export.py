@@ -14,15 +14,15 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from simmim.cli import main
-from simmim.config import PretrainConfig, to_toml
-from simmim.export import export
-from simmim.pickles import read_pickle
-from simmim.run import Run, mark_task
-from simmim.torch_engine.checkpoint import save_checkpoint
-from simmim.torch_engine.model import MaskedImageModel
-from simmim.torch_engine.optim import create_optimizer
-from simmim.torch_engine.storage import build_step, load_model, save_hub
-from simmim.weights import from_official_simmim, from_transformers
+from simmim.commands.export import export
+from simmim.config.training import PretrainConfig, to_toml
+from simmim.interop.pickles import read_pickle
+from simmim.interop.weight_names import from_official_simmim, from_transformers
+from simmim.torch_engine.models.masked_image_model import MaskedImageModel
+from simmim.torch_engine.train.checkpoint import save_checkpoint
+from simmim.torch_engine.train.optim import create_optimizer
+from simmim.torch_engine.train.storage import build_step, load_model, save_hub
+from simmim.training.run_directory import Run, mark_task
 
 from . import tiny
 
@@ -340,7 +340,7 @@ def test_other_tasks_have_no_export(format: str, tmp_path: Path) -> None:
 
 
 def test_export_that_comes_back_different_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import simmim.torch_engine.export as module
+    import simmim.torch_engine.interop.export as module
 
     def broken(source: Any, out: Path) -> None:
         state = {name: tensor * 1.01 for name, tensor in source.backbone.state_dict().items()}

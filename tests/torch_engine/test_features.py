@@ -10,8 +10,8 @@ import torch
 
 from simmim.data.augment import CentreCrop, crop_resize
 from simmim.data.sources import ArrayImages, ImageSource, PathList
-from simmim.torch_engine.features import FeatureReader, PooledFeatures
-from simmim.torch_engine.model import PixelStep
+from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.tasks.features import FeatureReader, PooledFeatures
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 3, "embed_dim": 48, "fc_norm": False}),

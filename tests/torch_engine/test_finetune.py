@@ -17,8 +17,8 @@ from timm.data.random_erasing import RandomErasing as TimmErasing
 
 import simmim
 from simmim.cli import main
-from simmim.keys import sample_keys
-from simmim.task_config import TASK_CONFIGS, ClassifyConfig
+from simmim.config.tasks import TASK_CONFIGS, ClassifyConfig
+from simmim.method.random_keys import sample_keys
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.classify import ClassifyStep
 
@@ -102,7 +102,7 @@ def test_the_average_of_the_weights_leaves_out_a_step_that_was_skipped() -> None
 def test_attention_is_of_the_kind_that_is_fastest_on_the_cpu(
     pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from simmim.torch_engine import finetune
+    from simmim.torch_engine.train import finetune
 
     trained = []
     fit = finetune.Session.batches
@@ -116,7 +116,7 @@ def test_attention_is_of_the_kind_that_is_fastest_on_the_cpu(
 
 
 def test_learning_rates_fall_from_head_to_embedding_as_the_paper_decays_them(pretrained: Path) -> None:
-    from simmim.torch_engine.finetune import parameter_groups
+    from simmim.torch_engine.train.finetune import parameter_groups
 
     backbone = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3, global_pool="avg")
     config = ClassifyConfig(layer_decay=0.65, mean=(0.5,) * 3, std=(0.5,) * 3)

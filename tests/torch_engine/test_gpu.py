@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.config import PretrainConfig
-from simmim.torch_engine import distributed, jpegs
-from simmim.torch_engine.distributed import World
-from simmim.torch_engine.pretrain import pretrain
+from simmim.config.training import PretrainConfig
+from simmim.torch_engine.train import distributed, jpegs
+from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.pretrain import pretrain
 
 from . import pictures, tiny, worker
 

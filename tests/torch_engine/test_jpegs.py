@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.config import PretrainConfig, validated
+from simmim.config.training import PretrainConfig, validated
 from simmim.data import TooManyBadImages
-from simmim.plan import Images, Plan
-from simmim.torch_engine import jpegs
-from simmim.torch_engine.jpegs import JpegDecoder, open_decoder
-from simmim.torch_engine.pretrain import pretrain
+from simmim.torch_engine.train import jpegs
+from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder
+from simmim.torch_engine.train.pretrain import pretrain
+from simmim.training.plan import Images, Plan
 
 from . import tiny, worker
 from .pictures import SIZE, Files, assert_alike, encode, picture, read, without_tables
@@ -230,7 +230,7 @@ def training(folder: Path, out: Path) -> PretrainConfig:
 @pytest.fixture
 def decoder_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "simmim.torch_engine.pretrain.open_decoder",
+        "simmim.torch_engine.train.pretrain.open_decoder",
         lambda plan, device: JpegDecoder(device, size=plan.size, channels=plan.config.channels),
     )
 

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from simmim.torch_engine.limits import compare, judge
+from simmim.torch_engine.perf.limits import compare, judge
 
 
 def figures(**changes: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from simmim.tpu_check import TpuCheckConfig, tpu_check
+from simmim.commands.tpu_check import TpuCheckConfig, tpu_check
 
 _MISSING = [name for name in ("torch_tpu", "libtpu", "jax") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -43,7 +43,7 @@ def test_a_lowered_step_equals_an_eager_one(words: str) -> None:
 
 
 VIT_B = {"model": "vit_base_patch16_224", "precision": "bf16"}
-FORWARD_AND_BACKWARD = 103e9  # FLOP of an image, by simmim.torch_engine.cost
+FORWARD_AND_BACKWARD = 103e9  # FLOP of an image, by simmim.torch_engine.perf.cost
 STATE = 12 * 86.4e6  # bytes: parameters and AdamW's two averages
 
 

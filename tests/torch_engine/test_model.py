@@ -12,12 +12,12 @@ import torch
 from torch.nn.functional import pixel_shuffle
 
 import simmim
-from simmim.config import PretrainConfig
-from simmim.targets import TARGETS
-from simmim.torch_engine.heads import sine_positions
-from simmim.torch_engine.model import build_model, check_sizes
-from simmim.torch_engine.pretrain import judge_and_draw
-from simmim.torch_engine.storage import build_step
+from simmim.config.training import PretrainConfig
+from simmim.method.targets import TARGETS
+from simmim.torch_engine.models.heads import sine_positions
+from simmim.torch_engine.models.masked_image_model import build_model, check_sizes
+from simmim.torch_engine.train.pretrain import judge_and_draw
+from simmim.torch_engine.train.storage import build_step
 
 from . import tiny
 

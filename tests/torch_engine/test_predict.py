@@ -13,13 +13,13 @@ from PIL import Image
 
 import simmim
 from simmim.cli import main
-from simmim.config import read_toml
-from simmim.data.labelled import open_labelled
-from simmim.run import Run, mark_task
-from simmim.task_config import ClassifyConfig
-from simmim.torch_engine import predict as module
+from simmim.config.tasks import ClassifyConfig
+from simmim.config.training import read_toml
+from simmim.data.labelled.classes import open_labelled
+from simmim.torch_engine.tasks import predict as module
 from simmim.torch_engine.tasks.base import Predictor
 from simmim.torch_engine.tasks.classify import ClassifyTask
+from simmim.training.run_directory import Run, mark_task
 
 SMALL = "--image-size 32 --model vit_tiny_patch16_224 --batch-size 4 --steps 3 --device cpu --precision fp32"
 SMALL += " --model-args depth=1 embed_dim=24 num_heads=1"

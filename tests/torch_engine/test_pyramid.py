@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from simmim.task_config import ClassifyConfig
-from simmim.torch_engine.encoders import create_backbone
+from simmim.config.tasks import ClassifyConfig
+from simmim.torch_engine.models.encoders import create_backbone
 from simmim.torch_engine.tasks.pyramid import Pyramid, create_pyramid
 
 from . import tiny

@@ -16,12 +16,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from simmim.losses import L1Loss
-from simmim.targets import PixelTarget
-from simmim.torch_engine.encoders import create_encoder
-from simmim.torch_engine.heads import LinearHead
-from simmim.torch_engine.model import MaskedImageModel
-from simmim.torch_engine.optim import create_optimizer, has_weight_decay
+from simmim.method.losses import L1Loss
+from simmim.method.targets import PixelTarget
+from simmim.torch_engine.models.encoders import create_encoder
+from simmim.torch_engine.models.heads import LinearHead
+from simmim.torch_engine.models.masked_image_model import MaskedImageModel
+from simmim.torch_engine.train.optim import create_optimizer, has_weight_decay
 
 from . import tiny
 

@@ -7,9 +7,14 @@ import pytest
 import torch
 from timm.models._manipulate import adapt_input_conv
 
-from simmim.targets import unpatchify
-from simmim.torch_engine.encoders import create_backbone
-from simmim.torch_engine.resize import adapt_input_channels, adapt_output_channels, fit_backbone, resize_relative_table
+from simmim.method.targets import unpatchify
+from simmim.torch_engine.models.encoders import create_backbone
+from simmim.torch_engine.models.resize import (
+    adapt_input_channels,
+    adapt_output_channels,
+    fit_backbone,
+    resize_relative_table,
+)
 
 from . import tiny
 

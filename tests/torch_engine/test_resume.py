@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simmim.checkpoints import checkpoint_path, newest_checkpoint
-from simmim.config import PretrainConfig
-from simmim.run import Run
+from simmim.config.training import PretrainConfig
+from simmim.training.checkpoint_directory import checkpoint_path, newest_checkpoint
+from simmim.training.run_directory import Run
 
 from . import tiny, worker
 from .worker import STEPS, Finished, rows, settings, weights

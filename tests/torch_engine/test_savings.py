@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.accelerators import cpu_name
-from simmim.config import PretrainConfig
-from simmim.masking import RandomMask
-from simmim.torch_engine.model import PretrainStep
-from simmim.torch_engine.pretrain import judge_and_draw
-from simmim.torch_engine.savings import PLAIN, Chosen, Counts, Savings, choose, count
-from simmim.torch_engine.storage import build_step
+from simmim.config.training import PretrainConfig
+from simmim.hardware.host import cpu_name
+from simmim.method.masks import RandomMask
+from simmim.torch_engine.models.masked_image_model import PretrainStep
+from simmim.torch_engine.models.savings import PLAIN, Chosen, Counts, Savings, choose, count
+from simmim.torch_engine.train.pretrain import judge_and_draw
+from simmim.torch_engine.train.storage import build_step
 
 from . import tiny
 

@@ -18,17 +18,17 @@ from torch.nn import functional
 
 import simmim
 from simmim.cli import main
+from simmim.config.tasks import SegmentConfig
 from simmim.data.bad_images import BadImages
-from simmim.data.segmentation import open_segmentation
+from simmim.data.labelled.segmentation import open_segmentation
 from simmim.data.sources import ArrayImages
-from simmim.keys import sample_keys
-from simmim.plan import Batch
-from simmim.task_config import SegmentConfig
-from simmim.torch_engine.finetune import parameter_groups
+from simmim.method.random_keys import sample_keys
 from simmim.torch_engine.tasks.augment import ColourJitter
 from simmim.torch_engine.tasks.base import TaskPlan
 from simmim.torch_engine.tasks.segment import SegmentTask, load_predictor
 from simmim.torch_engine.tasks.segmenter import SegmentPredictor, build_step, dice_loss
+from simmim.torch_engine.train.finetune import parameter_groups
+from simmim.training.plan import Batch
 
 from . import tiny
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from simmim.errors import TrainingDivergedError
-from simmim.loop import Loop
-from simmim.run import Run
-from simmim.torch_engine.trainer import TorchTrainer
-from simmim.torch_engine.update import Batch, Update
+from simmim.torch_engine.train.trainer import TorchTrainer
+from simmim.torch_engine.train.update import Batch, Update
+from simmim.training.loop import Loop
+from simmim.training.run_directory import Run
 
 from . import tiny
 

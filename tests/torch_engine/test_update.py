@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simmim.torch_engine import update as update_module
-from simmim.torch_engine.optim import create_optimizer
-from simmim.torch_engine.update import Update
+from simmim.torch_engine.train import update as update_module
+from simmim.torch_engine.train.optim import create_optimizer
+from simmim.torch_engine.train.update import Update
 
 from . import tiny
 

@@ -9,12 +9,12 @@ import timm
 import torch
 
 from simmim.cli import main
-from simmim.config import PretrainConfig
-from simmim.plan import draw_masks
-from simmim.torch_engine.encoders import create_encoder
-from simmim.torch_engine.model import build_model
-from simmim.torch_engine.pretrain import pretrain
-from simmim.torch_engine.savings import PLAIN, Savings
+from simmim.config.training import PretrainConfig
+from simmim.torch_engine.models.encoders import create_encoder
+from simmim.torch_engine.models.masked_image_model import build_model
+from simmim.torch_engine.models.savings import PLAIN, Savings
+from simmim.torch_engine.train.pretrain import pretrain
+from simmim.training.plan import draw_masks
 
 from . import tiny, worker
 from .test_savings import assert_equal_but_for_rounding, outcome

@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmim.config import PretrainConfig
-from simmim.masking import RandomMask, upsample_mask
-from simmim.schedules import MultiStepSchedule
-from simmim.torch_engine.distributed import World
-from simmim.torch_engine.encoders import create_encoder
-from simmim.torch_engine.masked import Encoder
-from simmim.torch_engine.model import build_model
-from simmim.torch_engine.optim import create_optimizer
-from simmim.torch_engine.storage import build_step
-from simmim.torch_engine.update import Batch, Update
+from simmim.config.training import PretrainConfig
+from simmim.method.masks import RandomMask, upsample_mask
+from simmim.method.schedules import MultiStepSchedule
+from simmim.torch_engine.models.encoders import create_encoder
+from simmim.torch_engine.models.masked import Encoder
+from simmim.torch_engine.models.masked_image_model import build_model
+from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.optim import create_optimizer
+from simmim.torch_engine.train.storage import build_step
+from simmim.torch_engine.train.update import Batch, Update
 
 REFERENCE = Path(__file__).parents[2].parent / "shared" / "reference" / "simmim_official"
 CPU = World(device=torch.device("cpu"))

@@ -21,16 +21,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmim.config import PretrainConfig, to_toml
-from simmim.loop import Loop
-from simmim.run import Run
-from simmim.torch_engine.pretrain import pretrain as run_pretraining
-from simmim.torch_engine.storage import load_model
+from simmim.config.training import PretrainConfig, to_toml
+from simmim.torch_engine.train.pretrain import pretrain as run_pretraining
+from simmim.torch_engine.train.storage import load_model
+from simmim.training.loop import Loop
+from simmim.training.run_directory import Run
 
 from . import tiny
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["simmim.cli", "simmim.torch_engine.pretrain", "grain", "tensorboardX"])
+_context.set_forkserver_preload(["simmim.cli", "simmim.torch_engine.train.pretrain", "grain", "tensorboardX"])
 
 
 STEPS = 16

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simmim.keys import draws, sample_keys, uniforms
+from simmim.errors import UserError
+from simmim.method.random_keys import draws, sample_keys, uniforms
 
 _SHARP = 1.1
 """A side that shrinks by less is only interpolated: there is no aliasing to be seen."""
@@ -47,9 +48,9 @@ class RandomResizedCrop:
     def __post_init__(self) -> None:
         _check_crop_size(self.size)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"crop scale {self.scale} is not a range within 0..1; use (0.67, 1.0)")
+            raise UserError(f"crop scale {self.scale} is not a range within 0..1; use (0.67, 1.0)")
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"crop ratio {self.ratio} is not a range of positive numbers; use (0.75, 1.333)")
+            raise UserError(f"crop ratio {self.ratio} is not a range of positive numbers; use (0.75, 1.333)")
 
     def box(self, key: int, height: int, width: int) -> Box:
         """The box for an image's key; the largest box in the middle where ten draws don't fit."""
@@ -77,7 +78,7 @@ class CentreCrop:
     def __post_init__(self) -> None:
         _check_crop_size(self.size)
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"crop fraction {self.fraction} is not within 0..1; use 0.875")
+            raise UserError(f"crop fraction {self.fraction} is not within 0..1; use 0.875")
 
     def box(self, height: int, width: int) -> Box:
         return _middle(height, width, self.size[1] / self.size[0], self.fraction)
@@ -112,7 +113,7 @@ class ScaleJitter:
     def __post_init__(self) -> None:
         _check_crop_size(self.size)
         if not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"scale jitter {self.scale} is not a range of positive numbers; use 0.1 2.0")
+            raise UserError(f"scale jitter {self.scale} is not a range of positive numbers; use 0.1 2.0")
 
     def box(self, key: NDArray[np.uint64], height: int, width: int, objects: NDArray[np.floating]) -> Box:
         """The box for an image's key (1,) and the boxes of its objects, (n, 4) of left, top, right, bottom."""
@@ -247,4 +248,4 @@ def _middle(height: int, width: int, ratio: float, fraction: float = 1.0) -> Box
 
 def _check_crop_size(size: tuple[int, int]) -> None:
     if min(size) < 1:
-        raise ValueError(f"image size {size[0]}x{size[1]} is not positive; use 224 or 160x224")
+        raise UserError(f"image size {size[0]}x{size[1]} is not positive; use 224 or 160x224")

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from simmim.errors import UserError
 
-class TooManyBadImages(ValueError):
+
+class TooManyBadImages(UserError):
     """More images than a run puts up with cannot be read."""
 
 
@@ -20,7 +22,7 @@ class BadImages:
 
     def __init__(self, path: Path, *, total: int, max_fraction: float = 0.01):
         if not 0 <= max_fraction <= 1:
-            raise ValueError(f"--max-bad-fraction {max_fraction} is not within 0..1; use 0.01")
+            raise UserError(f"--max-bad-fraction {max_fraction} is not within 0..1; use 0.01")
         self.path = path
         self.total = total
         self.max_fraction = max_fraction

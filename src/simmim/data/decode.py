@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from simmim.errors import UserError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -35,7 +37,7 @@ _BANDS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
 _DEEP_MODES = {"I;16": np.uint16, "I;16B": np.uint16, "I;16L": np.uint16, "I": np.int32, "F": np.float32}
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """An image that cannot be used; the message is the reason, in one line."""
 
 

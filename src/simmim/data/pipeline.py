@@ -18,10 +18,11 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from simmim.data.augment import Box, CentreCrop, Letterbox, RandomResizedCrop, crop_resize, reduction
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, Picture, Raw, open_picture
-from simmim.data.processes import stream_from_processes
+from simmim.data.readers.processes import stream_from_processes
+from simmim.data.readers.threads import Batch, Loader, Order, Read, Rows, Sample, stream
 from simmim.data.sources import ImageSource, read_raw
-from simmim.data.stream import Batch, Loader, Order, Read, Rows, Sample, stream
-from simmim.keys import sample_key, sample_keys
+from simmim.errors import UserError
+from simmim.method.random_keys import sample_key, sample_keys
 
 Augment = Callable[[NDArray[Any], NDArray[np.uint64]], NDArray[Any]]
 """A cropped image (H, W, C) and its key (1,) → the image that is trained on."""
@@ -150,11 +151,11 @@ def open_loader(source: ImageSource, reading: Reading, read: Read, rows: Rows | 
     """What reads the images of a reading; a one-line `ValueError` where sizes don't fit."""
     batch_size, world = reading.batch_size, reading.world
     if batch_size > len(source):
-        raise ValueError(
+        raise UserError(
             f"batch size {batch_size} is more than the {len(source)} images; use --batch-size {len(source)} or less"
         )
     if batch_size % world:
-        raise ValueError(
+        raise UserError(
             f"batch size {batch_size} is not a multiple of the {world} processes; "
             f"use {max(1, batch_size // world) * world}"
         )
@@ -195,7 +196,7 @@ def eval_images(
         except BadImage as error:
             reason = f"{source.name(index)}: {error}"
     if not images:
-        raise ValueError(f"none of {len(indices)} images can be read; the last: {reason}")
+        raise UserError(f"none of {len(indices)} images can be read; the last: {reason}")
     return np.stack(images)
 
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Raw, open_picture
 from simmim.data.names import Names
-from simmim.data.shards import is_packed, open_packed
+from simmim.data.packed.format import is_packed, open_packed
+from simmim.errors import UserError
 
 _SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 SUFFIXES = tuple(_SUFFIXES.split())
@@ -96,7 +97,7 @@ class ArrayImages:
 
     def __init__(self, images: NDArray[Any], name: str):
         if images.ndim not in (3, 4):
-            raise ValueError(f"array {name} has {images.ndim} dimensions; images are (N, H, W) or (N, H, W, C)")
+            raise UserError(f"array {name} has {images.ndim} dimensions; images are (N, H, W) or (N, H, W, C)")
         self._images = images
         self._name = name
 
@@ -151,7 +152,7 @@ def open_source(data: str) -> ImageSource:
         return _open_folder(path)
     if path.is_file():
         return _open_arrays(path) if path.suffix.lower() == ".npz" else _open_list(path)
-    raise ValueError(
+    raise UserError(
         f"{data} does not exist; pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo"
     )
 
@@ -159,12 +160,12 @@ def open_source(data: str) -> ImageSource:
 def open_images(images: Sequence[str]) -> ImageSource:
     """Several image files, or one thing that `open_source` takes; a one-line `ValueError` likewise."""
     if not images:
-        raise ValueError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
+        raise UserError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
     if len(images) == 1 and (not Path(images[0]).is_file() or Path(images[0]).suffix.lower() in _LISTS):
         return open_source(images[0])
     for image in images:
         if not Path(image).is_file():
-            raise ValueError(f"{image} is not a file; give image files, or one folder, list, hf:NAME or demo")
+            raise UserError(f"{image} is not a file; give image files, or one folder, list, hf:NAME or demo")
     return PathList(images)
 
 
@@ -188,10 +189,10 @@ def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
         if looked_at == 16:
             break
     if not looked_at:
-        raise ValueError(f"none of the first {min(len(source), 100)} images can be read, such as {reason}")
+        raise UserError(f"none of the first {min(len(source), 100)} images can be read, such as {reason}")
     if 2 * misfits.total() > looked_at:  # fewer are bad images, counted and listed as such
         found = misfits.most_common(1)[0][0]
-        raise ValueError(f"images have {found} channels, not {channels}: pass --channels {found}")
+        raise UserError(f"images have {found} channels, not {channels}: pass --channels {found}")
     return np.dtype(np.float32 if deep else np.uint8)
 
 
@@ -211,9 +212,9 @@ def _open_folder(folder: Path) -> PathList:
     try:
         names = find_images(folder)
     except OSError as error:
-        raise ValueError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
     if not names:
-        raise ValueError(f"folder {folder} holds no images; files read end in {', '.join(SUFFIXES)}")
+        raise UserError(f"folder {folder} holds no images; files read end in {', '.join(SUFFIXES)}")
     return PathList(names, root=folder)
 
 
@@ -246,15 +247,15 @@ def _walk(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
 
 def _open_list(path: Path) -> PathList:
     if path.suffix.lower() not in _LISTS:
-        raise ValueError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
+        raise UserError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
         names = Names(name for line in lines if (name := line.strip()) and not name.startswith("#"))
     if not names:
-        raise ValueError(f"list {path} names no images; write one path a line")
+        raise UserError(f"list {path} names no images; write one path a line")
     source = PathList(names, root=path.parent)
     first = min(len(source), 100)
     if not any(Path(source.name(index)).is_file() for index in range(first)):
-        raise ValueError(
+        raise UserError(
             f"none of the first {first} paths in {path} is a file, such as {source.name(0)}; "
             "write paths relative to the list's folder"
         )
@@ -264,7 +265,7 @@ def _open_list(path: Path) -> PathList:
 def _open_arrays(path: Path) -> ArrayImages:
     arrays = read_npz(path, ("x_train", "images"))
     if not arrays:
-        raise ValueError(f"{path} has no array x_train or images; give the images one of these names")
+        raise UserError(f"{path} has no array x_train or images; give the images one of these names")
     name, images = next(iter(arrays.items()))
     return ArrayImages(images, name)
 
@@ -276,7 +277,7 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
             return {name: arrays[name] for name in names if name in arrays.files}
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as .npz ({reason}); write it with numpy.savez") from error
+        raise UserError(f"{path} cannot be read as .npz ({reason}); write it with numpy.savez") from error
 
 
 def _open_hugging_face(name: str) -> HuggingFaceImages:
@@ -285,10 +286,10 @@ def _open_hugging_face(name: str) -> HuggingFaceImages:
         path, _, split = name.rpartition(":")
     splits = load_hugging_face(path)
     if split and list(splits) == [_WHOLE]:
-        raise ValueError(f"data set hf:{path} has no splits; leave out :{split}")
+        raise UserError(f"data set hf:{path} has no splits; leave out :{split}")
     split = split or ("train" if "train" in splits else next(iter(splits)))
     if split not in splits:
-        raise ValueError(f"data set hf:{path} has no split {split}; choose of {', '.join(map(str, splits))}")
+        raise UserError(f"data set hf:{path} has no split {split}; choose of {', '.join(map(str, splits))}")
     return HuggingFaceImages(splits[split], image_column(splits[split], name))
 
 
@@ -297,13 +298,13 @@ def load_hugging_face(path: str) -> dict[str, Any]:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError(f"hf:{path} needs the library datasets; pip install simmim[data]") from error
+        raise UserError(f"hf:{path} needs the library datasets; pip install simmim[data]") from error
     saved = any(Path(path, file).exists() for file in ("state.json", "dataset_dict.json"))
     try:
         loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     except Exception as error:  # it raises whatever its many back ends do
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"data set hf:{path} cannot be opened ({reason}); pass a name on the Hub or a folder"
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
@@ -317,5 +318,5 @@ def image_column(dataset: Any, name: str) -> str:
 
     columns = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not columns:
-        raise ValueError(f"data set hf:{name} has no image column, only {', '.join(dataset.features)}; pass another")
+        raise UserError(f"data set hf:{name} has no image column, only {', '.join(dataset.features)}; pass another")
     return "image" if "image" in columns else columns[0]

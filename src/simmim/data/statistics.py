@@ -14,7 +14,8 @@ from simmim.data.augment import CentreCrop
 from simmim.data.decode import BadImage
 from simmim.data.pipeline import load
 from simmim.data.sources import ImageSource, read_raw
-from simmim.keys import sample_keys
+from simmim.errors import UserError
+from simmim.method.random_keys import sample_keys
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,7 +43,7 @@ def measure_mean_std(
     with ThreadPoolExecutor() as pool:
         found = list(chain.from_iterable(pool.map(moments, drawn.tolist())))
     if not found:
-        raise ValueError(f"none of {len(drawn)} images can be read, so their mean and deviation are not known")
+        raise UserError(f"none of {len(drawn)} images can be read, so their mean and deviation are not known")
     mean, mean_square = np.mean(found, axis=0)
     std = np.sqrt(np.maximum(mean_square - np.square(mean), 0))
     changes = std > 1e-6 * np.abs(mean)  # less is the rounding of constants

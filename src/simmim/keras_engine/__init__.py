@@ -8,23 +8,25 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from simmim.errors import UserError
+
 if TYPE_CHECKING:
-    from simmim.config import PretrainConfig
-    from simmim.loop import Outcome
-    from simmim.run import Run
-    from simmim.tpu_compiler import CompilerReport
+    from simmim.config.training import PretrainConfig
+    from simmim.hardware.tpu_compiler import CompilerReport
+    from simmim.training.loop import Outcome
+    from simmim.training.run_directory import Run
 
 
 def use_backend(backend: str) -> None:
     """Choose what Keras runs on, jax or tensorflow. One-line `ValueError` where that cannot be had."""
     for library in ("keras", backend):
         if importlib.util.find_spec(library) is None:
-            raise ValueError(f"--engine keras --backend {backend} needs {library}; pip install 'simmim[keras]'")
+            raise UserError(f"--engine keras --backend {backend} needs {library}; pip install 'simmim[keras]'")
     if "keras" in sys.modules:
         import keras
 
         if (loaded := keras.config.backend()) != backend:
-            raise ValueError(f"this process has Keras on {loaded} already; use {backend} in a process of its own")
+            raise UserError(f"this process has Keras on {loaded} already; use {backend} in a process of its own")
     os.environ["KERAS_BACKEND"] = backend
 
 

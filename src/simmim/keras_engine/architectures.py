@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from simmim.errors import UserError
+
 Family = Literal["vit", "beit", "swin", "resnet"]
 
 _TRANSFORMERS = {  # width, blocks, heads
@@ -58,7 +60,7 @@ class Architecture:
     def with_arguments(self, changes: dict[str, Any]) -> "Architecture":
         """With the user's model arguments; one-line `ValueError` for one that this engine does not build."""
         if unknown := set(changes) - set(self.arguments):
-            raise ValueError(
+            raise UserError(
                 f"model argument {min(unknown)!r} of {self.name} is not known to the keras engine; use "
                 f"{', '.join(sorted(self.arguments))}, or --engine torch"
             )
@@ -71,7 +73,7 @@ def find_architecture(model: str) -> Architecture:
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=3)
         families = "vit_*, deit_*, beit_*, swin_*, resnet*"
-        raise ValueError(
+        raise UserError(
             f"model {model!r} is not one that the keras engine builds ({families}); "
             f"use {' or '.join(close) if close else 'one of these'}, or --engine torch"
         )

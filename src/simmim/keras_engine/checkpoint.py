@@ -1,7 +1,8 @@
 """Whole training states on disk, the same for JAX and TensorFlow: one safetensors file of named arrays.
 
 `RUN/checkpoints/step-00001000/state.safetensors` holds `model.NAME`, `mean.NAME` and `square.NAME` (AdamW's averages)
-under the torch engine's names and in PyTorch's layout, `updates` and `bad`; `simmim.checkpoints` verifies it.
+under the torch engine's names and in PyTorch's layout, `updates` and `bad`. `simmim.training.checkpoint_directory`
+verifies it.
 """
 
 from collections.abc import Mapping
@@ -12,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from simmim.checkpoints import ARRAYS, begin, publish
 from simmim.keras_engine import weights
 from simmim.keras_engine.model import MaskedImageModel
 from simmim.keras_engine.optim import State
+from simmim.training.checkpoint_directory import ARRAYS, begin, publish
 
 
 def save_checkpoint(directory: Path, step: int, model: MaskedImageModel, state: State, *, keep: int) -> Path:

@@ -14,12 +14,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from simmim.accelerators import cpu_cores, cpu_name
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
+from simmim.errors import UserError
+from simmim.hardware.host import cpu_cores, cpu_name
 from simmim.keras_engine.machine import first_state
 from simmim.keras_engine.model import MaskedImageModel
 from simmim.keras_engine.optim import Gradients, State, advance, in_pieces, rule_of
-from simmim.plan import Batch
+from simmim.training.plan import Batch
 
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 _AXIS = "data"
@@ -53,7 +54,7 @@ class JaxMachine:
         try:
             return cls(jax.devices(_PLATFORMS.get(wanted)))
         except RuntimeError as error:
-            raise ValueError(
+            raise UserError(
                 f"device {wanted!r} is not here: JAX says {str(error).splitlines()[0]}; use --device cpu, or install "
                 f"JAX for it"
             ) from None

@@ -11,11 +11,18 @@ from typing import Any
 import keras
 import numpy as np
 
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
+from simmim.hardware.tpu_compiler import (
+    EFFORTS,
+    CompilerReport,
+    StepFacts,
+    compile_stablehlo,
+    report_of,
+    topology_devices,
+)
 from simmim.keras_engine.model import MaskedImageModel, architecture_of, build_model
 from simmim.keras_engine.pretrain import check_batch, check_options
-from simmim.plan import Batch
-from simmim.tpu_compiler import EFFORTS, CompilerReport, StepFacts, compile_stablehlo, report_of, topology_devices
+from simmim.training.plan import Batch
 
 _NO_EXCHANGE = "the exchange of gradients between devices, which TensorFlow puts in on the TPU itself"
 # MLIR's name for a copy, which the compiler's reader no longer knows; a reshape to the same shape is one too.

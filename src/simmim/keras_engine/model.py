@@ -7,7 +7,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of th
 import keras
 import numpy as np
 
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
 from simmim.keras_engine import weights
 from simmim.keras_engine.architectures import Architecture, find_architecture
 from simmim.keras_engine.encoders import Encoder, TokenEncoder
@@ -16,9 +16,9 @@ from simmim.keras_engine.heads import create_head
 from simmim.keras_engine.layers import Array, Module, ops
 from simmim.keras_engine.resnet import ConvEncoder
 from simmim.keras_engine.swin import SwinEncoder
-from simmim.losses import LOSSES, Loss
-from simmim.plan import build_target, check_sizes
-from simmim.targets import Target
+from simmim.method.losses import LOSSES, Loss
+from simmim.method.targets import Target
+from simmim.training.plan import build_target, check_sizes
 
 _ENCODERS = {"vit": TokenEncoder, "beit": TokenEncoder, "swin": SwinEncoder, "resnet": ConvEncoder}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from simmim.config import TrainingConfig
+from simmim.config.training import TrainingConfig
 from simmim.keras_engine.layers import Array, ops
 from simmim.keras_engine.model import MaskedImageModel
 

@@ -8,17 +8,18 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.config import PretrainConfig, validated
+from simmim.config.training import PretrainConfig, validated
+from simmim.errors import UserError
 from simmim.keras_engine.machine import Machine, Stepper, open_machine
 from simmim.keras_engine.model import MaskedImageModel, architecture_of, build_model
 from simmim.keras_engine.optim import State
 from simmim.keras_engine.storage import initialize, save_encoder
 from simmim.keras_engine.trainer import KerasTrainer
-from simmim.loop import Event, Loop, Outcome
-from simmim.masking import upsample_mask
-from simmim.panels import reconstruction_panel
-from simmim.plan import Batch, Plan, draw_masks, open_images
-from simmim.run import Run, open_run, written_whole
+from simmim.method.masks import upsample_mask
+from simmim.training.loop import Event, Loop, Outcome
+from simmim.training.pictures import reconstruction_panel
+from simmim.training.plan import Batch, Plan, draw_masks, open_images
+from simmim.training.run_directory import Run, open_run, written_whole
 
 
 def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
@@ -73,13 +74,13 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
     }
     for option, (given, remedy) in refused.items():
         if given:
-            raise ValueError(f"{option} is not for --engine keras --backend {backend}; {remedy}")
+            raise UserError(f"{option} is not for --engine keras --backend {backend}; {remedy}")
 
 
 def check_batch(config: PretrainConfig, devices: int) -> None:
     parts = devices * config.accumulate_steps
     if config.batch_size % parts:
-        raise ValueError(
+        raise UserError(
             f"batch size {config.batch_size} does not divide among {devices} devices × "
             f"{config.accumulate_steps} accumulation steps; use a multiple of {parts}"
         )

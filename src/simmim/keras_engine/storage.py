@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from simmim.checkpoints import newest_checkpoint
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
+from simmim.errors import UserError
 from simmim.keras_engine import weights
 from simmim.keras_engine.architectures import Architecture
 from simmim.keras_engine.checkpoint import load_weights
 from simmim.keras_engine.encoders import BACKBONE
 from simmim.keras_engine.model import MaskedImageModel, architecture_of
 from simmim.keras_engine.optim import State
-from simmim.run import Run, written_whole
+from simmim.training.checkpoint_directory import newest_checkpoint
+from simmim.training.run_directory import Run, written_whole
 
 _PREFIX = f"{BACKBONE}."
 # What the hub's file says of a family besides the user's arguments: as the torch engine builds it (its `FAMILIES`).
@@ -88,7 +89,7 @@ def initialize(model: MaskedImageModel, source: str) -> str:
     elif (path / "config.toml").is_file():
         encoder, rest = _read_run(Run(path))
     else:
-        raise ValueError(f"--init-from {source} is neither a run nor a safetensors file")
+        raise UserError(f"--init-from {source} is neither a run nor a safetensors file")
     shapes = {weights.torch_name(variable): weights.torch_shape(variable) for variable in model.variables}
     own = {name.removeprefix(_PREFIX): shape for name, shape in shapes.items() if name.startswith(_PREFIX)}
     skipped = ("head.", "fc.")
@@ -99,10 +100,10 @@ def initialize(model: MaskedImageModel, source: str) -> str:
     }
     if set(own) != set(encoder):
         odd = min(set(own) ^ set(encoder))
-        raise ValueError(f"--init-from {source} does not fit the encoder: {odd!r} is in one and not in the other")
+        raise UserError(f"--init-from {source} does not fit the encoder: {odd!r} is in one and not in the other")
     if odd := [name for name in own if own[name] != encoder[name].shape]:
         shape = f"{encoder[odd[0]].shape} instead of {own[odd[0]]}"
-        raise ValueError(f"--init-from {source} does not fit the encoder: {odd[0]} is {shape}")
+        raise UserError(f"--init-from {source} does not fit the encoder: {odd[0]} is {shape}")
     fitting = {name: array for name, array in rest.items() if shapes.get(name) == array.shape}
     named = weights.read(model) | {_PREFIX + name: array for name, array in encoder.items()} | fitting
     weights.assign(model, named)
@@ -113,7 +114,7 @@ def _read_run(run: Run) -> tuple[weights.State, weights.State]:
     """The encoder of a run and, where this engine wrote it, what else its model holds."""
     file = run.encoder / "model.safetensors"
     if not file.is_file():
-        raise ValueError(f"--init-from {run.path} has no encoder yet; wait for its first --save-every-steps")
+        raise UserError(f"--init-from {run.path} has no encoder yet; wait for its first --save-every-steps")
     rest: weights.State = {}
     if run.read_config(PretrainConfig).engine == "keras" and (checkpoint := newest_checkpoint(run.checkpoints)):
         named = load_weights(checkpoint)

@@ -14,12 +14,13 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from simmim.accelerators import cpu_cores, cpu_name
-from simmim.config import PretrainConfig
+from simmim.config.training import PretrainConfig
+from simmim.errors import UserError
+from simmim.hardware.host import cpu_cores, cpu_name
 from simmim.keras_engine.machine import first_state
 from simmim.keras_engine.model import MaskedImageModel
 from simmim.keras_engine.optim import Gradients, State, advance, in_pieces, rule_of
-from simmim.plan import Batch
+from simmim.training.plan import Batch
 
 
 class TensorFlowMachine:
@@ -40,7 +41,7 @@ class TensorFlowMachine:
             return cls._tpu()
         gpus = tf.config.list_logical_devices("GPU")
         if wanted == "cuda" and not gpus:
-            raise ValueError("device 'cuda' is not here: TensorFlow sees no GPU; use --device cpu")
+            raise UserError("device 'cuda' is not here: TensorFlow sees no GPU; use --device cpu")
         if wanted == "cpu" or not gpus:
             return cls(_strategy(tf.config.list_logical_devices("CPU")), "cpu", f"{cpu_name()} ({cpu_cores()} cores)")
         return cls(_strategy(gpus), "cuda", "GPU")
@@ -54,7 +55,7 @@ class TensorFlowMachine:
             tf.tpu.experimental.initialize_tpu_system(resolver)
         except (ValueError, RuntimeError, OSError, tf.errors.OpError) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(
+            raise UserError(
                 f"device 'tpu' is not here: TensorFlow says {reason}; use tensorflow-tpu on a TPU VM"
             ) from None
         return cls(tf.distribute.TPUStrategy(resolver), "tpu", "TPU")

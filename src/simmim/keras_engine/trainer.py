@@ -1,21 +1,21 @@
-"""The Keras engine as `simmim.loop` drives it: updates, checkpoints and processes."""
+"""The Keras engine as `simmim.training.loop` drives it: updates, checkpoints and processes."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from simmim.checkpoints import checkpoint_path, checkpoint_step, newest_checkpoint
-from simmim.config import TrainingConfig
+from simmim.config.training import TrainingConfig
 from simmim.keras_engine.checkpoint import load_checkpoint, save_checkpoint
 from simmim.keras_engine.machine import Machine, Stepper
 from simmim.keras_engine.model import MaskedImageModel
 from simmim.keras_engine.optim import BAD_LIMIT, State
-from simmim.plan import Batch
-from simmim.run import Run
-from simmim.schedules import Schedule
+from simmim.method.schedules import Schedule
+from simmim.training.checkpoint_directory import checkpoint_path, checkpoint_step, newest_checkpoint
+from simmim.training.plan import Batch
+from simmim.training.run_directory import Run
 
 
 class KerasTrainer:
-    """A `simmim.loop.Engine`: `batches(first_step)` gives a process's batches, `on_save` writes the encoder."""
+    """Implement `simmim.training.loop.Engine`; `batches(first_step)` yields batches, `on_save` writes the encoder."""
 
     def __init__(
         self,

@@ -1,0 +1,1 @@
+"""Supervised tasks on a pretrained encoder, and probes of its frozen features."""

@@ -18,7 +18,7 @@ from timm.data import auto_augment as ops
 from torch import Tensor
 from torchvision.transforms import functional as transforms
 
-from simmim.keys import sample_keys, uniforms
+from simmim.method.random_keys import sample_keys, uniforms
 
 # The 15 operations of timm's "inc1" set, with their argument for a strength in 0..1 and a sign.
 _OPERATIONS: tuple[tuple[Callable[..., Image.Image], Callable[[float, int], tuple[Any, ...]]], ...] = (

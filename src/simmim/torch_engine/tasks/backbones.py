@@ -10,11 +10,12 @@ import timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from simmim.config.tasks import FinetuneConfig
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
-from simmim.run import Run
-from simmim.task_config import FinetuneConfig
-from simmim.torch_engine.encoders import FAMILIES, default_image_size, find_family
-from simmim.torch_engine.resize import SHARED_BIAS, fit_backbone
+from simmim.errors import UserError
+from simmim.torch_engine.models.encoders import FAMILIES, default_image_size, find_family
+from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
+from simmim.training.run_directory import Run
 
 _LAYER_DECAY = {
     "vision_transformer": 0.65,
@@ -49,7 +50,7 @@ def find_origin(config: FinetuneConfig) -> Origin:
     run = Run(Path(config.init))
     directory = run.encoder if run.encoder.is_dir() else run.path
     if not (directory / "config.json").is_file():
-        raise ValueError(f"--from {config.init} has no encoder; give the directory of a run, scratch or timm:NAME")
+        raise UserError(f"--from {config.init} has no encoder; give the directory of a run, scratch or timm:NAME")
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     data = settings["pretrained_cfg"]
     arguments = settings.get("model_args", {})
@@ -71,7 +72,7 @@ def _from_timm(name: str, config: FinetuneConfig) -> Origin:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub raises whatever its back ends do
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--from timm:{name} has no weights here: {reason}") from error
+        raise UserError(f"--from timm:{name} has no weights here: {reason}") from error
     cfg: Any = model.pretrained_cfg
     _, height, width = cfg["input_size"]
     return Origin(name, config.model_args, (height, width), 3, cfg["mean"], cfg["std"], model.state_dict())
@@ -126,7 +127,7 @@ def load_backbone(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
     try:
         backbone.load_state_dict(fit_backbone(kept, backbone)[0])
     except ValueError as error:
-        raise ValueError(f"the encoder's weights do not fit {type(backbone).__name__}: {error}") from None
+        raise UserError(f"the encoder's weights do not fit {type(backbone).__name__}: {error}") from None
 
 
 def _file_of(model: str) -> str:

@@ -1,4 +1,4 @@
-"""What `simmim.torch_engine.finetune` asks of a task. Adding one: a file here and a row in `finetune.TASKS`."""
+"""What `simmim.torch_engine.train.finetune` asks of a task. Adding one: a file here and a row in `finetune.TASKS`."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -10,14 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from simmim.config.tasks import FinetuneConfig
 from simmim.data.decode import Raw, decode
 from simmim.data.pipeline import Reading
-from simmim.plan import Batch, TrainingPlan
-from simmim.run import write_json
-from simmim.task_config import FinetuneConfig
-from simmim.torch_engine.drop_path import DropPathDraws
-from simmim.torch_engine.model import PixelStep
-from simmim.torch_engine.storage import save_weights
+from simmim.errors import UserError
+from simmim.torch_engine.models.drop_path import DropPathDraws
+from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.train.storage import save_weights
+from simmim.training.plan import Batch, TrainingPlan
+from simmim.training.run_directory import write_json
 
 
 class TaskStep(PixelStep):
@@ -41,7 +42,7 @@ class TaskPlan(TrainingPlan):
     def complete(cls, config: FinetuneConfig, count: int) -> "TaskPlan":
         """Decide the warm-up that the configuration leaves open; a `ValueError` says what cannot be."""
         if count < config.batch_size:
-            raise ValueError(
+            raise UserError(
                 f"batch size {config.batch_size} is more than the {count} images to train on; use --batch-size {count}"
             )
         plan = cls(config, count)

@@ -16,22 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simmim.accelerators import cpu_cores
+from simmim.config.tasks import ClassifyConfig
 from simmim.data.augment import CentreCrop, RandomResizedCrop
 from simmim.data.decode import Raw
-from simmim.data.labelled import LabelledImages
+from simmim.data.labelled.classes import LabelledImages
 from simmim.data.pipeline import Augment, Reading, eval_batches, load, train_batches
-from simmim.metrics import balanced_accuracy, class_table, confusion_matrix, top1
-from simmim.panels import captioned, to_rgb
-from simmim.plan import Batch, drop_path_numbers
-from simmim.run import write_json, written_whole
-from simmim.task_config import ClassifyConfig
-from simmim.torch_engine.drop_path import route_drop_path
-from simmim.torch_engine.model import PixelStep
-from simmim.torch_engine.storage import save_hub
+from simmim.errors import UserError
+from simmim.hardware.host import cpu_cores
+from simmim.metrics.classification import balanced_accuracy, class_table, confusion_matrix, top1
+from simmim.torch_engine.models.drop_path import route_drop_path
+from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.backbones import create_backbone
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
+from simmim.torch_engine.train.storage import save_hub
+from simmim.training.pictures import captioned, to_rgb
+from simmim.training.plan import Batch, drop_path_numbers
+from simmim.training.run_directory import write_json, written_whole
 
 _DTYPE = np.dtype(np.uint8)  # of pixels: the augmentations know no other
 
@@ -89,9 +90,7 @@ class ClassifyTask:
         self.config, self.data, self._weights = config, data, weights
         assert config.image_size is not None
         if config.rand_augment and config.channels not in (1, 3):
-            raise ValueError(
-                f"RandAugment needs images of 1 or 3 channels, not {config.channels}; use --rand-augment 0"
-            )
+            raise UserError(f"RandAugment needs images of 1 or 3 channels, not {config.channels}; use --rand-augment 0")
 
     @property
     def train_count(self) -> int:

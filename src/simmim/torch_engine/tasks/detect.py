@@ -11,20 +11,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from simmim.accelerators import cpu_cores
-from simmim.average_precision import average_precision
+from simmim.config.tasks import DetectConfig
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize
 from simmim.data.decode import decode
-from simmim.data.detection import DetectionData, DetectionReader, decode_masks, encode_mask, import_rle
+from simmim.data.labelled.detection import DetectionData, DetectionReader, decode_masks, encode_mask, import_rle
 from simmim.data.pipeline import Reading, eval_batches, sample_batches
 from simmim.data.sources import read_raw
-from simmim.keys import sample_keys
-from simmim.plan import Batch, drop_path_numbers
-from simmim.run import write_json, written_whole
-from simmim.task_config import DetectConfig
+from simmim.errors import UserError
+from simmim.hardware.host import cpu_cores
+from simmim.method.random_keys import sample_keys
+from simmim.metrics.coco import average_precision
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detector, save_detector
 from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
+from simmim.training.plan import Batch, drop_path_numbers
+from simmim.training.run_directory import write_json, written_whole
 
 _PICTURED = 8  # evaluation images in detections.png
 DRAWN_SCORE = 0.3  # what is found with less is not drawn
@@ -38,7 +39,7 @@ class DetectTask:
     def __init__(self, config: DetectConfig, data: DetectionData, weights: dict[str, Tensor] | None):
         self.config, self.data, self._weights = config, data, weights
         if config.device == "tpu":
-            raise ValueError(
+            raise UserError(
                 "detection does not run on tpu, where torchvision has no nms and roi_align; use cuda or cpu"
             )
         assert config.image_size is not None
@@ -119,7 +120,7 @@ class DetectTask:
         step.train(training)
         bad = sorted(set(range(len(val))) - set(found))
         if len(bad) > config.max_bad_fraction * len(val):
-            raise ValueError(
+            raise UserError(
                 f"{len(bad)} of {len(val)} images to evaluate on cannot be read or are not of the annotated size, such "
                 f"as {val.name(bad[0])}; mend them, or allow more with --max-bad-fraction"
             )

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from simmim.config import from_settings
-from simmim.data.detection import boxes_in_image
-from simmim.task_config import DetectConfig
-from simmim.torch_engine.drop_path import route_drop_path
+from simmim.config.tasks import DetectConfig
+from simmim.config.training import from_settings
+from simmim.data.labelled.detection import boxes_in_image
+from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.tasks.base import TaskStep, save_model
 from simmim.torch_engine.tasks.detectors import SampleKeys, create_detector, first_label
 from simmim.torch_engine.tasks.pyramid import create_pyramid

@@ -14,7 +14,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from simmim.task_config import DetectConfig
+from simmim.config.tasks import DetectConfig
+from simmim.errors import UserError
 from simmim.torch_engine.tasks.pyramid import Pyramid, SimplePyramid
 
 TWO_STAGES = ("faster_rcnn", "mask_rcnn")
@@ -115,7 +116,7 @@ def create_detector(config: DetectConfig, pyramid: Pyramid, classes: int, keys: 
     assert config.image_size is not None
     two_stages, channels = config.detector in TWO_STAGES, config.pyramid_channels
     if config.detector == "fcos" and channels % _GROUP:
-        raise ValueError(
+        raise UserError(
             f"pyramid channels {channels} do not divide into the groups of {_GROUP} of fcos; use a multiple of {_GROUP}"
         )
     side = max(config.image_size)

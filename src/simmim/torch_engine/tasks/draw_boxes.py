@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from simmim.data.augment import Letterbox, crop_resize
-from simmim.panels import class_colours, enlarged, to_rgb
+from simmim.training.pictures import class_colours, enlarged, to_rgb
 
 _HIGH = 256  # the least height of a picture, at which names can be read
 _TILE, _GAP, _CAPTION = 384, 6, 18

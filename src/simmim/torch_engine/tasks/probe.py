@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn import functional
 from tyro.conf import Positional, arg
 
-from simmim.accelerators import cpu_cores
-from simmim.config import PretrainConfig, from_settings
-from simmim.data.labelled import LabelledImages, hold_out, open_labelled
+from simmim.config.field_types import Count, Positive, PositiveReal
+from simmim.config.training import PretrainConfig, from_settings
+from simmim.data.labelled.classes import LabelledImages, hold_out, open_labelled
 from simmim.data.sources import sniff
-from simmim.fields import Count, Positive, PositiveReal
-from simmim.metrics import balanced_accuracy, knn_predict, top1
-from simmim.torch_engine import distributed
-from simmim.torch_engine.features import FeatureReader, Pool, PooledFeatures
-from simmim.torch_engine.model import PixelStep, PretrainStep
-from simmim.torch_engine.storage import load_encoder
+from simmim.hardware.host import cpu_cores
+from simmim.metrics.classification import balanced_accuracy, knn_predict, top1
+from simmim.torch_engine.models.masked_image_model import PixelStep, PretrainStep
+from simmim.torch_engine.tasks.features import FeatureReader, Pool, PooledFeatures
+from simmim.torch_engine.train import distributed
+from simmim.torch_engine.train.storage import load_encoder
 
 NEIGHBOURS = 20
 # Strengths of the linear probe's L2 penalty that are tried, from strong to weak.

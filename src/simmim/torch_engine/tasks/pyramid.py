@@ -11,11 +11,12 @@ from typing import Any
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from simmim.plan import check_stride
-from simmim.task_config import FinetuneConfig
-from simmim.torch_engine.encoders import find_family
-from simmim.torch_engine.masked import TokenEncoder
+from simmim.config.tasks import FinetuneConfig
+from simmim.errors import UserError
+from simmim.torch_engine.models.encoders import find_family
+from simmim.torch_engine.models.masked import TokenEncoder
 from simmim.torch_engine.tasks.backbones import create_backbone
+from simmim.training.plan import check_stride
 
 
 class Pyramid(nn.Module):
@@ -134,7 +135,7 @@ def create_pyramid(config: FinetuneConfig, weights: dict[str, Tensor] | None, *,
     patch = backbone.patch_embed.patch_size[0]
     check_stride(config.image_size, patch, config.model)
     if patch % 4:
-        raise ValueError(
+        raise UserError(
             f"patch {patch} of {config.model} cannot be divided into the four cells a side of the finest feature map; "
             "use a model with a patch of 4, 8, 16 or 32"
         )

@@ -14,21 +14,22 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simmim.accelerators import cpu_cores
-from simmim.config import from_settings
+from simmim.config.tasks import SegmentConfig
+from simmim.config.training import from_settings
 from simmim.data.decode import Raw, decode
+from simmim.data.labelled.segmentation import IGNORE, SegmentationImages, crop_mask
 from simmim.data.pipeline import Reading, Sample, load, readable_batches, sample_batches
-from simmim.data.segmentation import IGNORE, SegmentationImages, crop_mask
 from simmim.data.sources import read_raw, sniff
-from simmim.keys import sample_keys
-from simmim.metrics import class_table, confusion_matrix, intersection_over_union
-from simmim.panels import class_panel
-from simmim.plan import Batch, drop_path_numbers
-from simmim.run import write_json, written_whole
-from simmim.task_config import SegmentConfig
+from simmim.errors import UserError
+from simmim.hardware.host import cpu_cores
+from simmim.method.random_keys import sample_keys
+from simmim.metrics.classification import class_table, confusion_matrix, intersection_over_union
 from simmim.torch_engine.tasks.augment import ColourJitter
 from simmim.torch_engine.tasks.base import TaskStep, save_model
 from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, build_step, to_picture, windows
+from simmim.training.pictures import class_panel
+from simmim.training.plan import Batch, drop_path_numbers
+from simmim.training.run_directory import write_json, written_whole
 
 # What of a configuration a saved model is built from again.
 _BUILT_FROM = ("model", "model_args", "image_size", "channels", "mean", "std", "evaluation", "decoder_channels")
@@ -45,7 +46,7 @@ class SegmentTask:
         self.windows = windows(config)
         self.dtype = sniff(data.train, channels=config.channels)
         if config.jitter and (self.dtype != np.uint8 or config.channels not in (1, 3)):
-            raise ValueError(
+            raise UserError(
                 "--jitter changes 8-bit images of 1 or 3 channels only, and these are others; use --jitter 0"
             )
 
@@ -68,7 +69,7 @@ class SegmentTask:
     def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
         config = self.config
         if config.batch_size // reading.world // config.accumulate_steps < 2:
-            raise ValueError(
+            raise UserError(
                 "the decoder's batch norms need 2 images at a time, and a process has 1; use --batch-size "
                 f"{2 * reading.world * config.accumulate_steps}, or fewer processes or --accumulate-steps"
             )
@@ -113,7 +114,7 @@ class SegmentTask:
                     name = f"{index}-{Path(self.data.val.name(index)).stem}.png"
                     _write_png(out / "overlays" / name, class_panel(to_picture(image), true, predicted, classes))
         if not matrix.any():
-            raise ValueError(f"none of the {len(self.data.val)} images to evaluate on can be read")
+            raise UserError(f"none of the {len(self.data.val)} images to evaluate on can be read")
         table, ious = class_table(matrix, self.data.classes, "pixels"), intersection_over_union(matrix)
         for row, iou in zip(table.values(), ious.tolist(), strict=True):
             row["iou"] = None if math.isnan(iou) else iou

@@ -17,14 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from simmim.config.tasks import SegmentConfig
 from simmim.data.augment import crop_resize
-from simmim.data.segmentation import IGNORE, Mask, Windows
-from simmim.panels import lay_classes, to_rgb
-from simmim.task_config import SegmentConfig
-from simmim.torch_engine.drop_path import route_drop_path
+from simmim.data.labelled.segmentation import IGNORE, Mask, Windows
+from simmim.errors import UserError
+from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.pyramid import Pyramid, create_pyramid
-from simmim.torch_engine.update import DTYPES
+from simmim.torch_engine.train.update import DTYPES
+from simmim.training.pictures import lay_classes, to_rgb
 
 
 class Segmenter(nn.Module):
@@ -32,7 +33,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, pyramid: Pyramid, classes: int, channels: int):
         if importlib.util.find_spec("transformers") is None:
-            raise ValueError("segmentation needs the package transformers; pip install 'simmim[tasks]'")
+            raise UserError("segmentation needs the package transformers; pip install 'simmim[tasks]'")
         from transformers.models.upernet import UperNetConfig
         from transformers.models.upernet.modeling_upernet import UperNetHead
 

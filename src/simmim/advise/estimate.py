@@ -1,0 +1,330 @@
+"""What a training would take on one accelerator or another: time, memory, cost, and the command.
+
+Facts come from `simmim.hardware.accelerators`, the step's work from the real model (`simmim.torch_engine.perf.cost`),
+time and memory from `simmim.hardware.roofline`. `docs/advise.md` works one answer out by hand.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from simmim.advise.request import Option, Range, Wish
+from simmim.config.training import PretrainConfig
+from simmim.errors import UserError
+from simmim.hardware.accelerators import Accelerator, Facts, read_facts
+from simmim.hardware.roofline import Rates, StepWork, fit_rates
+
+Measure = Callable[[PretrainConfig], StepWork]
+OWN = "this-machine"
+
+
+class Study:
+    """What the options of one wish have in common: facts, prices, batch, and the step's work by precision."""
+
+    def __init__(self, wish: Wish, measure: Measure | None):
+        self.wish = wish
+        self.facts: Facts = read_facts(wish.accelerators)
+        if measure is None:
+            from simmim.torch_engine.perf.cost import measure_work as measure
+        self.config = config_of(wish)
+        self.batch_size = wish.batch_size or _default_batch(wish.images)
+        if self.batch_size > wish.images:
+            raise UserError(f"batch size {self.batch_size} is more than {wish.images} images; use a smaller one")
+        self.own = read_own_machine(wish.calibration, measure) if wish.calibration else None
+        self.rows = self._choose(self.facts.accelerators | ({OWN: self.own[0]} if self.own else {}))
+        self._work = functools.cache(
+            lambda device, precision, checkpoint: measure(
+                dataclasses.replace(self.config, device=device, precision=precision, checkpoint_activations=checkpoint)
+            )
+        )
+
+    def _choose(self, rows: dict[str, Accelerator]) -> dict[str, Accelerator]:
+        for name in self.wish.accelerator:
+            _known(name, rows)
+        for text in self.wish.price:
+            name, usd = _parse_price(text)
+            said = {"price": usd, "spot": usd, "price_source": "as you said", "price_date": "now"}
+            rows = rows | {name: dataclasses.replace(_known(name, rows), **said)}
+        return {name: row for name, row in rows.items() if not self.wish.accelerator or name in self.wish.accelerator}
+
+    def work(self, row: Accelerator, *, checkpoint: bool, timed: bool = False) -> StepWork:
+        """The step's work there; `timed`: as its time is reckoned."""
+        wide = self.precision(row) == "fp32"  # fp16's tensors are as large as bf16's
+        # The TPU compiler keeps attention's scores from memory as CUDA's fused attention does, though not always.
+        device = "cuda" if timed and row.device == "tpu" else row.device
+        return self._work(device, "fp32" if wide else "bf16", checkpoint)
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.wish.images // self.batch_size * self.wish.epochs)
+
+    def precision(self, row: Accelerator) -> str | None:
+        """What the accelerator is to calculate in; `None` where it has no such FLOP/s."""
+        wanted = ("bf16", "fp16", "fp32") if self.wish.precision == "auto" else (self.wish.precision,)
+        return next((name for name in wanted if name in row.tflops), None)
+
+    def counts(self, row: Accelerator) -> Iterator[int]:
+        """Numbers of devices to try."""
+        if row.device is None or self.precision(row) is None:
+            return
+        counts = [self.wish.devices] if self.wish.devices else [1, 2, 4, 8]
+        yield from (n for n in counts if n <= row.linked and self.batch_size % n == 0)
+
+    def usable_gib(self, row: Accelerator) -> float:
+        return row.memory_gb * (1 - self.facts.reached["memory_kept_free"])
+
+    def rates(self, row: Accelerator) -> Rates:
+        if self.own and row.name == OWN:
+            return self.own[1]
+        reached, precision = self.facts.reached, self.precision(row)
+        assert precision is not None
+        return Rates(
+            flops=row.tflops[precision] * 1e12 * reached["arithmetic"],
+            bandwidth=row.bandwidth_gb_s * 1e9 * reached["bandwidth"],
+            launch=reached["launch"] if row.device == "cuda" else 0.0,
+        )
+
+    def option(self, row: Accelerator, devices: int) -> Option | None:
+        """The fastest way on so many devices; `None` where none fits.
+
+        The whole batch at once; else in pieces, with or without checkpointing; sharded only where nothing else fits.
+        """
+        for shard in (False, True) if devices > 1 else (False,):
+            plain = self._way(row, devices, checkpoint=False, shard=shard)
+            if plain and plain.accumulate_steps == 1:
+                return plain
+            ways = [way for way in (plain, self._way(row, devices, checkpoint=True, shard=shard)) if way]
+            if ways:
+                return min(ways, key=lambda option: option.hours[1])
+        return None
+
+    def _way(self, row: Accelerator, devices: int, *, checkpoint: bool, shard: bool) -> Option | None:
+        fit = self._fit(row, devices, checkpoint=checkpoint, shard=shard)
+        if fit is None:
+            return None
+        pieces, memory = fit
+        images, rates = self.batch_size // devices // pieces, self.rates(row)
+        work = self.work(row, checkpoint=checkpoint, timed=True)
+        compute = work.seconds(images, rates, pieces=pieces)
+        exchange = self._exchange(work, row, devices, shard, pieces)
+        # DDP exchanges in the last piece's backward pass, two thirds of it; half of FSDP's gathers are ahead of use.
+        waited = max(0.0, exchange / 2 if shard else exchange - compute / pieces * 2 / 3)
+        reading = self._reading(row, devices)
+        seconds = max(compute + waited, reading)
+        hours = self._spread(row, self.steps * seconds / 3600)
+        usd = row.spot if self.wish.spot else row.price
+        precision = self.precision(row)
+        assert precision is not None
+        return Option(
+            accelerator=row.name,
+            title=row.title,
+            devices=devices,
+            images_at_a_time=images,
+            accumulate_steps=pieces,
+            precision=precision,
+            checkpoint_activations=checkpoint,
+            shard=shard,
+            memory_gib=memory,
+            memory_share=memory / row.memory_gb,
+            images_per_second=self.batch_size / seconds,
+            hours=hours,
+            usd=None if usd is None else (hours[0] * usd * devices, hours[1] * usd * devices, hours[2] * usd * devices),
+            limit="reading images" if reading >= seconds else _limit(work, images, rates, compute, waited),
+            input_cores=self.batch_size / seconds / self.facts.input["images_per_second_core"],
+            price=_price(row, spot=self.wish.spot),
+            command=self.command(row, devices, precision, pieces, checkpoint, shard),
+        )
+
+    def _fit(self, row: Accelerator, devices: int, *, checkpoint: bool, shard: bool) -> tuple[int, float] | None:
+        """The fewest pieces in which a device's share of the batch fits, and its memory in GiB; `None` for none."""
+        work, share, shards = self.work(row, checkpoint=checkpoint), self.batch_size // devices, devices if shard else 1
+        for pieces in range(1, share + 1):
+            if share % pieces == 0:
+                kept = pieces > 1 or (devices > 1 and not shard)
+                memory = work.peak_bytes(share // pieces, kept_gradients=kept, shards=shards) / 2**30
+                if memory <= self.usable_gib(row):
+                    return pieces, memory
+        return None
+
+    def _spread(self, row: Accelerator, likely: float) -> Range:
+        low, high = self.facts.reached["range_fitted" if row.fitted or row.name == OWN else "range_other"]
+        return likely * low, likely, likely * high
+
+    def _exchange(self, work: StepWork, row: Accelerator, devices: int, shard: bool, pieces: int) -> float:
+        """Seconds of the ring exchange of a step: gradients once; sharded, parameters twice a piece besides."""
+        if devices == 1 or row.link_gb_s is None:
+            return 0.0
+        one_way = row.link_gb_s / 2 * 1e9 * self.facts.reached["bandwidth"]
+        rounds = 1 + 2 * pieces if shard else 2
+        return rounds * (devices - 1) / devices * work.gradient_bytes / one_way
+
+    def _reading(self, row: Accelerator, devices: int) -> float:
+        """Seconds to read a step's images, 0 where the cores are not known."""
+        cores = self.cores(row)
+        return self.batch_size / (cores * devices * self.facts.input["images_per_second_core"]) if cores else 0.0
+
+    def cores(self, row: Accelerator) -> int | None:
+        return self.wish.cores or row.vcpus
+
+    def command(
+        self, row: Accelerator, devices: int, precision: str, pieces: int, checkpoint: bool, shard: bool
+    ) -> str:
+        wish, (height, width) = self.wish, self.config.image_size or (0, 0)
+        start = f"torchrun --nproc-per-node {devices} -m simmim" if devices > 1 else "simmim"
+        if devices > 1 and row.device == "tpu":  # TorchTPU must be told of all its processes (docs/tpu.md)
+            start = f"env $(python -m torch.tpu.distributed | tr -d '\"') {start}"
+        words = [f"{start} pretrain --data IMAGES --out RUN --model {wish.model}"]
+        if wish.model_args:
+            pairs = (f"{name}={json.dumps(value)}" for name, value in wish.model_args.items())
+            words.append("--model-args " + " ".join(map(shlex.quote, pairs)))
+        words.append(f"--image-size {height if height == width else f'{height}x{width}'}")
+        words.append(f"--channels {wish.channels}" if wish.channels != 3 else "")
+        words.append(f"--head {wish.head}" if wish.head != "linear" else "")
+        words.append(f"--epochs {wish.epochs:g} --batch-size {self.batch_size}")
+        words.append(f"--accumulate-steps {pieces}" if pieces > 1 else "")
+        words.append(f"--precision {precision} --device {row.device}")
+        words.append("--checkpoint-activations" if checkpoint else "")
+        words.append("--shard" if shard else "")
+        return " ".join(filter(None, words))
+
+    def why_not(self, row: Accelerator) -> str:
+        if row.device is None:
+            return "simmim has no --device that reaches it"
+        if self.precision(row) is None:
+            return f"its FLOP/s in {self.wish.precision} are not known"
+        counts = list(self.counts(row))
+        if not counts:
+            return f"joins at most {row.linked} devices, and their number must divide the batch of {self.batch_size}"
+        need, has = self.least_gib(row, max(counts)), self.usable_gib(row)
+        return f"needs {need:.1f} GiB a device, one image at a time on {max(counts)} devices; has {has:.1f}"
+
+    def least_gib(self, row: Accelerator, devices: int) -> float:
+        """What a device needs if everything is done to save memory."""
+        work = self.work(row, checkpoint=True)
+        return work.peak_bytes(1, kept_gradients=devices > 1, shards=devices) / 2**30
+
+    def nothing_fits(self, left_out: dict[str, str]) -> str:
+        reachable = [row for row in self.rows.values() if any(self.counts(row))]
+        if not reachable:
+            name, why = next(iter(left_out.items()))
+            return f"no accelerator is left: {name}: {why}; choose others with --accelerator"
+        row = max(reachable, key=lambda row: row.memory_gb)
+        devices = max(self.counts(row))
+        need, has = self.least_gib(row, devices), self.usable_gib(row)
+        return (
+            f"model {self.wish.model} fits nowhere: it needs {need:.0f} GiB a device on {devices} × {row.name}, which "
+            f"has {has:.0f} free; the nearest is a model {has / need:.2g} times as large, or more --devices"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        row = next(row for row in self.rows.values() if self.precision(row))
+        work = self.work(row, checkpoint=False)
+        return {
+            "model": self.wish.model,
+            "image_size": list(self.config.image_size or ()),
+            "parameters": work.parameters,
+            "forward_gflop_per_image": work.forward_flops / 1e9,
+            "step_gflop_per_image": work.flops_per_image / 1e9,
+            "batch_size": self.batch_size,
+            "steps": self.steps,
+            "states_gib": (work.state_bytes + work.gradient_bytes) / 2**30,
+        }
+
+
+def config_of(wish: Wish) -> PretrainConfig:
+    """The training that is wished for, but for its batch and precision, which each option has of its own."""
+    from simmim.torch_engine.models.encoders import default_image_size
+
+    size = wish.image_size or default_image_size(wish.model)
+    colour = (0.5,) * wish.channels
+    return PretrainConfig(
+        model=wish.model,
+        model_args=wish.model_args,
+        image_size=size,
+        channels=wish.channels,
+        head=wish.head,
+        mean=colour,
+        std=colour,
+    )
+
+
+def _default_batch(images: int) -> int:
+    """A power of two that leaves 100 steps an epoch, from 64 to SimMIM's 2048, but not more than the images."""
+    batch = 2 ** int(math.log2(max(images / 100, 1)))
+    return min(max(batch, min(64, images)), 2048)
+
+
+def _known(name: str, rows: dict[str, Accelerator]) -> Accelerator:
+    if name not in rows:
+        close = difflib.get_close_matches(name, rows, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"choose from {', '.join(rows)}"
+        raise UserError(f"accelerator {name!r} is not known; {remedy}")
+    return rows[name]
+
+
+def _parse_price(text: str) -> tuple[str, float]:
+    name, _, usd = text.partition("=")
+    try:
+        price = float(usd)
+    except ValueError:
+        price = -1.0
+    if not 0 <= price < math.inf:
+        raise UserError(f"price {text!r} is not NAME=USD an hour; write rtx-4090=0.5")
+    return name, price
+
+
+def _limit(work: StepWork, images: int, rates: Rates, compute: float, waited: float) -> str:
+    if waited > compute:
+        return "exchange of gradients"
+    if work.seconds(images, dataclasses.replace(rates, launch=0.0)) < 0.6 * work.seconds(images, rates):
+        return "starting operations"
+    return "arithmetic" if work.arithmetic_share(images, rates) > 0.5 else "memory traffic"
+
+
+def _price(row: Accelerator, *, spot: bool) -> str:
+    usd = row.spot if spot else row.price
+    if usd is None:
+        return f"{'spot ' if spot else ''}price not known: give --price {row.name}=USD"
+    return f"{usd:g} USD, {row.price_source}, {row.price_date or 'date not known'}"
+
+
+def read_own_machine(path: str, measure: Measure) -> tuple[Accelerator, Rates]:
+    """This machine as an accelerator, from the steps that `simmim bench --save-calibration` measured on it.
+
+    Of several precisions the one with the most steps counts. One-line `ValueError` for too few steps.
+    """
+    try:
+        steps = json.loads(Path(path).read_text(encoding="utf-8"))["steps"]
+        precisions = [step["precision"] for step in steps]
+        used = [step for step in steps if step["precision"] == max(set(precisions), key=precisions.count)]
+        taken = [(step["batch_size"], step["step"]["seconds"]) for step in used]
+        configs = [
+            PretrainConfig(
+                model=step["model"],
+                image_size=tuple(step["image_size"]),
+                device=step["kind"],
+                precision=step["precision"],
+                mean=(0.5,) * 3,
+                std=(0.5,) * 3,
+            )
+            for step in used
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"calibration {path} cannot be read; write one with simmim bench --save-calibration") from None
+    rates = fit_rates([(measure(config), *what) for config, what in zip(configs, taken, strict=True)])
+    row = Accelerator(
+        name=OWN,
+        title=used[0]["device"],
+        device=used[0]["kind"],
+        memory_gb=used[0]["memory_gib"],
+        bandwidth_gb_s=rates.bandwidth / 1e9,
+        tflops={configs[0].precision: rates.flops / 1e12},
+        source=path,
+    )
+    return row, rates

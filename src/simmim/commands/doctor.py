@@ -1,0 +1,74 @@
+"""`simmim doctor`: what is on this machine, what works and what is missing."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+
+from simmim.commands.tpu_check import try_compiler
+from simmim.hardware.host import cpu_cores, cpu_has_bf16, cpu_name, describe_tpu
+
+# What each optional package is for.
+_OPTIONAL = {
+    "transformers": "to load encoders with transformers.AutoModel",
+    "datasets": "for --data hf:NAME",
+    "tifffile": "for TIFF with many bands or deep colour",
+    "torch_tpu": "for --device tpu and simmim tpu-check",
+    "libtpu": "for --device tpu and simmim tpu-check",
+    "keras": "for --engine keras",
+    "wandb": "for --log wandb",
+    "trackio": "for --log trackio",
+}
+
+
+def examine() -> dict[str, str]:
+    """Findings by name, one line each. Takes one training step of a very small model on each device that it finds."""
+    bf16 = "bf16 in hardware" if cpu_has_bf16() else "no bf16, so fp32 is used"
+    findings = {
+        "simmim": _version("simmim") or "not installed as a package",
+        "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "cpu": f"{cpu_name()}, {cpu_cores()} cores, {bf16}",
+        "memory": _memory(),
+        "compiler": _compiler(),
+    }
+    try:
+        from simmim.torch_engine.perf.trial import try_devices
+        from simmim.torch_engine.train.distributed import describe_cuda
+    except ImportError as error:
+        findings["training"] = f"does not work: {error}; install simmim again"
+    else:
+        findings["cuda"] = describe_cuda()
+        findings |= try_devices()
+    findings["tpu"] = describe_tpu()
+    findings["compiling for TPUs"] = try_compiler()
+    findings |= {name: _version(name) or "MISSING; install simmim again" for name in _required()}
+    findings |= {name: _version(name) or f"not installed ({use})" for name, use in _OPTIONAL.items()}
+    return findings
+
+
+def _required() -> list[str]:
+    """The packages without which simmim does not work, by its own metadata."""
+    requirements = importlib.metadata.requires("simmim") or []
+    return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _memory() -> str:
+    try:
+        return f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
+    except (ValueError, OSError, AttributeError):  # not a Unix
+        return "not known"
+
+
+def _compiler() -> str:
+    for name in ("g++", "clang++", "cl"):
+        if path := shutil.which(name):
+            return f"{path} (for --compile on the CPU)"
+    return "none found; --compile on the CPU needs one, such as g++"

@@ -1,0 +1,213 @@
+"""`simmim pack`: images into shards that read at full speed, once for all runs."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+from tyro.conf import Positional, arg
+
+from simmim.config.field_types import HINT, Count, Positive, one_word
+from simmim.config.training import from_settings
+from simmim.data import BadImage, BadImages, ImageSource, PathList, open_source
+from simmim.data.decode import open_picture
+from simmim.data.packed.format import (
+    MANIFEST,
+    UNFINISHED,
+    LocalStorage,
+    Manifest,
+    PackedImages,
+    PackSettings,
+    index_name,
+    open_packed,
+    read_index,
+    shard_name,
+)
+from simmim.data.packed.writer import Entry, Form, Jpeg, Original, RawPixels, WebP, find_damage, write_shard
+from simmim.data.sources import read_raw
+from simmim.errors import UserError
+from simmim.hardware.host import cpu_cores
+from simmim.training.run_directory import write_json, written_whole
+from simmim.training.tracking import progress
+
+BAD_IMAGES = "bad_images.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """A packing."""
+
+    images: Positional[Annotated[str, arg(metavar="IMAGES")]]
+    """What --data takes: a folder, whose names and classes are kept, a list of paths, an .npz, hf:NAME or demo."""
+    out: str
+    """The directory of shards to write. The same directory again resumes, or verifies."""
+    form: Literal["original", "jpeg", "webp", "raw"] = "original"
+    """What is kept: the files byte for byte, smaller files, or uint8 pixels that need no decoding."""
+    short_side: Count = None
+    """Pixels of the shorter side, to which larger images are reduced (default: as they are)."""
+    quality: Annotated[Annotated[int, Field(ge=1, le=100)] | None, one_word(int, "INT"), HINT] = None
+    """Quality of jpeg and webp, 1 to 100 (default: 90)."""
+    shard_size: Positive = 4096
+    """Images of a shard."""
+    workers: Count = None
+    """Threads (default: one a core)."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of images that may be unreadable before packing is given up."""
+
+    def build_form(self) -> Form:
+        if self.form == "original" and self.short_side is not None:
+            raise UserError(f"--short-side {self.short_side} makes images smaller; choose --form jpeg, webp or raw")
+        if self.form in ("original", "raw") and self.quality is not None:
+            raise UserError(f"--quality {self.quality} is for --form jpeg and webp; leave it out for {self.form}")
+        if self.form == "original":
+            return Original()
+        if self.form == "raw":
+            return RawPixels(short_side=self.short_side)
+        return (Jpeg if self.form == "jpeg" else WebP)(short_side=self.short_side, quality=self.quality or 90)
+
+
+def pack(config: PackConfig) -> list[str]:
+    """Write the shards, or those that a killed packing left out, and verify all; says what was done, line by line.
+
+    One-line `ValueError`s for options that do not fit, no images, an `out` that holds something else, too many broken
+    images, and shards that are damaged.
+    """
+    config = from_settings(PackConfig, vars(config))
+    form, out = config.build_form(), Path(config.out)
+    source = open_source(config.images)
+    names = _names(source, config.images)
+    settings = PackSettings(
+        form=config.form,
+        short_side=config.short_side,
+        quality=getattr(form, "quality", None),
+        shard_size=config.shard_size,
+        images=len(names),
+        names_sha256=hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest(),
+    )
+    shards = math.ceil(len(names) / config.shard_size)
+    finished = _begin(out, settings)
+    missing = [number for number in progress(range(shards), shards, "shards looked at") if _problem(out, number)]
+    _write(config, form, source, names, missing)
+    for number in progress(missing, len(missing), "shards verified"):
+        if problem := _problem(out, number):
+            raise UserError(f"{out / shard_name(number)} {problem} though it was just written; check the disk")
+    manifest = _describe(out, settings, shards)
+    write_json(out / MANIFEST, dataclasses.asdict(manifest))
+    (out / UNFINISHED).unlink(missing_ok=True)
+    decoded = _decode_some(open_packed(str(out)))
+    done = "was packed already" if finished and not missing else "is packed"
+    lines = [
+        f"{config.images} {done} in {out}: {manifest.images} images in {shards} shards, form {manifest.form}, "
+        f"{manifest.bytes / 1e6:.1f} MB",
+        f"verified: the digest of every shard, the checksum of every image, and {decoded} images decoded",
+    ]
+    if finished and missing:
+        lines.insert(0, f"{len(missing)} shards were damaged and are written again")
+    if manifest.bad_images:
+        lines.append(f"{manifest.bad_images} images cannot be read; {out / BAD_IMAGES} lists them")
+    return lines
+
+
+def _names(source: ImageSource, data: str) -> list[str]:
+    """The images' names, relative to the folder that holds them all, if there is one."""
+    names = [source.name(index) for index in range(len(source))]
+    if isinstance(source, PathList) and Path(data).is_dir():
+        return [os.path.relpath(name, data) for name in names]
+    return names
+
+
+def _begin(out: Path, settings: PackSettings) -> bool:
+    """Make or recognise the directory; whether it is finished already. One-line `ValueError` for any other."""
+    found = next((path for name in (MANIFEST, UNFINISHED) if (path := out / name).is_file()), None)
+    if found is None:
+        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+            raise UserError(f"{out} exists and holds no packed images; give a new directory as --out")
+        write_json(out / UNFINISHED, dataclasses.asdict(settings))
+        return False
+    try:
+        old = json.loads(found.read_text(encoding="utf-8"))
+        new = dataclasses.asdict(settings)
+        changed = [f"{name} {old[name]} → {value}" for name, value in new.items() if old[name] != value]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{found} is not what simmim pack wrote; give a new directory as --out") from None
+    if changed:
+        raise UserError(
+            f"{out} holds another set ({', '.join(changed)}); repeat its command to resume it, or give another --out"
+        )
+    return found.name == MANIFEST
+
+
+def _write(config: PackConfig, form: Form, source: ImageSource, names: Sequence[str], numbers: Sequence[int]) -> None:
+    """Write the shards of these numbers: first the shard, then its index, each whole or not at all."""
+    out, workers, size = Path(config.out), config.workers or cpu_cores(), config.shard_size
+    bad_images = BadImages(out / BAD_IMAGES, total=len(names), max_fraction=config.max_bad_fraction)
+
+    def entry(index: int) -> Entry:
+        try:
+            return Entry(names[index], form(read_raw(source, index)))
+        except BadImage as error:
+            bad_images.add(names[index], str(error))
+            return Entry(names[index], None)
+
+    def entries(indices: Sequence[int]) -> Iterator[Entry]:
+        some = 16 * workers  # at a time, so that memory holds few
+        for first in range(0, len(indices), some):
+            yield from pool.map(entry, indices[first : first + some])
+
+    shards = {number: range(number * size, min((number + 1) * size, len(names))) for number in numbers}
+    indices = [index for held in shards.values() for index in held]
+    with ThreadPoolExecutor(workers) as pool:
+        found = progress(entries(indices), len(indices), "images packed")
+        for number, held in shards.items():
+            with written_whole(out / shard_name(number)) as path:
+                index = write_shard(path, itertools.islice(found, len(held)), raw=config.form == "raw")
+            write_json(out / index_name(number), dataclasses.asdict(index), indent=None)
+
+
+def _problem(out: Path, number: int) -> str | None:
+    """What is wrong with a shard, be it not there; `None` if it is as it was written."""
+    storage = LocalStorage(out)
+    try:
+        return find_damage(out / shard_name(number), storage, read_index(storage.read(index_name(number))))
+    except (OSError, ValueError, TypeError) as error:
+        return f"cannot be read: {error}"
+
+
+def _describe(out: Path, settings: PackSettings, shards: int) -> Manifest:
+    found, broken = [], 0
+    for number in range(shards):
+        text = (out / index_name(number)).read_bytes()
+        index = read_index(text)
+        found.append(
+            {
+                "images": len(index.names),
+                "bytes": index.bytes,
+                "sha256": index.sha256,
+                "index_sha256": hashlib.sha256(text).hexdigest(),
+            }
+        )
+        broken += index.sizes.count(0)
+    assert sum(shard["images"] for shard in found) == settings.images
+    size = sum(shard["bytes"] for shard in found)
+    return Manifest(**dataclasses.asdict(settings), bad_images=broken, bytes=size, shards=found)
+
+
+def _decode_some(packed: PackedImages, most: int = 100) -> int:
+    """Decode images spread over the whole set, and say how many; `BadImage` for one that is broken now."""
+    decoded = 0
+    for index in np.unique(np.linspace(0, len(packed) - 1, most).astype(int)).tolist():
+        if packed.is_broken(index):
+            continue
+        picture = open_picture(packed.read(index))
+        picture.decode(channels=picture.channels, dtype=np.float32)
+        decoded += 1
+    return decoded

@@ -1,0 +1,61 @@
+"""Arguments of a command by tyro, whose boxes of text become one line: value, rule, remedy."""
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from simmim.errors import UserError
+
+Arguments = TypeVar("Arguments")
+
+# What tyro says, once its box is one line, and what we say. What is not here passes as it is, such as another tyro's
+# other words.
+_REWRITES = (
+    (r"Unrecognized options: (-[^, ]+).* meant: (--[\w-]+).*", r"option \1 is not known; did you mean \2?"),
+    (r"Unrecognized options: (-[^, ]+).*", r"option \1 is not known"),
+    (r"Unrecognized options: (.*)", r"'\1' belongs to no option"),
+    (r"Missing value for argument '(.+?)'\. Expected 1 values?\.", r"\1 has no value; give one"),
+    (r"Missing value for argument '(.+?)'\. Expected (\d+) values?\.", r"\1 has too few values; give \2"),
+    (r"Missing from .*?: (\S+) .*", r"\1 is missing"),
+    (
+        r"invalid choice ('.*') for argument '(.+?)'\. Expected one of \((.*?)\)\.",
+        r"\2 \1 is not known; choose from \3",
+    ),
+    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: ('.*')", r"\1 \2 is not a whole number"),
+    (r"Error parsing (\S+): could not convert string to float: ('.*')", r"\1 \2 is not a number"),
+    (r"Error parsing (\S+): (.*)", r"\1 \2"),
+)
+
+
+def parse(
+    kind: type[Arguments], command: str, description: str | None, argv: Sequence[str], default: Arguments | None = None
+) -> Arguments:
+    """A command's arguments as a `kind`; `--help` prints and exits. Raises a one-line `ValueError`."""
+    import tyro
+
+    words = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
+    args = [word for given in argv for word in words.get(given, [given])]
+    box = io.StringIO()
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(kind, prog=f"simmim {command}", description=description, args=args, **extra)
+    except SystemExit as end:
+        if not end.code:
+            raise
+    message = one_line(box.getvalue())
+    raise UserError(message if ";" in message else f"{message}; see `simmim {command} --help`")
+
+
+def one_line(box: str) -> str:
+    """A box of tyro's as one line, in our words."""
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]  # the first is the title
+    text = " ".join(" ".join(line for line in lines if line.strip("─╰╯+-")).split())
+    text = re.sub(r" (Argument helptext:|For full helptext).*", "", text)
+    for pattern, words in _REWRITES:
+        if match := re.fullmatch(pattern, text):
+            sentence, choose, choices = match.expand(words).partition("; choose from ")
+            return sentence + choose + choices.replace("'", "").rstrip(",")
+    return text

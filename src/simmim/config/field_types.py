@@ -1,0 +1,121 @@
+"""Types of configuration fields: how a value is written on the command line, and what range it has."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from simmim.errors import UserError
+
+
+def parse_image_size(value: Any) -> tuple[int, int] | None:
+    """`224`, `"224"`, `"96x160"` or `(96, 160)` → (height, width) in pixels."""
+    if value is None:
+        return None
+    parts = str(value).lower().split("x") if isinstance(value, (str, int, float)) else list(value)
+    try:
+        sides = [int(part) for part in parts]
+    except (TypeError, ValueError):
+        sides = []
+    if len(sides) not in (1, 2) or min(sides) < 1:
+        raise UserError(f"{value!r} is not N or HxW in whole pixels; write 224 or 96x160")
+    return (sides[0], sides[-1])
+
+
+def parse_model_args(value: Any) -> dict[str, Any]:
+    """`["depth=2", "embed_dims=[32,64]"]` → keyword arguments of the timm model; values are read as TOML."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    arguments = {}
+    for item in value:
+        name, equals, text = item.partition("=")
+        if not name or not equals:
+            raise UserError(f"{item!r} is not NAME=VALUE; write depth=4")
+        try:
+            arguments[name] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            arguments[name] = text
+    return arguments
+
+
+def _in_lists(value: Any) -> Any:
+    """As TOML gives it back, so that a resumed run has what it was begun with."""
+    if isinstance(value, Mapping):
+        return {name: _in_lists(item) for name, item in value.items()}
+    return [_in_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _parse_yes_no(word: str) -> bool:
+    if word not in ("yes", "no"):
+        raise UserError(f"{word!r} is neither yes nor no")
+    return word == "yes"
+
+
+def _parse_colour(words: list[str]) -> tuple[float, ...] | str | None:
+    if words in (["auto"], ["measure"]):
+        return None if words == ["auto"] else "measure"
+    return tuple(map(float, words))
+
+
+def _show_colour(value: tuple[float, ...] | str | None) -> list[str]:
+    return [value or "auto"] if value is None or isinstance(value, str) else [str(number) for number in value]
+
+
+def one_word(parse: Callable[[str], Any], metavar: str, *, nothing: str = "auto", show: Any = str) -> Any:
+    """How tyro reads an optional value that is one word on the command line, where `nothing` stands for `None`."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: None if words[0] == nothing else parse(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [nothing if value is None else show(value)],
+    )
+
+
+# How TOML writes that a value with a default is off, since it has no word for `None`.
+NONE_WORD = BeforeValidator(lambda value: None if value == "none" else value)
+# The help of a field whose default is decided later says so itself.
+HINT = arg(help_behavior_hint=lambda default: "" if default in ("auto", "none", "") else f"(default: {default})")
+ImageSize = Annotated[
+    tuple[int, int] | None,
+    BeforeValidator(parse_image_size),
+    one_word(parse_image_size, "N|HxW", show=lambda size: f"{size[0]}x{size[1]}"),
+    HINT,
+]
+# Shown as --compile; the command line turns --no-compile into `--compile no`.
+YesNo = Annotated[
+    bool | None, one_word(_parse_yes_no, "/ --no-compile", show=lambda value: "yes" if value else "no"), HINT
+]
+ModelArgs = Annotated[
+    dict[str, Any],
+    BeforeValidator(_in_lists),
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="NAME=VALUE",
+        instance_from_str=parse_model_args,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [f"{name}={item}" for name, item in value.items()],
+    ),
+    HINT,
+]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[Positive | None, one_word(int, "INT"), HINT]
+Word = Annotated[str | None, one_word(str, "STR", nothing="none"), HINT]
+Colour = Annotated[
+    tuple[float, ...] | Literal["measure"] | None,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="FLOAT…|measure",
+        instance_from_str=_parse_colour,
+        is_instance=lambda value: True,
+        str_from_instance=_show_colour,
+    ),
+    HINT,
+]

@@ -1,0 +1,1 @@
+"""Labelled data sets: classification, segmentation and detection."""

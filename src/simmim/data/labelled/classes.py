@@ -1,0 +1,259 @@
+"""Labelled images for probes and classification: folders of classes, loose or packed, CSV lists, `.npz` arrays, Hugging
+Face sets, demo.
+
+Shapes: `N` images, `K` classes.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.data.packed.format import PackedImages, is_packed, open_packed
+from simmim.data.sources import (
+    SUFFIXES,
+    ArrayImages,
+    DemoImages,
+    HuggingFaceImages,
+    ImageSource,
+    PathList,
+    Subset,
+    find_images,
+    image_column,
+    load_hugging_face,
+    read_npz,
+)
+from simmim.errors import UserError
+from simmim.method.random_keys import sample_keys
+
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images to train on and to evaluate on, with their classes (N,) by number; `classes` (K,) are the names."""
+
+    train: ImageSource
+    train_labels: Labels
+    val: ImageSource
+    val_labels: Labels
+    classes: tuple[str, ...]
+
+
+def open_labelled(
+    data: str,
+    *,
+    val_fraction: float = 0.2,
+    seed: int = 0,
+    labels_per_class: int | None = None,
+    label_seed: int = 0,
+) -> LabelledImages:
+    """Open `train/CLASS/*` with `val|test/CLASS/*` or one folder of classes, loose or packed, a CSV of
+    `path,label[,split]`, an `.npz` of x_train, y_train, x_test and y_test, `hf:NAME_OR_PATH`, or `demo`.
+
+    Without a split of its own, `val_fraction` of each class is kept to evaluate on, drawn by `seed`. With
+    `labels_per_class`, only so many images of each class are trained on, drawn by `label_seed`. One-line `ValueError`s.
+    """
+    path = Path(data).expanduser()
+    if data == "demo":
+        demo = DemoImages()
+        names = [demo.name(index).split("/")[0] for index in range(len(demo))]
+        found = _split(demo, names, val_fraction, seed)
+    elif data.startswith("hf:"):
+        found = _open_hugging_face(data.removeprefix("hf:"), val_fraction, seed)
+    elif path.suffix.lower() == ".npz" and path.is_file():
+        found = _open_npz(path)
+    elif path.suffix.lower() == ".csv" and path.is_file():
+        found = _open_csv(path, val_fraction, seed)
+    elif "://" in data or is_packed(path):
+        found = _open_packed(data, val_fraction, seed)
+    elif path.is_dir():
+        found = _open_folders(path, val_fraction, seed)
+    else:
+        raise UserError(f"{data} does not exist; give a folder of classes, a .csv, an .npz, hf:NAME or demo")
+    if len(found.classes) < 2:
+        raise UserError(f"{data} has {len(found.classes)} class ({', '.join(found.classes)}); give two or more")
+    unknown = np.setdiff1d(found.val_labels, found.train_labels)
+    if len(unknown):
+        raise UserError(
+            f"class {found.classes[unknown[0]]} of {data} is evaluated on and not trained on; "
+            "give it images to train on, or remove it"
+        )
+    return found if labels_per_class is None else _few(found, labels_per_class, label_seed)
+
+
+def _few(images: LabelledImages, count: int, seed: int) -> LabelledImages:
+    labels, classes = images.train_labels, images.classes
+    counts = np.bincount(labels, minlength=len(classes))
+    if (least := counts.min()) < count:
+        name = classes[counts.argmin()]
+        raise UserError(f"class {name} has {least} images, fewer than --labels-per-class {count}; use {least} or less")
+    order = np.argsort(sample_keys(seed, 0, np.arange(len(labels)), stream="few labels"))
+    chosen = [order[labels[order] == label][:count] for label in range(len(classes))]
+    indices = np.sort(np.concatenate(chosen))
+    return replace(images, train=Subset(images.train, indices), train_labels=labels[indices])
+
+
+def hold_out(labels: Labels, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Which images (N,) to keep aside, drawn by `seed`: `fraction` of each class, one at least and never all."""
+    order = np.argsort(sample_keys(seed, 0, np.arange(len(labels)), stream="val"))
+    held = np.zeros(len(labels), np.bool_)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        held[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
+    return held
+
+
+def _split(source: ImageSource, names: Sequence[str], val_fraction: float, seed: int) -> LabelledImages:
+    classes, labels = _number(names)
+    counts = np.bincount(labels)
+    if counts.min(initial=2) < 2:
+        raise UserError(f"class {classes[counts.argmin()]} has 1 image; give two, to train on and to evaluate on")
+    held = hold_out(labels, val_fraction, seed)
+    train, val = np.flatnonzero(~held), np.flatnonzero(held)
+    return LabelledImages(Subset(source, train), labels[train], Subset(source, val), labels[val], classes)
+
+
+def _number(names: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+    classes, labels = np.unique(np.asarray(names, dtype=np.str_), return_inverse=True)
+    return tuple(classes.tolist()), labels.astype(np.int64)
+
+
+def _pair(train: ImageSource, train_names: Sequence[str], val: ImageSource, val_names: Sequence[str]) -> LabelledImages:
+    classes, labels = _number([*train_names, *val_names])
+    return LabelledImages(train, labels[: len(train)], val, labels[len(train) :], classes)
+
+
+def _open_folders(root: Path, val_fraction: float, seed: int) -> LabelledImages:
+    train = root / "train"
+    if not train.is_dir():
+        return _split(*_read_classes(root), val_fraction, seed)
+    if val := evaluation_folder(root):
+        return _pair(*_read_classes(train), *_read_classes(val))
+    return _split(*_read_classes(train), val_fraction, seed)
+
+
+def evaluation_folder(root: Path) -> Path | None:
+    """The part of a data set's folder that is not trained on, if it has one."""
+    return next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+
+
+def _read_classes(folder: Path) -> tuple[PathList, list[str]]:
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"folder {folder} has no class folders; put each class's images in a folder of its name")
+    files, names = [], []
+    for name in classes:
+        found = find_images(folder / name)
+        if not found:
+            raise UserError(
+                f"class folder {folder / name} holds no images; add some, or remove it "
+                f"(files read end in {', '.join(sorted(SUFFIXES))})"
+            )
+        files += [f"{name}/{file}" for file in found]
+        names += [name] * len(found)
+    return PathList(files, root=folder), names
+
+
+def _open_packed(data: str, val_fraction: float, seed: int) -> LabelledImages:
+    """As `_open_folders`, by the names that the images had when they were packed."""
+    packed = open_packed(data)
+    names = packed.names()
+    parts = {name.split("/")[0] for name in names}
+    if "train" not in parts:
+        return _split(*_packed_classes(packed, names, "", data), val_fraction, seed)
+    train = _packed_classes(packed, names, "train/", data)
+    for part in ("val", "test"):
+        if part in parts:
+            return _pair(*train, *_packed_classes(packed, names, f"{part}/", data))
+    return _split(*train, val_fraction, seed)
+
+
+def _packed_classes(packed: PackedImages, names: list[str], folder: str, data: str) -> tuple[Subset, list[str]]:
+    """The images in the class folders of `folder`, in the order of `_read_classes`, and each one's class."""
+    found = []
+    for index, name in enumerate(names):
+        label, slash, file = name.removeprefix(folder).partition("/")
+        if slash and name.startswith(folder):
+            found.append((label, file, index))
+    if not found:
+        raise UserError(f"the images of {data} were in no class folders when they were packed; pack a folder of them")
+    found.sort()
+    return Subset(packed, np.array([index for _, _, index in found])), [label for label, _, _ in found]
+
+
+def _open_csv(path: Path, val_fraction: float, seed: int) -> LabelledImages:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"path", "label"} <= set(rows[0]):
+        raise UserError(
+            f"{path} has no rows with the columns path and label; write a header path,label or path,label,split"
+        )
+    splits: dict[str, tuple[list[str], list[str]]] = {"train": ([], []), "val": ([], []), "test": ([], [])}
+    for number, row in enumerate(rows, 2):
+        split = row.get("split") or "train"
+        if not row["path"] or not row["label"] or split not in splits:
+            raise UserError(
+                f"row {number} of {path} is {','.join(map(str, row.values()))}; "
+                "give a path, a label and, where there is a column split, train, val or test"
+            )
+        files, names = splits[split]
+        files.append(row["path"])
+        names.append(row["label"])
+    (train, train_names), (val, val_names) = splits["train"], splits["val" if splits["val"][0] else "test"]
+    source = PathList(train, root=path.parent)
+    if not val:
+        return _split(source, train_names, val_fraction, seed)
+    return _pair(source, train_names, PathList(val, root=path.parent), val_names)
+
+
+def _open_npz(path: Path) -> LabelledImages:
+    needed = ("x_train", "y_train", "x_test", "y_test")
+    arrays = read_npz(path, (*needed, "class_names"))
+    for name in needed:
+        if name not in arrays:
+            raise UserError(f"{path} has no array {name}; it needs {', '.join(needed)}")
+    for part in ("train", "test"):
+        images, labels = arrays[f"x_{part}"], arrays[f"y_{part}"]
+        if labels.dtype.kind not in "ui" or labels.shape != images.shape[:1] or labels.min(initial=0) < 0:
+            raise UserError(
+                f"array y_{part} of {path} is {labels.dtype} {labels.shape}; "
+                f"give a class number from 0 on for each of the {len(images)} images of x_{part}"
+            )
+    highest = max(int(arrays[name].max(initial=0)) for name in ("y_train", "y_test"))
+    names = arrays.get("class_names", np.arange(highest + 1))
+    if highest >= len(names):
+        raise UserError(f"{path} has class number {highest} and {len(names)} class_names; give each class a name")
+    return LabelledImages(
+        ArrayImages(arrays["x_train"], "x_train"),
+        arrays["y_train"].astype(np.int64),
+        ArrayImages(arrays["x_test"], "x_test"),
+        arrays["y_test"].astype(np.int64),
+        tuple(map(str, names)),
+    )
+
+
+def _open_hugging_face(name: str, val_fraction: float, seed: int) -> LabelledImages:
+    loaded = load_hugging_face(name)
+    val = next((split for split in ("validation", "val", "test") if split in loaded), None)
+    train, train_names = _columns(loaded["train" if "train" in loaded else next(iter(loaded))], name)
+    if val is None:
+        return _split(train, train_names, val_fraction, seed)
+    return _pair(train, train_names, *_columns(loaded[val], name))
+
+
+def _columns(dataset: Any, name: str) -> tuple[ImageSource, list[str]]:
+    """The images of a part of a Hugging Face set, and the name of each one's class."""
+    named = [column for column, feature in dataset.features.items() if type(feature).__name__ == "ClassLabel"]
+    column = next(iter(named or ("label",)))
+    if column not in dataset.features:
+        raise UserError(f"data set hf:{name} has no column of labels, only {', '.join(dataset.features)}; give another")
+    values = list(dataset[column])
+    if any(value is None or value == -1 for value in values):  # -1: the label is kept secret
+        raise UserError(f"column {column} of hf:{name} has images without label; remove them, or give another set")
+    names = [dataset.features[column].int2str(value) for value in values] if named else list(map(str, values))
+    return HuggingFaceImages(dataset, image_column(dataset, name)), names

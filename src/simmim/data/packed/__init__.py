@@ -1,0 +1,1 @@
+"""Packed shards: their format and their writer."""

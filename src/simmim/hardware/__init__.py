@@ -1,0 +1,1 @@
+"""Facts about processors and accelerators, the roofline model, and the TPU compiler."""

@@ -1,0 +1,1 @@
+"""Checkpoints of other packages: read safely, recognised, renamed."""

@@ -1,0 +1,1 @@
+"""The mathematics: masks, targets, losses, schedules and random numbers. Imports no array library but NumPy."""

@@ -1,0 +1,55 @@
+"""Colour clusters for `simmim.method.targets.ClusterTarget`: k-means over the user's own colours.
+
+Shapes: `M` colours of `C` channels, `K` clusters.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simmim.errors import UserError
+from simmim.method.random_keys import sample_keys, uniforms
+
+
+def fit_colour_clusters(
+    pixels: ArrayLike, *, clusters: int, seed: int = 0, iterations: int = 50
+) -> tuple[tuple[float, ...], ...]:
+    """The centres (K, C) of `clusters` groups of colours (M, C): k-means++ and Lloyd's iterations, repeatable.
+
+    For a `ClusterTarget` the colours are block means, `block_means(np, images, block)`; 100,000 of them are plenty.
+    ValueError where there are fewer distinct colours than clusters.
+    """
+    points = np.asarray(pixels, np.float32)
+    centres = _spread_centres(points, clusters, seed)
+    for _ in range(iterations):
+        nearest = _nearest(points, centres)
+        sums = np.stack([np.bincount(nearest, channel, clusters) for channel in points.T], axis=1)
+        counts = np.bincount(nearest, minlength=clusters)[:, None]
+        moved = np.where(counts > 0, sums / np.maximum(counts, 1), centres).astype(np.float32)
+        if np.array_equal(moved, centres):
+            break
+        centres = moved
+    return tuple(tuple(centre) for centre in centres.tolist())
+
+
+def _spread_centres(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
+    """k-means++ (Arthur & Vassilvitskii, 2007): each next centre is drawn in proportion to its squared distance."""
+    first, *draws = uniforms(sample_keys(seed, 0, [0], stream="colour clusters"), clusters)[0]
+    chosen = [points[int(first * len(points))]]
+    distance = np.full(len(points), np.inf, np.float32)
+    for draw in draws:
+        distance = np.minimum(distance, ((points - chosen[-1]) ** 2).sum(axis=1))
+        totals = np.cumsum(distance, dtype=np.float64)
+        if totals[-1] == 0:
+            raise UserError(
+                f"{len(chosen)} distinct colours are fewer than the {clusters} clusters; "
+                f"use {len(chosen)} clusters or more images"
+            )
+        chosen.append(points[np.searchsorted(totals, draw * totals[-1], side="right")])
+    return np.stack(chosen)
+
+
+def _nearest(points: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The index (M,) of each point's nearest centre, in chunks that keep the distances to a few megabytes."""
+    offsets = (centres**2).sum(axis=1)
+    chunks = [points[start : start + 8192] for start in range(0, len(points), 8192)]
+    return np.concatenate([(offsets - 2 * chunk @ centres.T).argmin(axis=1) for chunk in chunks])

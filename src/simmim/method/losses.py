@@ -1,0 +1,110 @@
+"""How far a prediction is from its target, over the masked positions only.
+
+Engine-neutral, like `simmim.method.targets`. All arrays are float32, class ids integers. In mixed precision the caller
+casts the prediction first and calls outside autocast.
+
+Shapes: `B` batch, `h w` feature-map cells, `n²` positions of a cell, `V` values of a position.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from simmim.errors import UserError
+from simmim.method.targets import TARGETS, Array, Namespace
+
+_COUNT_FLOOR = 1e-5  # official SimMIM's guard against a batch without a masked pixel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss(ABC):
+    """A call gives Σ(error · weight) / (Σ weight + 1e-5), a scalar; an error is the mean over a position's values.
+
+    With pixels and 0/1 weights that is the official SimMIM's loss, Σ|x-x̂|·m / (Σm + 1e-5) / C.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
+        """(B, h, w, V, n²) against (B, h, w, V, n²), or class ids (B, h, w, 1, n²) → (B, h, w, n²)."""
+
+    def sums(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> tuple[Array, Array]:
+        """(Σ error · weight, Σ weight), two scalars: what parts of a batch have to add up to equal the whole batch.
+
+        Prediction (B, h, w, V·n²), target of the same shape or class ids (B, h, w, n²), and weights (B, h, w, n²),
+        as a `simmim.method.targets.Target` lays them out.
+        """
+        h, w, positions = weights.shape[1:]
+        error = self.error(
+            xp,
+            xp.reshape(prediction, (-1, h, w, prediction.shape[-1] // positions, positions)),
+            xp.reshape(target, (-1, h, w, target.shape[-1] // positions, positions)),
+        )
+        return xp.sum(error * weights), xp.sum(weights)
+
+    def __call__(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> Array:
+        """The mean error of the masked positions; arguments as for `sums`."""
+        total, count = self.sums(xp, prediction, target, weights)
+        return total / (count + _COUNT_FLOOR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class L1Loss(Loss):
+    """Absolute error (SimMIM §3.4, the default)."""
+
+    name: ClassVar[str] = "l1"
+
+    def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
+        return xp.mean(xp.abs(prediction - target), axis=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MSELoss(Loss):
+    """Squared error."""
+
+    name: ClassVar[str] = "mse"
+
+    def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
+        return xp.mean((prediction - target) ** 2, axis=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothL1Loss(Loss):
+    """Squared error over 2·beta where it is below `beta` (> 0), absolute error less beta/2 above."""
+
+    name: ClassVar[str] = "smooth_l1"
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise UserError(f"beta {self.beta} of the smooth L1 loss is not above 0; use 1.0, or the l1 loss")
+
+    def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
+        distance = xp.abs(prediction - target)
+        small = distance * distance * (0.5 / self.beta)
+        return xp.mean(xp.where(distance < self.beta, small, distance - 0.5 * self.beta), axis=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropyLoss(Loss):
+    """Cross-entropy in nats of V-way logits against class ids."""
+
+    name: ClassVar[str] = "cross_entropy"
+
+    def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
+        logits = prediction - xp.amax(prediction, axis=3, keepdims=True)
+        # 0, 1, … V-1 made from the logits, so that they lie on the same device; `equal` is another thing in torch.
+        classes = xp.cumsum(xp.ones_like(logits[:1, :1, :1, :, :1]), axis=3) - 1
+        chosen = xp.sum(xp.where(xp.not_equal(classes, target), 0.0, logits), axis=3)
+        return xp.log(xp.sum(xp.exp(logits), axis=3)) - chosen
+
+
+LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (L1Loss, MSELoss, SmoothL1Loss, CrossEntropyLoss)}
+
+
+def check_pair(target: str, loss: str) -> None:
+    """ValueError where the loss of this name cannot be taken of the target of this name, such as l1 of class ids."""
+    suitable = TARGETS[target].losses
+    if loss not in suitable:
+        raise UserError(f"loss {loss} makes no sense for target {target}; use {' or '.join(suitable)}")

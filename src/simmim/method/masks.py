@@ -1,0 +1,257 @@
+"""Mask strategies: which cells of an image are hidden from the encoder. `True` = masked.
+
+Every strategy hides exactly `ceil(ratio * cells)` cells of every image, so that the shapes of a step are static. A mask
+depends only on the key of its image (`simmim.method.random_keys`): every engine, process and resume draws the same.
+
+Shapes: `B` images, `H W` pixels, `rows columns` cells.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.errors import UserError
+from simmim.method.random_keys import random_bits, uniforms
+
+Keys = NDArray[np.uint64]
+Mask = NDArray[np.bool_]
+Numbers = NDArray[np.float64]
+
+_MIN_BLOCK_ASPECT = 0.3  # BEiT, Algorithm 1; the largest is its inverse
+_MAX_BLOCKS = 32  # on 14x14 cells an image needs 7 at ratio 0.6 and 12 at 0.75; the later ones hide little that is new
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskStrategy(ABC):
+    """Draws masks: `strategy(keys, image_size)` with keys (B,) gives booleans (B, rows, columns).
+
+    `ratio` is the share of cells to mask, in (0, 1); `cell` is the side of a cell in pixels (SimMIM's mask patch size).
+    Raises `ValueError` for a ratio or a cell outside its range.
+    """
+
+    ratio: float = 0.6
+    cell: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise UserError(f"mask ratio {self.ratio} is not between 0 and 1; use for example 0.6")
+        if self.cell < 1:
+            raise UserError(f"mask cell {self.cell} is less than 1 pixel; use for example 32")
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of cells in an image of (H, W) pixels.
+
+        Raises `ValueError` if the cell does not divide both sides; it names the nearest sizes.
+        """
+        if any(side < self.cell or side % self.cell for side in image_size):
+            smaller = [max(side // self.cell, 1) * self.cell for side in image_size]
+            larger = [max(-(-side // self.cell), 1) * self.cell for side in image_size]
+            nearest = " or ".join(dict.fromkeys([_size_text(*smaller), _size_text(*larger)]))
+            raise UserError(
+                f"image size {_size_text(*image_size)} is not a multiple of the mask cell {self.cell}; use {nearest}"
+            )
+        return image_size[0] // self.cell, image_size[1] // self.cell
+
+    def masked_cells(self, image_size: tuple[int, int]) -> int:
+        """How many cells every mask of this size hides: `ceil(ratio * cells)`, as in SimMIM's code.
+
+        Raises `ValueError` if that is every cell, which would leave the encoder nothing to see.
+        """
+        rows, columns = self.grid(image_size)
+        count = _share(self.ratio, rows * columns)
+        if count == rows * columns:
+            raise UserError(
+                f"mask ratio {self.ratio} hides all cells ({count} of {count}) of image size "
+                f"{_size_text(*image_size)}; use a mask cell smaller than {self.cell} or a lower ratio"
+            )
+        return count
+
+    def __call__(self, keys: Keys, image_size: tuple[int, int]) -> Mask:
+        """Masks (B, rows, columns) of the images with these keys (B,), for images of (H, W) pixels."""
+        count = self.masked_cells(image_size)
+        return self._draw(keys, *self.grid(image_size), count)
+
+    @abstractmethod
+    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+        """Masks (B, rows, columns), each with exactly `count` cells hidden."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomMask(MaskStrategy):
+    """Every set of cells is equally likely (SimMIM §3.2)."""
+
+    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+        return _lowest(random_bits(keys, rows * columns), count).reshape(-1, rows, columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMask(MaskStrategy):
+    """Overlapping rectangles until enough is hidden (BEiT, arXiv 2106.08254, Algorithm 1).
+
+    A block has from `min_cells` to as many cells as are still to be hidden, and an aspect ratio from 0.3 to 1/0.3,
+    uniform in its logarithm as in BEiT's code; a side longer than the grid is cut to it. The last block, which would
+    hide too many, keeps the cells nearest to its centre. If 32 blocks do not hide enough (on 14x14 cells: one image in
+    500 at ratio 0.75, one in three at 0.9), cells at random make up the rest. Raises `ValueError` if `min_cells` < 1.
+    """
+
+    min_cells: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_cells < 1:
+            raise UserError(f"smallest mask block {self.min_cells} is less than 1 cell; use for example 16")
+
+    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+        numbers = uniforms(keys, 4 * _MAX_BLOCKS + rows * columns)
+        tie_breaks = numbers[:, 4 * _MAX_BLOCKS :].reshape(-1, rows, columns)
+        # When a cell is hidden: the number of its block plus its distance from the block's centre. The mask is the
+        # `count` first cells, so the last block is trimmed from its rim, and one selection makes every count exact.
+        hidden_at = _MAX_BLOCKS + tie_breaks
+        for block in range(_MAX_BLOCKS):
+            missing = count - np.count_nonzero(hidden_at < _MAX_BLOCKS, axis=(1, 2))
+            unfinished = np.flatnonzero(missing > 0)
+            if not len(unfinished):
+                break
+            drawn = numbers[unfinished, 4 * block : 4 * block + 4]
+            distance = self._distances(drawn, missing[unfinished], rows, columns)
+            previous = hidden_at[unfinished]
+            new = (distance < 0.5) & (previous >= _MAX_BLOCKS)
+            hidden_at[unfinished] = np.where(new, block + distance + 0.001 * tie_breaks[unfinished], previous)
+        return _lowest(hidden_at.reshape(-1, rows * columns), count).reshape(-1, rows, columns)
+
+    def _distances(self, numbers: Numbers, missing: NDArray[np.int64], rows: int, columns: int) -> Numbers:
+        """Distances (B, rows, columns) from the centre of one block an image, in sides of the block: < 0.5 is inside.
+
+        A block takes four `numbers` (B, 4) in [0, 1): its area, aspect ratio, row and column.
+        """
+        area, aspect, down, right = numbers.T[:, :, None]  # (B, 1) each
+        area = self.min_cells + area * np.maximum(missing[:, None] - self.min_cells, 0)
+        aspect = _MIN_BLOCK_ASPECT ** (1 - 2 * aspect)
+        height = np.clip(np.rint(np.sqrt(area * aspect)), 1, rows)
+        width = np.clip(np.rint(np.sqrt(area / aspect)), 1, columns)
+        centre_y = np.floor(down * (rows - height + 1)) + (height - 1) / 2
+        centre_x = np.floor(right * (columns - width + 1)) + (width - 1) / 2
+        distance_y = np.abs(np.arange(rows) - centre_y) / height  # (B, rows)
+        distance_x = np.abs(np.arange(columns) - centre_x) / width  # (B, columns)
+        return np.maximum(distance_y[:, :, None], distance_x[:, None, :])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridMask(MaskStrategy):
+    """A regular pattern with a random phase: a checkerboard at ratio 0.5; at 0.75 one of each 2x2 is visible (MAE).
+
+    Other ratios are an ordered dither: cells are hidden in the order of a Bayer matrix, which spreads any number of
+    them evenly. If a side of the grid is odd, a few cells depart from the pattern to keep the count.
+    """
+
+    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+        bayer = _bayer(max(rows, columns))
+        phase = np.floor(uniforms(keys, 2) * len(bayer)).astype(np.int64)
+        order = _windows(bayer, phase, rows, columns)
+        return _lowest(order.reshape(-1, rows * columns), count).reshape(-1, rows, columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareMask(MaskStrategy):
+    """One region, as square as the count and the image allow, at random or in the centre (SimMIM §3.2).
+
+    Its sides differ by at most one cell unless the image is too narrow; the column at one end may be incomplete.
+    Raises `ValueError` for another `position`.
+    """
+
+    position: Literal["random", "centre"] = "random"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.position not in ("random", "centre"):
+            raise UserError(f"square mask position {self.position!r} is unknown; use 'random' or 'centre'")
+
+    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+        square_side = math.isqrt(count - 1) + 1  # the square root, rounded up
+        height = min(max(square_side, -(-count // columns)), rows)
+        width = -(-count // height)
+        region = np.zeros((rows, columns), bool)
+        region[:height, :width].T.flat[:count] = True  # column by column
+        numbers = uniforms(keys, 3) if self.position == "random" else np.full((len(keys), 3), 0.5)
+        corner = np.floor(numbers[:, :2] * (rows - height + 1, columns - width + 1)).astype(np.int64)
+        mask = _windows(region, -corner, rows, columns)
+        # Half of the images are turned upside down, else the incomplete column would spare the lower right of them all.
+        return np.where(numbers[:, 2, None, None] < 0.5, mask[:, ::-1, ::-1], mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformMask(MaskStrategy):
+    """The same number of cells hidden in each 2x2, which of them at random (UM-MAE, arXiv 2205.10063).
+
+    Ratios 0.25, 0.5 and 0.75 (the paper's uniform sampling) hide exactly 1, 2 and 3 of each 2x2. At any other ratio
+    some 2x2s, taken at random, hide one more than the others; so 0.8125 is the paper's sampling with its secondary
+    masking of 25 %. In an odd grid, the cells of the last row or column are in no 2x2 and are hidden at random.
+    """
+
+    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+        b, down, right = len(keys), rows // 2, columns // 2
+        in_group = np.zeros((rows, columns), bool)
+        in_group[: 2 * down, : 2 * right] = True
+        grouped = 4 * down * right
+        count_grouped = _share(self.ratio, grouped)
+        numbers = uniforms(keys, rows * columns + grouped)
+
+        # Ranks 0 to 3 of the cells of a 2x2: the groups fill up together. The fraction says which are first.
+        ranks = numbers[:, :grouped].reshape(b, down * right, 4).argsort(axis=-1)
+        order = ranks.reshape(b, grouped) + numbers[:, rows * columns :]
+        hidden = _lowest(order, count_grouped).reshape(b, down, right, 2, 2)
+
+        mask = np.empty((b, rows, columns), bool)
+        mask[:, in_group] = hidden.swapaxes(2, 3).reshape(b, grouped)
+        mask[:, ~in_group] = _lowest(numbers[:, grouped : rows * columns], count - count_grouped)
+        return mask
+
+
+MASKS: dict[str, type[MaskStrategy]] = {
+    "random": RandomMask,
+    "block": BlockMask,
+    "grid": GridMask,
+    "square": SquareMask,
+    "uniform": UniformMask,
+}
+
+
+def upsample_mask(mask: Mask, factor: int) -> Mask:
+    """Masks (B, rows, columns) in units `factor` times finer: (B, factor·rows, factor·columns)."""
+    return mask.repeat(factor, axis=1).repeat(factor, axis=2)
+
+
+def _share(ratio: float, cells: int) -> int:
+    # The official code's expression: rounding errors included (0.55 of 100 is 56), the counts agree.
+    return math.ceil(cells * ratio)
+
+
+def _size_text(height: int, width: int) -> str:
+    return str(height) if height == width else f"{height}x{width}"
+
+
+def _lowest(order: NDArray[Any], count: int) -> Mask:
+    """`True` at the `count` lowest of each row: (B, n) → (B, n)."""
+    mask = np.zeros(order.shape, bool)
+    if count:
+        np.put_along_axis(mask, np.argpartition(order, count - 1, axis=1)[:, :count], True, axis=1)
+    return mask
+
+
+def _bayer(side: int) -> NDArray[np.int64]:
+    """Bayer's dither matrix, its side the power of two that is at least `side`."""
+    order = np.zeros((1, 1), np.int64)
+    while len(order) < side:
+        order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
+    return order
+
+
+def _windows(pattern: NDArray[Any], offset: NDArray[np.int64], rows: int, columns: int) -> NDArray[Any]:
+    """Windows (B, rows, columns) into the pattern, repeated endlessly, that start at each (y, x) of `offset` (B, 2)."""
+    y = (offset[:, 0, None] + np.arange(rows)) % pattern.shape[0]
+    x = (offset[:, 1, None] + np.arange(columns)) % pattern.shape[1]
+    return pattern[y[:, :, None], x[:, None, :]]

@@ -1,0 +1,83 @@
+"""Learning rates as pure functions of the step, equal to those of the official SimMIM code and timm."""
+
+import math
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from dataclasses import dataclass
+
+from simmim.errors import UserError
+
+
+def scale_lr(base_lr: float, global_batch: int) -> float:
+    """Learning rate for `global_batch` images an update, from one meant for 512 (SimMIM's linear rule).
+
+    The recipes' warm-up and minimum rates are scaled in the same way.
+    """
+    return base_lr * global_batch / 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule(ABC):
+    """A call gives the learning rate at a step (0, 1, …): linear warm-up, then what the subclass says."""
+
+    peak_lr: float
+    warmup_lr: float
+    warmup_steps: int
+
+    @abstractmethod
+    def after_warmup(self, step: int) -> float:
+        """The learning rate at a step that is not below `warmup_steps`."""
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return self.warmup_lr + step * (self.peak_lr - self.warmup_lr) / self.warmup_steps
+        return self.after_warmup(step)
+
+    def at_update(self, update: int) -> float:
+        """The learning rate that the official loop uses for update 0, 1, …: that of the step before.
+
+        It sets the rate after each update from that update's own number, so updates 0 and 1 both run at step 0's.
+        """
+        return self(max(update - 1, 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule(Schedule):
+    """Cosine from `peak_lr` at step 0 to `min_lr` at `total_steps`, and `min_lr` from then on.
+
+    Warm-up covers the start of the curve and does not shift it: the rate steps down a little where warm-up ends.
+    """
+
+    min_lr: float
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps > self.total_steps:
+            raise UserError(
+                f"warm-up of {self.warmup_steps} steps is longer than the run of {self.total_steps}; "
+                f"use at most {self.total_steps} warm-up steps"
+            )
+
+    def after_warmup(self, step: int) -> float:
+        progress = min(step / self.total_steps, 1.0)
+        return self.min_lr + 0.5 * (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MultiStepSchedule(Schedule):
+    """`peak_lr`, multiplied by `gamma` at each of the `milestones` (steps, in ascending order)."""
+
+    milestones: tuple[int, ...]
+    gamma: float = 0.1
+
+    def __post_init__(self) -> None:
+        if list(self.milestones) != sorted(self.milestones):
+            raise UserError(f"milestones {self.milestones} are not in ascending order; sort them")
+        if self.milestones and self.warmup_steps > self.milestones[0]:
+            raise UserError(
+                f"warm-up of {self.warmup_steps} steps passes the first milestone {self.milestones[0]}; "
+                f"use at most {self.milestones[0]} warm-up steps"
+            )
+
+    def after_warmup(self, step: int) -> float:
+        return self.peak_lr * self.gamma ** bisect_right(self.milestones, step)

@@ -1,0 +1,304 @@
+"""What a masked image model predicts: raw pixels, normalised pixels, colour clusters or HOG.
+
+A target is a map of `V` values at every position of a grid over the image, one position each `pitch` pixels. The head
+predicts the positions of one feature-map cell together, so the map is folded in PyTorch's PixelShuffle order: channel
+v·n² + i·n + j is value v of the position in row i, column j of the cell. Official SimMIM decoders load as they are.
+
+Engine-neutral: `xp` is torch, numpy, jax.numpy or keras.ops. Nothing here multiplies matrices, because autocast, TF32
+and TPUs would round the factors to 8 to 11 bits and so spoil the targets.
+
+Shapes: `B` batch, `C` channels, `H W` pixels, `r` stride of the feature map in pixels, `h w` = H/r, W/r feature-map
+cells, `q` pitch in pixels, `n` = r/q positions along a side of a cell, `V` values of a position, `K` clusters.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from numpy.typing import ArrayLike
+
+from simmim.errors import UserError
+
+Array: TypeAlias = Any  # an array of whichever engine runs
+Namespace: TypeAlias = Any  # torch, numpy, jax.numpy or keras.ops
+
+_VARIANCE_FLOOR = 1e-6  # added to variances, MAE's and SwinV2's value
+
+
+def patchify(xp: Namespace, grid: Array, n: int) -> Array:
+    """Fold squares of n x n positions: (B, h·n, w·n, V) → (B, h, w, V·n²) in PixelShuffle order."""
+    rows, columns, values = grid.shape[1:]
+    squares = xp.reshape(grid, (-1, rows // n, n, columns // n, n, values))
+    return xp.reshape(xp.moveaxis(squares, (2, 4), (-2, -1)), (-1, rows // n, columns // n, values * n * n))
+
+
+def unpatchify(xp: Namespace, cells: Array, n: int) -> Array:
+    """The inverse of `patchify`: (B, h, w, V·n²) → (B, h·n, w·n, V)."""
+    h, w, channels = cells.shape[1:]
+    squares = xp.reshape(cells, (-1, h, w, channels // (n * n), n, n))
+    return xp.reshape(xp.moveaxis(squares, (-2, -1), (2, 4)), (-1, h * n, w * n, channels // (n * n)))
+
+
+def block_means(xp: Namespace, images: Array, block: int) -> Array:
+    """Mean of each block x block pixels: (B, H, W, C) → (B, H/block, W/block, C)."""
+    return xp.mean(_blocks(xp, images, block), axis=(2, 4))
+
+
+def _blocks(xp: Namespace, images: Array, block: int) -> Array:
+    """(B, H, W, C) → (B, H/block, block, W/block, block, C)."""
+    height, width, channels = images.shape[1:]
+    return xp.reshape(images, (-1, height // block, block, width // block, block, channels))
+
+
+def _enlarge(xp: Namespace, grid: Array, factor: int) -> Array:
+    """Repeat each position as a square of factor x factor: (B, h, w, V) → (B, h·factor, w·factor, V)."""
+    h, w, values = grid.shape[1:]
+    repeated = xp.tile(grid[:, :, None, :, None, :], (1, 1, factor, 1, factor, 1))
+    return xp.reshape(repeated, (-1, h * factor, w * factor, values))
+
+
+def _constant(xp: Namespace, values: ArrayLike, like: Array) -> Array:
+    if xp.__name__ == "torch":  # the one engine that has to be told the device, and that has no `array`
+        return xp.asarray(values, dtype=like.dtype, device=like.device)
+    return xp.array(values, dtype=like.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(ABC):
+    """What is predicted for normalised images (B, H, W, C); a call gives it folded, (B, h, w, V·n²)."""
+
+    name: ClassVar[str]
+    losses: ClassVar[tuple[str, ...]] = ("l1", "mse", "smooth_l1")
+
+    @property
+    def pitch(self) -> int:
+        """Pixels from one predicted position to the next."""
+        return 1
+
+    def values(self, image_channels: int) -> int:
+        """How many numbers the head predicts at each position (V)."""
+        return image_channels
+
+    @abstractmethod
+    def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
+        """Images (B, H, W, C) → target map (B, H/q, W/q, V), or (B, H/q, W/q, 1) class ids."""
+
+    def decode(self, xp: Namespace, values: Array, images: Array, stride: int) -> Array | None:
+        """Predicted map (B, H/q, W/q, V) → normalised pixels (B, H, W, C), or None where it shows no picture."""
+        return None
+
+    def __call__(self, xp: Namespace, images: Array, stride: int) -> Array:
+        """Normalised float32 images (B, H, W, C) → target (B, h, w, V·n²), or class ids (B, h, w, n²)."""
+        return patchify(xp, self.encode(xp, images, stride), self._positions(stride))
+
+    def channels(self, image_channels: int, stride: int) -> int:
+        """Width of the prediction for one feature-map cell, V·n². ValueError where the stride does not suit."""
+        return self.values(image_channels) * self._positions(stride) ** 2
+
+    def weights(self, xp: Namespace, mask: Array, patch: int, stride: int) -> Array:
+        """Masked share of each position, for the loss: bool mask (B, H/patch, W/patch) → (B, h, w, n²) in [0, 1]."""
+        pixels = _enlarge(xp, xp.where(mask, 1.0, 0.0)[..., None], patch)  # (B, H, W, 1)
+        return patchify(xp, block_means(xp, pixels, self.pitch), self._positions(stride))
+
+    def to_pixels(self, xp: Namespace, prediction: Array, images: Array, stride: int) -> Array | None:
+        """Prediction (B, h, w, V·n²) → normalised pixels (B, H, W, C), or None where it shows no picture.
+
+        `images` are the true ones: normalised targets take their mean and variance from them.
+        """
+        return self.decode(xp, unpatchify(xp, prediction, self._positions(stride)), images, stride)
+
+    def _positions(self, stride: int) -> int:
+        if stride % self.pitch:
+            raise UserError(
+                f"feature stride {stride} is not a multiple of the {self.pitch} pixels of target {self.name}; "
+                f"use a model of stride {2 * self.pitch} or {4 * self.pitch}, or another target"
+            )
+        return stride // self.pitch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelTarget(Target):
+    """Raw pixels (SimMIM §3.4, the default)."""
+
+    name: ClassVar[str] = "pixels"
+
+    def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
+        return images
+
+    def decode(self, xp: Namespace, values: Array, images: Array, stride: int) -> Array | None:
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizedTarget(Target):
+    """Pixels less their patch's mean, over its standard deviation (MAE §3, arXiv 2111.06377).
+
+    Both are taken over all pixels and channels of a patch; the variance is unbiased. `patch` is its side in pixels,
+    None for the stride of the feature map. ValueError from a call where the patch does not divide the image.
+    """
+
+    name: ClassVar[str] = "normalized"
+    patch: int | None = None
+
+    def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
+        blocks, mean, deviation = self._statistics(xp, images, stride)
+        return xp.reshape((blocks - mean) / deviation, (-1, *images.shape[1:]))
+
+    def decode(self, xp: Namespace, values: Array, images: Array, stride: int) -> Array | None:
+        blocks, mean, deviation = self._statistics(xp, images, stride)
+        return xp.reshape(xp.reshape(values, (-1, *blocks.shape[1:])) * deviation + mean, (-1, *images.shape[1:]))
+
+    def _statistics(self, xp: Namespace, images: Array, stride: int) -> tuple[Array, Array, Array]:
+        height, width, channels = images.shape[1:]
+        patch = self.patch or stride
+        if height % patch or width % patch:
+            raise UserError(
+                f"image size {height}x{width} is not a multiple of the normalised patch {patch}; "
+                f"use a patch that divides {math.gcd(height, width)}"
+            )
+        blocks = _blocks(xp, images, patch)
+        mean = xp.mean(blocks, axis=(2, 4, 5), keepdims=True)
+        squares = xp.sum((blocks - mean) ** 2, axis=(2, 4, 5), keepdims=True)
+        return blocks, mean, xp.sqrt(squares / (patch * patch * channels - 1) + _VARIANCE_FLOOR)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocallyNormalizedTarget(Target):
+    """Pixels less the mean of the window around them, over its standard deviation (SwinV2 with SimMIM).
+
+    Each channel for itself, unbiased variance; at a border the window holds the pixels that exist. `window` is its
+    side in pixels, odd (the official recipe: 47).
+    """
+
+    name: ClassVar[str] = "local_normalized"
+    window: int = 47
+
+    def __post_init__(self) -> None:
+        if self.window < 3 or self.window % 2 == 0:
+            raise UserError(f"normalisation window {self.window} is not an odd number from 3 up; use 47")
+
+    def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
+        mean, deviation = self._statistics(xp, images)
+        return (images - mean) / deviation
+
+    def decode(self, xp: Namespace, values: Array, images: Array, stride: int) -> Array | None:
+        mean, deviation = self._statistics(xp, images)
+        return values * deviation + mean
+
+    def _statistics(self, xp: Namespace, images: Array) -> tuple[Array, Array]:
+        centre = xp.mean(images, axis=(1, 2), keepdims=True)
+        x = images - centre  # E[x²] - E[x]² cancels far less in float32 for pixels around 0
+        count = _window_sums(xp, xp.ones_like(x[:1, :, :, :1]), self.window)
+        mean = _window_sums(xp, x, self.window) / count
+        variance = (_window_sums(xp, x * x, self.window) / count - mean * mean) * (count / (count - 1))
+        variance = xp.where(variance > 0, variance, 0.0)
+        return mean + centre, xp.sqrt(variance + _VARIANCE_FLOOR)
+
+
+def _window_sums(xp: Namespace, x: Array, window: int) -> Array:
+    """Sums (B, H, W, C) over the window x window pixels around each pixel, those outside the image left out."""
+    for _ in range(2):  # along H, then, with the axes exchanged, along W
+        length = x.shape[1]
+        reach = min(window // 2, length - 1)
+        totals = xp.cumsum(x, axis=1)
+        last = xp.concatenate([totals[:, reach:], xp.tile(totals[:, -1:], (1, reach, 1, 1))], axis=1)
+        before = xp.concatenate([xp.zeros_like(x[:, : reach + 1]), totals[:, : length - reach - 1]], axis=1)
+        x = xp.moveaxis(last - before, 1, 2)
+    return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterTarget(Target):
+    """The colour cluster of the mean colour of each block x block pixels, as K-way classification.
+
+    The idea is iGPT's, tried in SimMIM §3.4 pixel by pixel with 512 clusters; 512 logits for each of 32 x 32 pixels
+    would be a head of half a million outputs, hence the blocks. `centres` are K colours of normalised images, C
+    numbers each, such as `fit_colour_clusters` finds. The picture of a prediction shows each block's expected colour.
+    """
+
+    name: ClassVar[str] = "clusters"
+    losses: ClassVar[tuple[str, ...]] = ("cross_entropy",)
+    centres: tuple[tuple[float, ...], ...]
+    block: int = 4
+
+    def __post_init__(self) -> None:
+        if len(self.centres) < 2:
+            raise UserError(f"{len(self.centres)} colour clusters are too few to tell apart; use 2 or more")
+
+    @property
+    def pitch(self) -> int:
+        return self.block
+
+    def values(self, image_channels: int) -> int:
+        if image_channels != len(self.centres[0]):
+            raise UserError(
+                f"colour clusters of {len(self.centres[0])} channels do not suit images of {image_channels}; "
+                f"fit the clusters to these images"
+            )
+        return len(self.centres)
+
+    def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
+        colours = block_means(xp, images, self.block)[..., None, :]  # (B, H/q, W/q, 1, C)
+        centres = _constant(xp, self.centres, images)
+        # Channel by channel: all differences at once would be C times as large as the logits.
+        distance = sum((colours[..., c] - centres[:, c]) ** 2 for c in range(images.shape[3]))
+        return xp.argmin(distance, axis=-1)[..., None]
+
+    def decode(self, xp: Namespace, values: Array, images: Array, stride: int) -> Array | None:
+        odds = xp.exp(values - xp.amax(values, axis=-1, keepdims=True))
+        shares = (odds / xp.sum(odds, axis=-1, keepdims=True))[..., None]  # (B, H/q, W/q, K, 1)
+        return _enlarge(xp, xp.sum(shares * _constant(xp, self.centres, images), axis=-2), self.block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HogTarget(Target):
+    """Histograms of oriented gradients (MaskFeat, arXiv 2112.09133), as its published code computes them.
+
+    Each channel for itself: Sobel gradients with a reflected border, their angle from the vertical taken modulo 180°
+    in `bins` equal bins, each pixel adding its gradient's length to one bin (no interpolation), sums over squares of
+    `cell` x `cell` pixels, each histogram scaled to length 1 (an all-flat one stays 0). Value c·bins + k is bin k of
+    channel c. One difference: the bins begin 0.002° early, see `encode`. It shows no picture.
+    """
+
+    name: ClassVar[str] = "hog"
+    bins: int = 9
+    cell: int = 8
+
+    @property
+    def pitch(self) -> int:
+        return self.cell
+
+    def values(self, image_channels: int) -> int:
+        return image_channels * self.bins
+
+    def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
+        horizontal, vertical = _sobel(xp, images)
+        turns = xp.arctan2(horizontal, vertical) / math.pi  # half turns: a gradient and its opposite differ by 1
+        # 8-bit images are full of gradients at exactly 0°, a border of bins: unshifted, rounding would pick the bin.
+        bins = xp.floor(turns * self.bins + 1e-4) % self.bins  # (B, H, W, C)
+        lengths = xp.sqrt(horizontal**2 + vertical**2)
+        # A loop over the bins keeps one (B, H, W, C) array at a time, where a one-hot array would hold `bins`.
+        histogram = xp.stack(
+            [block_means(xp, xp.where(bins == k, lengths, 0.0), self.cell) for k in range(self.bins)], axis=-1
+        )  # (B, H/q, W/q, C, bins); means serve as well as sums, since the scale goes next
+        norm = xp.sqrt(xp.sum(histogram**2, axis=-1, keepdims=True))
+        rows, columns, channels, _ = histogram.shape[1:]
+        return xp.reshape(histogram / (norm + 1e-12), (-1, rows, columns, channels * self.bins))
+
+
+def _sobel(xp: Namespace, images: Array) -> tuple[Array, Array]:
+    """Horizontal and vertical Sobel gradients, left - right and top - bottom, each (B, H, W, C)."""
+    x = xp.concatenate([images[:, 1:2], images, images[:, -2:-1]], axis=1)
+    x = xp.concatenate([x[:, :, 1:2], x, x[:, :, -2:-1]], axis=2)  # (B, H + 2, W + 2, C), the border reflected
+    rows_smoothed = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]
+    columns_smoothed = x[:, :, :-2] + 2 * x[:, :, 1:-1] + x[:, :, 2:]
+    return (
+        rows_smoothed[:, :, :-2] - rows_smoothed[:, :, 2:],
+        columns_smoothed[:, :-2] - columns_smoothed[:, 2:],
+    )
+
+
+TARGETS: dict[str, type[Target]] = {
+    kind.name: kind for kind in (PixelTarget, NormalizedTarget, LocallyNormalizedTarget, ClusterTarget, HogTarget)
+}

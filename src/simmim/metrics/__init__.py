@@ -1,0 +1,1 @@
+"""Figures of merit: classification, segmentation and COCO's average precision."""

@@ -1,0 +1,1 @@
+"""Conversion from and export to other tools' formats."""

@@ -1,0 +1,166 @@
+"""`simmim convert`: anyone's checkpoint → a run that every other command takes.
+
+Shapes: `O` outputs, `C` channels, `k` side of a kernel.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from tyro.conf import Positional, arg
+
+from simmim.config.field_types import Count, ImageSize, ModelArgs, Word
+from simmim.config.training import PretrainConfig, from_settings
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from simmim.errors import UserError
+from simmim.interop.checkpoints import Checkpoint, read_checkpoint
+from simmim.interop.infer_model import Architecture
+from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
+from simmim.method.masks import MaskStrategy
+from simmim.torch_engine.models.encoders import default_image_size, find_family, sketch_encoder
+from simmim.torch_engine.models.masked import Encoder, SwinEncoder
+from simmim.torch_engine.train.checkpoint import save_checkpoint
+from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.storage import adopt, as_tensors, build_step, save_hub
+from simmim.training.run_directory import Run, open_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """A conversion."""
+
+    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
+    """A file or directory: official SimMIM, MAE, Swin or BEiT, Transformers', or timm's."""
+    out: str
+    """The run directory to write."""
+    image_size: ImageSize = None
+    """Pixels of the run, N or HxW (default: as the checkpoint)."""
+    window: Count = None
+    """Window of a Swin, in cells (default: as the checkpoint)."""
+    channels: Count = None
+    """Channels of the run's images (default: as the checkpoint)."""
+    model: Word = None
+    """The timm model that the checkpoint is of, where it does not tell."""
+    model_args: ModelArgs = field(default_factory=dict)
+    """Arguments of that timm model, such as depth=4 embed_dim=192."""
+
+
+def convert(config: ConvertConfig) -> list[str]:
+    """Write the run and say what was recognised, mapped, left out and resized, one line each.
+
+    One-line `ValueError`s for a checkpoint that is damaged, unknown or does not fit, and for an `out` that is taken.
+    """
+    config = from_settings(ConvertConfig, vars(config))
+    if config.model_args and config.model is None:
+        raise UserError("--model-args belong to a --model; give its timm name too")
+    if Run(Path(config.out)).config.exists():
+        raise UserError(f"{config.out} holds a run; give a new directory as --out")
+    checkpoint = read_checkpoint(Path(config.checkpoint), model=config.model, model_args=config.model_args)
+    plan = configure(checkpoint, config)
+    torch.manual_seed(plan.seed)  # for what the checkpoint lacks
+    step = build_step(plan)
+    try:
+        resized, fresh = adopt(step.model, as_tensors(checkpoint.mapped.state))
+    except ValueError as error:
+        raise UserError(
+            f"{config.checkpoint} does not fit {plan.model}: {error}; give the --model and --model-args that it is of"
+        ) from None
+    run = open_run(plan)
+    backbone = step.model.encoder.backbone
+    save_hub(run.encoder, backbone, backbone.state_dict(), plan)
+    save_checkpoint(run.checkpoints, 0, step, None, {}, world=World(device=torch.device("cpu")), keep=1)
+    return [*_report(checkpoint, plan, resized, fresh), f"wrote       {run.path}"]
+
+
+def configure(checkpoint: Checkpoint, wanted: ConvertConfig) -> PretrainConfig:
+    """The run's configuration: the checkpoint's model and method, with what was asked for instead."""
+    found = checkpoint.architecture
+    if found is None:
+        raise UserError(f"{wanted.checkpoint} does not tell which model it is of; give --model, its timm name")
+    old_size = found.image_size or default_image_size(found.model)
+    size = wanted.image_size or old_size
+    encoder = sketch_encoder(found.model, old_size, found.model_args)
+    old_channels = _channels(checkpoint, encoder)
+    channels = wanted.channels or old_channels
+    normal = (IMAGENET_MEAN, IMAGENET_STD) if old_channels == 3 else ((0.5,) * old_channels, (0.25,) * old_channels)
+    settings = {"mask_cell": MaskStrategy.cell, "mean": normal[0], "std": normal[1], **checkpoint.settings}
+    settings["mask_cell"] = _fitting_cell(settings["mask_cell"], encoder.patch_size, size)
+    settings |= {name: _in_turn(settings[name], channels) for name in ("mean", "std")}
+    config = PretrainConfig(
+        out=wanted.out,
+        model=found.model,
+        model_args=_with_window(encoder, found, size, wanted.window),
+        image_size=size,
+        channels=channels,
+        **settings,
+    )
+    return from_settings(PretrainConfig, vars(config))
+
+
+def _channels(checkpoint: Checkpoint, encoder: Encoder) -> int:
+    """Channels of the images that the checkpoint's first convolution (O, C, k, k) takes."""
+    name = f"{encoder.backbone.pretrained_cfg['first_conv']}.weight"
+    if (weight := checkpoint.mapped.state.get(BACKBONE + name)) is None:
+        raise UserError(f"the checkpoint lacks {name!r}; give the --model that it is of")
+    return weight.shape[1]
+
+
+def _fitting_cell(cell: int, patch: int, size: tuple[int, int]) -> int:
+    """The largest mask cell up to `cell` that is whole patches and divides the image; one patch where none does."""
+    cells = [n * patch for n in range(cell // patch, 0, -1)]
+    return next((cell for cell in cells if all(side % cell == 0 for side in size)), patch)
+
+
+def _in_turn(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A value for each of other channels, as the weights are repeated: in turn, or for one channel their mean."""
+    if channels == 1:
+        return (sum(values) / len(values),)
+    return tuple(values[c % len(values)] for c in range(channels))
+
+
+def _with_window(encoder: Encoder, found: Architecture, size: tuple[int, int], window: int | None) -> dict[str, Any]:
+    """The model's arguments with another window.
+
+    SwinV2 computes its biases from distances in units of the window that it was trained with, which it must then know.
+    """
+    arguments = dict(found.model_args) | ({} if window is None else {"window_size": window})
+    if not isinstance(encoder, SwinEncoder):
+        if window is not None:
+            raise UserError(f"--window is for Swin and SwinV2, and {found.model} is neither; leave it out")
+        return arguments
+    if find_family(found.model).name == "swinv2_*":
+        old, new = _windows(encoder), _windows(sketch_encoder(found.model, size, arguments))
+        if old != new and not any(arguments.get("pretrained_window_sizes", ())):
+            arguments["pretrained_window_sizes"] = [side for side, _ in old]
+    return arguments
+
+
+def _windows(encoder: Encoder) -> list[tuple[int, int]]:
+    """Of each stage: a stage whose map is smaller than the window has one as large as its map."""
+    return [stage.blocks[0].window_size for stage in encoder.backbone.layers]
+
+
+def _report(checkpoint: Checkpoint, config: PretrainConfig, resized: list[str], fresh: list[str]) -> list[str]:
+    assert config.image_size is not None
+    height, width = config.image_size
+    arguments = "".join(f" {name}={value}" for name, value in config.model_args.items())
+    mapped, left_out = checkpoint.mapped.state, checkpoint.mapped.left_out
+    encoder = sum(name.startswith(BACKBONE) for name in mapped)
+    parts = {"mask token": MASK_TOKEN in mapped, "prediction head": "head.weight" in mapped}
+    lines = [
+        f"recognised  {checkpoint.what}",
+        f"model       {config.model}{arguments}, {height}x{width} pixels, {config.channels} channels",
+        f"mapped      {encoder} arrays of the encoder"
+        + "".join(f", the {part}" for part, there in parts.items() if there),
+    ]
+    for why in dict.fromkeys(left_out.values()):
+        names = [name for name, reason in left_out.items() if reason == why]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        lines.append(f"left out    {names[0]}{more}: {why}")
+    lines += [f"resized     {what}" for what in resized]
+    if fresh:
+        lines.append(f"new         {' and '.join(fresh)}: random numbers, for pretraining to learn")
+    if "mean" not in checkpoint.settings:
+        lines.append(f"note        mean and std of the images are not told; {config.mean} and {config.std} are taken")
+    return lines + ([f"note        {checkpoint.note}"] if checkpoint.note else [])

@@ -1,0 +1,172 @@
+"""Exports of a run's model. Each writes a directory, reloads it with the tools that it is for, and compares.
+
+Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from simmim.config.training import PretrainConfig
+from simmim.errors import UserError
+from simmim.interop.weight_names import State, from_official_simmim, to_official_simmim
+from simmim.torch_engine.models.heads import LinearHead
+from simmim.torch_engine.models.masked_image_model import MaskedImageModel, build_model
+from simmim.torch_engine.train.storage import load_run, save_hub
+from simmim.training.plan import draw_masks
+from simmim.training.run_directory import find_model, find_task_of
+
+_TOLERANCE = 1e-4  # of the largest value: other kernels and other orders of summation, in fp32
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the backbone of a run, with its classifier if it is fine-tuned, or with all it pretrained."""
+
+    run: Path
+    backbone: Any  # a timm module
+    input_size: tuple[int, int, int]  # C, H, W
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
+    model: MaskedImageModel | None = None
+    config: PretrainConfig | None = None
+
+    def images(self, batch: int = 2) -> Tensor:
+        """Random normalised images (B, C, H, W), always the same."""
+        return torch.randn(batch, *self.input_size, generator=torch.Generator().manual_seed(0))
+
+    def pretrained(self, format: str) -> tuple[MaskedImageModel, PretrainConfig]:
+        if self.model is None or self.config is None:
+            raise UserError(f"{self.run} is fine-tuned, and format {format} is of pretraining; use --format timm")
+        return self.model, self.config
+
+
+def open_source(path: Path) -> Source:
+    """The model of a run. One-line `ValueError` where there is none."""
+    if task := find_task_of(path):
+        if task != "classify":
+            raise UserError(
+                f"{path} is fine-tuned for {task}, and exports are of encoders and classifiers; "
+                "use it with simmim predict, or export the run that it began from"
+            )
+        hub = find_model(path)
+        settings = json.loads((hub / "config.json").read_text(encoding="utf-8"))
+        data = settings["pretrained_cfg"]
+        return Source(
+            path,
+            timm.create_model(f"local-dir:{hub}", pretrained=True).eval(),
+            tuple(data["input_size"]),
+            tuple(data["mean"]),
+            tuple(data["std"]),
+            classes=tuple(settings.get("label_names", ())),
+        )
+    step, config = load_run(path)
+    assert config.image_size is not None
+    assert isinstance(config.mean, tuple)
+    assert isinstance(config.std, tuple)
+    size = (config.channels, *config.image_size)
+    backbone = step.model.encoder.backbone
+    return Source(path, backbone, size, config.mean, config.std, model=step.model, config=config)
+
+
+def export_timm(source: Source, out: Path, _allow_loss: bool) -> list[str]:
+    """A hub directory, for `timm.create_model("local-dir:OUT", pretrained=True)`: the encoder, or the classifier."""
+    write_hub(source, out)
+    reloaded = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=len(source.classes)).eval()
+    same = compare(source, "timm", [("output", source.backbone, reloaded)], source.images())
+    kept = f"{len(source.classes)} classes" if source.classes else "the encoder; mask token and head stay in the run"
+    return [f"wrote a timm hub directory: {kept}", same]
+
+
+def write_hub(source: Source, out: Path) -> None:
+    if source.config is None:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(find_model(source.run) / name, out)
+    else:
+        save_hub(out, source.backbone, source.backbone.state_dict(), source.config)
+
+
+def export_official(source: Source, out: Path, allow_loss: bool) -> list[str]:
+    """The official SimMIM's `.pth`, whose `model` its fine-tuning code reads."""
+    model, config = source.pretrained("official")
+    kind = type(source.backbone).__name__
+    if kind not in ("Beit", "SwinTransformer", "SwinTransformerV2"):
+        raise UserError(
+            f"official SimMIM has no {config.model}: its models are Swin, SwinV2 and a ViT that timm calls BEiT; "
+            "use --format timm or transformers"
+        )
+    if source.input_size[1] != source.input_size[2]:
+        raise UserError(
+            f"official SimMIM takes square images, not {source.input_size[1]}x{source.input_size[2]}; use --format timm"
+        )
+    if head := lost_head(model):
+        refuse_loss(source, "official SimMIM", [head], "writes encoder and mask token", allow_loss)
+    state = arrays(model)
+    if head:
+        state = {name: array for name, array in state.items() if not name.startswith("head.")}
+    tensors = {name: torch.from_numpy(array) for name, array in to_official_simmim(state).items()}
+    file = out / "official_pretrain.pth"
+    torch.save({"model": tensors}, file)
+    read = torch.load(file, weights_only=True)["model"]
+    mapped = from_official_simmim({name: tensor.numpy() for name, tensor in read.items()}).state
+    again = build_model(config).eval()
+    again.load_state_dict({**model.state_dict(), **{name: torch.from_numpy(array) for name, array in mapped.items()}})
+    mask = probe_mask(source, model, config)
+    pairs = [("prediction", lambda images: model.predict(images, mask), lambda images: again.predict(images, mask))]
+    return [f"wrote {file.name}: {len(tensors)} tensors", compare(source, "the file", pairs, source.images())]
+
+
+def lost_head(model: MaskedImageModel) -> str | None:
+    """The head in words if it is not what the SimMIM of others has: one linear layer to every pixel of a cell."""
+    if not isinstance(model.head, LinearHead):
+        return f"the {type(model.head).__name__} (only a linear head has a place)"
+    stride, channels = model.encoder.stride, model.encoder.backbone.get_submodule("patch_embed").proj.in_channels
+    if model.head.out_features != channels * stride**2:
+        return f"the head for target {model.target.name} (only one for pixels has a place)"
+    return None
+
+
+def refuse_loss(source: Source, home: str, lost: list[str], instead: str, allow_loss: bool) -> None:
+    if not allow_loss:
+        raise UserError(
+            f"{home} has no place for all of {source.run}: {', '.join(lost)} would be lost; "
+            f"--allow-loss {instead}, and --format timm is the encoder alone"
+        )
+
+
+def arrays(model: nn.Module) -> State:
+    return {name: tensor.detach().cpu().numpy() for name, tensor in model.state_dict().items()}
+
+
+def probe_mask(source: Source, model: MaskedImageModel, config: PretrainConfig) -> Tensor:
+    """A mask (B, H/p, W/p) for `source.images()`."""
+    return torch.from_numpy(draw_masks(config, 0, np.arange(2), model.encoder.patch_size))
+
+
+Outputs = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def compare(source: Source, tool: str, pairs: list[tuple[str, Outputs, Outputs]], images: Tensor) -> str:
+    """Say how far the outputs of each pair (name, ours, theirs) are apart; one-line `ValueError` if too far."""
+    found = []
+    for name, ours, theirs in pairs:
+        expected = ours(images).float()
+        distance = float((theirs(images).float() - expected).abs().max())
+        limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
+        if not distance <= limit:
+            raise UserError(
+                f"{tool} gives another {name} than {source.run} (off by {distance:.2g}, where rounding is at most "
+                f"{limit:.2g}), so nothing was written; use another --format"
+            )
+        found.append(f"{name} within {distance:.1g}" if distance else f"{name} equal")
+    return f"reloaded and compared, {len(images)} images: {', '.join(found)}"

@@ -1,0 +1,1 @@
+"""Encoders that accept a mask, prediction heads, and the masked image model."""

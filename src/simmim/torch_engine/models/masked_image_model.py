@@ -1,0 +1,134 @@
+"""The method on one page: hide patches, encode what is left, predict what was hidden, judge the hidden pixels only.
+
+Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of the feature map (both in pixels),
+`h w` = `H/s W/s` feature-map cells, `n` hidden ones of an image, `D` features, `P` predicted values a cell.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from simmim.config.training import PretrainConfig
+from simmim.method.losses import LOSSES, Loss
+from simmim.method.targets import Target, unpatchify
+from simmim.torch_engine.models.encoders import create_encoder
+from simmim.torch_engine.models.heads import CELL_BY_CELL, create_head
+from simmim.torch_engine.models.masked import Encoder
+from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
+from simmim.training.plan import build_target, check_sizes
+
+
+class MaskedImageModel(nn.Module):
+    """Encoder + head + target + loss (SimMIM §3).
+
+    `model(images, mask)` takes normalised images (B, C, H, W) and a mask (B, H/p, W/p), True = hidden, p being
+    `model.encoder.patch_size`; it returns the loss (a scalar) and the prediction: images (B, C, H, W) in normalised
+    colours for targets that are pixels, else the raw prediction of each cell (B, h, w, P).
+    """
+
+    def __init__(self, encoder: Encoder, head: nn.Module, target: Target, loss: Loss):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+        self.target = target
+        self.loss = loss
+
+    def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = self.predict(images, mask)
+        loss = self.judge(prediction, images, mask)
+        if self.target.pitch == 1:
+            prediction = unpatchify(torch, prediction, self.encoder.stride).permute(0, 3, 1, 2)
+        return loss, prediction
+
+    def predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """(B, C, H, W), (B, H/p, W/p) → (B, h, w, P)."""
+        return self.head(self.encoder(images, mask))
+
+    def judge(self, prediction: Tensor, images: Tensor, mask: Tensor, hidden: Chosen | None = None) -> Tensor:
+        """The loss on hidden pixels, in fp32 whatever the prediction's precision.
+
+        The prediction is of all cells, (B, h, w, P), or of the `hidden` ones, (B, n, P).
+        """
+        stride = self.encoder.stride
+        with torch.autocast(images.device.type, enabled=False):
+            target = self.target(torch, images.float().permute(0, 2, 3, 1), stride)
+            weights = self.target.weights(torch, mask, self.encoder.patch_size, stride)
+            if hidden is not None:  # a map of n × 1 cells
+                prediction = prediction.unsqueeze(2)
+                target, weights = (hidden.of(each.flatten(1, 2)).unsqueeze(2) for each in (target, weights))
+            return self.loss(torch, prediction.float(), target, weights)
+
+
+class PixelStep(nn.Module):
+    """What one step trains: a batch as the input pipeline delivers it → the loss.
+
+    Flips, converts and normalises on the device, so that images cross to it as small integers.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
+        self.register_buffer("scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """(B, H, W, C) in 0..255 → (B, C, H, W) normalised."""
+        return (image.permute(0, 3, 1, 2).float() - self.mean) * self.scale
+
+    def prepare(self, image: Tensor, flip: Tensor) -> Tensor:
+        """Normalised, and those of `flip` (B,) mirrored."""
+        images = self.normalize(image)
+        return torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+
+
+class PretrainStep(PixelStep):
+    """Masked image modelling of a batch, whose masks all hide as much as `counts` says."""
+
+    def __init__(
+        self,
+        model: MaskedImageModel,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        counts: Counts,
+        savings: Savings,
+    ):
+        super().__init__(mean, std)
+        self.model = model
+        model.encoder.save_work(visible_patches=savings.visible_patches, last_block=savings.last_block)
+        needed = savings.visible_patches or model.encoder.needs_visible
+        self._visible = counts.visible_patches if needed else None
+        # A head that mixes cells needs them all.
+        self._hidden = counts.hidden_cells if savings.hidden_cells and isinstance(model.head, CELL_BY_CELL) else None
+
+    def forward(self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None) -> Tensor:
+        encoder = self.model.encoder
+        encoder.drop_path_draws.uniform = drop_path
+        images = self.prepare(image, flip)
+        visible = hidden = None
+        if self._visible is not None:
+            visible = choose(mask, self._visible, hidden=False)
+        if self._hidden is not None:
+            factor = encoder.stride // encoder.patch_size
+            hidden = choose(mask[:, ::factor, ::factor], self._hidden, hidden=True)
+        prediction = self.model.head(encoder(images, mask, visible=visible, hidden=hidden))
+        return self.model.judge(prediction, images, mask, hidden)
+
+
+def build_model(config: PretrainConfig) -> MaskedImageModel:
+    """The model of a complete configuration, with random weights."""
+    assert config.image_size is not None
+    encoder = create_encoder(
+        config.model,
+        image_size=config.image_size,
+        channels=config.channels,
+        drop_path=config.drop_path,
+        model_args=config.model_args,
+        encode=config.encode,
+    )
+    check_sizes(config, encoder)
+    encoder.check_masks(config.mask_strategy(encoder.patch_size), config.model)
+    target = build_target(config)
+    head = create_head(config, encoder.num_features, target.channels(config.channels, encoder.stride))
+    return MaskedImageModel(encoder, head, target, LOSSES[config.loss]())

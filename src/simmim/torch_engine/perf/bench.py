@@ -1,0 +1,190 @@
+"""`simmim bench`: how fast this machine pretrains, what limits it, and what to try."""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from simmim.config.field_types import Count, ImageSize, Positive, PositiveReal, Word, YesNo
+from simmim.config.training import PretrainConfig, from_settings, validated
+from simmim.data.packed.format import PackedImages
+from simmim.data.sources import ArrayImages, ImageSource, Subset, open_source, sniff
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from simmim.errors import UserError
+from simmim.hardware.host import cpu_cores
+from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
+from simmim.torch_engine.perf import profiling
+from simmim.torch_engine.perf.limits import compare, judge
+from simmim.torch_engine.perf.measure import Trial, measure_end_to_end, measure_input, measure_step
+from simmim.torch_engine.train import distributed
+from simmim.training.plan import Images, Plan
+from simmim.training.run_directory import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to measure."""
+
+    model: str = "vit_base_patch16_224"
+    """The encoder, by its timm name."""
+    batch_size: Positive = 8
+    """Images of a step."""
+    image_size: ImageSize = None
+    """Pixels, N or HxW (default: the model's own)."""
+    data: str = "demo"
+    """Images to read; take your own to see what limits your run."""
+    workers: Count = None
+    """Threads or processes that read images (default: one a core)."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG."""
+    readers: Literal["threads", "processes"] = "threads"
+    """What reads images."""
+    antialias: bool = True
+    """Blur what is shrunk, as Pillow does."""
+    device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
+    """Accelerator."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the forward pass."""
+    compile: YesNo = None
+    """Compile the step with torch.compile (default: on CUDA and TPU only, as in training)."""
+    seconds: PositiveReal = 10.0
+    """How long to measure each figure, after warming up."""
+    profile: Word = None
+    """Write a trace of a few steps to this JSON file, for ui.perfetto.dev, and show the costliest operators."""
+    save_calibration: Word = None
+    """Add the figures to this JSON file, from which simmim advise --calibration learns what the machine reaches."""
+
+
+def bench(config: BenchConfig) -> dict[str, Any]:
+    """Figures of step, input and both at once, and what they were measured on. One-line `ValueError`s for bad settings.
+
+    What is being measured is said on standard error.
+    """
+    config = from_settings(BenchConfig, {field.name: getattr(config, field.name) for field in fields(BenchConfig)})
+    for file in filter(None, (config.profile, config.save_calibration)):
+        if not Path(file).absolute().parent.is_dir():  # now, and not after minutes
+            raise UserError(f"{file} cannot be written: its folder is not there; make it, or give another file")
+    device = distributed.choose_device(config.device)
+    source = open_source(config.data)
+    plan = plan_of(config, source, device)
+    training = plan.config
+    figures = {
+        "device": distributed.device_name(torch.device(device)),
+        "kind": device,
+        "memory_gib": device_memory(device) / 2**30,
+        "cores": cpu_cores(),
+        "has_bf16": distributed.choose_precision("auto", device) == "bf16",
+        "torch": torch.__version__,
+        "model": training.model,
+        "image_size": list(training.image_size or ()),
+        "batch_size": training.batch_size,
+        "precision": training.precision,
+        "compile": training.compile,
+        "decode": training.decode,
+        "readers": training.readers,
+        "antialias": training.antialias,
+    }
+    with distributed.join(device) as world:
+        trial = Trial(plan, world)
+        _say("step")
+        figures["step"] = measure_step(trial, config.seconds)
+        _say("input")
+        figures["input"] = measure_input(trial, config.seconds) | {"stored": _stored(source)}
+        _say("both at once")
+        both = measure_end_to_end(trial, config.seconds)
+        rates = (figures[name]["images_per_second"] for name in ("step", "input"))
+        figures["end_to_end"] = both | compare(both["images_per_second"], *rates, shared_cores=device == "cpu")
+        figures["limit"] = judge(figures)
+        if config.profile:
+            _say("operators")
+            figures["profile"] = profiling.profile_training(trial, Path(config.profile))
+    if config.save_calibration:
+        add_calibration(Path(config.save_calibration), figures)
+    return figures
+
+
+def _say(what: str) -> None:
+    print(f"measuring the {what}" if what == "step" else f"measuring {what}", file=sys.stderr, flush=True)
+
+
+def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
+    """The training to measure. Fewer images than a batch has are read again and again."""
+    size = config.image_size or default_image_size(config.model)
+    training = validated(
+        PretrainConfig(
+            data=config.data,
+            out="unused",
+            model=config.model,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            decode=config.decode,
+            readers=config.readers,
+            antialias=config.antialias,
+            steps=10**9,
+            warmup_epochs=0,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+    )
+    images = Subset(source, np.resize(np.arange(len(source)), max(len(source), config.batch_size)))
+    return Plan.complete(
+        training,
+        Images(train=images, val=Subset(source, np.arange(0)), dtype=sniff(source, channels=training.channels)),
+        patch=sketch_encoder(config.model, size, {}).patch_size,
+        image_size=size,
+        device=device,
+        precision=distributed.choose_precision(config.precision, device),
+        compile=device != "cpu" if config.compile is None else config.compile,
+    )
+
+
+def _stored(source: ImageSource) -> str:
+    """The form of packed images, `pixels` in an array, else `files`."""
+    if isinstance(source, PackedImages):
+        return source.manifest.form
+    return "pixels" if isinstance(source, ArrayImages) else "files"
+
+
+def device_memory(device: str) -> int:
+    """Bytes: the GPU's, else the machine's."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def add_calibration(path: Path, figures: dict[str, Any]) -> None:
+    steps = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.exists() else []
+    if steps and steps[0]["device"] != figures["device"]:
+        raise UserError(f"calibration {path} is of {steps[0]['device']!r}; give another file for {figures['device']!r}")
+    write_json(path, {"steps": [*steps, figures]})
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as a person reads them."""
+    step, source, whole, limit = (figures[name] for name in ("step", "input", "end_to_end", "limit"))
+    size = "x".join(map(str, figures["image_size"]))
+    share = f"{step['mfu']:.1%} of the peak" if step["mfu"] else f"{step['share_of_matmul']:.1%} of a large product's"
+    gflops, rate = step["flops_per_image"] / 1e9, step["flops_per_second"] / 1e9
+    place = "on the GPU" if figures["kind"] == "cuda" else "of this process, libraries included"
+    readers = f"{source['workers']} {figures['readers']}{' and nvJPEG' if figures['decode'] == 'gpu' else ''}"
+    lines = [
+        f"machine  {figures['device']}, torch {figures['torch']}",
+        f"step     {figures['model']} at {size}, batch {figures['batch_size']}, {figures['precision']}: "
+        f"{step['images_per_second']:.2f} images/s",
+        f"         {gflops:.1f} GFLOP an image, {rate:.0f} GFLOP/s, {share}",
+        f"memory   {step['memory_bytes'] / 2**30:.2f} GiB at most {place}",
+        f"input    {source['images_per_second']:.1f} images/s by {readers} from {source['data']}",
+        f"both     {whole['images_per_second']:.2f} images/s end to end, {whole['share_of_slower']:.0%} of the slower",
+        f"limit    {limit['limit']}: {limit['because']}",
+        f"try      {limit['suggestion']}",
+    ]
+    if "share_of_shared" in whole:
+        lines.insert(6, f"         {whole['share_of_shared']:.0%} of what step and input can reach on the same cores")
+    if "profile" in figures:
+        lines.append(profiling.describe(figures["profile"]))
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""How fast and how large a pretraining is on this machine: its step, its input, and both at once.
+
+`B` is the images of a step.
+"""
+
+import contextlib
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simmim.config.training import PretrainConfig
+from simmim.data.bad_images import BadImages
+from simmim.hardware.accelerators import gpu_peak_flops
+from simmim.hardware.roofline import Rates
+from simmim.torch_engine.perf.cost import count_flops, measure_work
+from simmim.torch_engine.perf.trial import build_update, random_batch
+from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.jpegs import open_decoder, read_batches
+from simmim.torch_engine.train.update import DTYPES, Batch
+from simmim.training.plan import Plan
+
+_WARM_UP = 2  # calls; the optimiser's averages are there after the first
+
+
+class Trial:
+    """A pretraining by a complete plan, set up to be measured and not to be kept."""
+
+    def __init__(self, plan: Plan, world: World):
+        self.plan, self.config, self.world = plan, plan.config, world
+        self.step, self.update = build_update(plan.config, world)
+        self.patch = self.step.model.encoder.patch_size
+        self.decoder = open_decoder(plan, world.device)
+
+    def wait(self) -> None:
+        """Until the device has done what it was asked for."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def batches(self) -> Iterator[Iterator[Batch]]:
+        """A run's own batches, which threads read ahead."""
+        with tempfile.TemporaryDirectory() as directory:
+            bad = BadImages(Path(directory, "bad_images.txt"), total=self.plan.train_images, max_fraction=1.0)
+            reading = self.plan.reading(bad, start_step=0, rank=0, world=1)
+            batches = read_batches(self.plan, reading, self.step.model.encoder, self.decoder)
+            with contextlib.closing(batches):  # type: ignore[type-var]
+                yield batches
+
+
+def measure_step(trial: Trial, seconds: float) -> dict[str, Any]:
+    """Speed of whole updates on one random batch, in images and in FLOP (multiply and add counted apart), and what of
+    it the machine could do by its rates."""
+    config, device = trial.config, trial.world.device
+    batch = random_batch(config, config.batch_size, trial.patch)
+    seconds_a_step = median_time(lambda: trial.update(0, batch), seconds, trial.wait)
+    memory = peak_memory(device)  # before anything else is in memory
+    speed, flops = config.batch_size / seconds_a_step, count_flops(config)
+    peak = gpu_peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    rates = measure_rates(config, device, min(seconds, 2.0))
+    work = measure_work(config)
+    return {
+        "images_per_second": speed,
+        "seconds": seconds_a_step,
+        "flops_per_image": flops,
+        "flops_per_second": flops * speed,
+        "mfu": flops * speed / peak if peak else None,
+        "share_of_matmul": flops * speed / rates.flops,
+        "matmul_flops_per_second": rates.flops,
+        "copy_bytes_per_second": rates.bandwidth,
+        "expected_seconds": work.seconds(config.batch_size, rates),
+        "arithmetic_share": work.arithmetic_share(config.batch_size, rates),
+        "parameters": sum(parameter.numel() for parameter in trial.step.parameters()),
+        "memory_bytes": memory,
+    }
+
+
+def measure_input(trial: Trial, seconds: float) -> dict[str, Any]:
+    """Speed of reading, decoding, cropping and batching a run's images while nothing else runs."""
+    with trial.batches() as batches:
+        for _ in range(2 * _WARM_UP):
+            next(batches)
+        begun, steps = time.perf_counter(), 0
+        while not steps or time.perf_counter() - begun < seconds:
+            next(batches)
+            steps += 1
+        elapsed = time.perf_counter() - begun
+    config = trial.config
+    speed = steps * config.batch_size / elapsed
+    return {"images_per_second": speed, "workers": config.workers, "data": config.data}
+
+
+def measure_end_to_end(trial: Trial, seconds: float) -> dict[str, Any]:
+    """Speed of training as a run trains: on its own batches, which are read while the step runs."""
+    figures = []
+    with trial.batches() as batches:
+        for _ in range(_WARM_UP):
+            trial.update(0, next(batches))
+        trial.wait()
+        begun, steps = time.perf_counter(), 0
+        while steps < 3 or time.perf_counter() - begun < seconds:
+            figures.append(trial.update(steps, next(batches))[1])
+            steps += 1
+            if steps % trial.config.log_every_steps == 0:  # as training does, which waits for the device then
+                torch.stack(figures).cpu()
+                figures.clear()
+        trial.wait()
+        elapsed = time.perf_counter() - begun
+    return {"images_per_second": steps * trial.config.batch_size / elapsed, "steps": steps}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took of a GPU, else the most that this process had resident, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def measure_rates(config: PretrainConfig, device: torch.device, seconds: float) -> Rates:
+    """What this machine reaches at best: FLOP/s of one large matrix product in the step's precision, and bytes/s of a
+    copy that no cache holds."""
+    cuda = device.type == "cuda"
+    side, size = (8192, 2**30) if cuda else (2048, 2**28)
+
+    def wait() -> None:
+        if cuda:
+            torch.cuda.synchronize()
+
+    left, right = (torch.randn(side, side, device=device, dtype=DTYPES[config.precision]) for _ in range(2))
+    product = median_time(lambda: left @ right, seconds, wait)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = median_time(lambda: target.copy_(source), seconds, wait)
+    return Rates(flops=2 * side**3 / product, bandwidth=2 * size / copy)
+
+
+def median_time(call: Callable[[], Any], seconds: float, wait: Callable[[], None]) -> float:
+    """Median seconds of a call, over `seconds` and at least three calls, after two to warm up."""
+    for _ in range(_WARM_UP):
+        call()
+    wait()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        begun = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)

@@ -1,0 +1,68 @@
+"""A training step to try out: of random weights, on random images. For measuring, counting and `simmim doctor`."""
+
+import numpy as np
+import torch
+
+from simmim.config.training import PretrainConfig
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from simmim.method.schedules import CosineSchedule
+from simmim.torch_engine.models.masked_image_model import PretrainStep
+from simmim.torch_engine.train import distributed
+from simmim.torch_engine.train.optim import create_optimizer
+from simmim.torch_engine.train.storage import build_step
+from simmim.torch_engine.train.update import Batch, Update
+from simmim.training.plan import draw_masks, drop_path_numbers
+
+
+def build_update(config: PretrainConfig, world: distributed.World) -> tuple[PretrainStep, Update]:
+    """What one step trains, and the update that does it, with a small learning rate."""
+    torch.manual_seed(0)
+    step = build_step(config)
+    return step, update_of(step, config, world)
+
+
+def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.World) -> Update:
+    """The update that trains `step` on the device of `world`, compiled if so configured, with a small learning rate."""
+    distributed.place(step, world.device)
+    if config.compile:
+        step.compile(dynamic=False)
+    optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)
+    schedule = CosineSchedule(peak_lr=1e-5, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=10**6)
+    return Update(step, optimizer, schedule, config=config, world=world)
+
+
+def random_batch(config: PretrainConfig, size: int, patch: int, drop_path_layers: int = 0) -> Batch:
+    """`size` images of noise with their masks, in units of `patch` pixels, and the numbers of so many layers."""
+    assert config.image_size is not None
+    rng, index = np.random.default_rng(0), np.arange(size)
+    batch: Batch = {
+        "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
+        "flip": rng.random(size) < 0.5,
+        "mask": draw_masks(config, 0, index, patch),
+    }
+    if drop_path_layers:
+        batch["drop_path"] = drop_path_numbers(config, 0, index, drop_path_layers)
+    return batch
+
+
+def try_devices() -> dict[str, str]:
+    """One training step of a very small model on each device found: `training on DEVICE` → how it went."""
+    found = {}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        precision = distributed.choose_precision("auto", device)
+        config = PretrainConfig(
+            model="vit_tiny_patch16_224",
+            model_args={"depth": 1, "embed_dim": 48},
+            image_size=(64, 64),
+            batch_size=2,
+            precision=precision,  # type: ignore[arg-type]
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+        )
+        try:
+            _, update = build_update(config, distributed.World(device=torch.device(device)))
+            _, figures = update(0, random_batch(config, 2, patch=16))
+            found[f"training on {device}"] = f"works in {precision}, a step gave the loss {float(figures[0]):.3f}"
+        except Exception as error:  # whatever a driver or a library raises is the finding
+            found[f"training on {device}"] = f"does not work: {' '.join(str(error).split())}"
+    return found

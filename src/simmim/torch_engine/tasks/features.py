@@ -1,0 +1,99 @@
+"""Frozen features of images: one vector each, from any layer of any encoder.
+
+Shapes: `B` images of a batch, `N` images, `C` channels, `H W` pixels, `h w` feature-map cells, `D` features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from simmim.data.augment import CentreCrop
+from simmim.data.pipeline import eval_batches
+from simmim.data.sources import ImageSource
+from simmim.errors import UserError
+from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.train.update import DTYPES
+
+Pool = Literal["avg", "token"]
+
+
+class PooledFeatures(nn.Module):
+    """Normalised images (B, C, H, W) → features (B, D) of one layer of a timm encoder.
+
+    `layer` is a block of a ViT or BEiT, or a stage of a Swin or a convolutional net (a ResNet's stem counts), from 0 on
+    or, if negative, from the end. A ViT's final norm acts on whichever block is taken. `pool` takes the mean over the
+    feature map without class and register tokens, or the class token. `ValueError` for what the encoder has not.
+    """
+
+    def __init__(self, backbone: nn.Module, *, layer: int = -1, pool: Pool = "avg"):
+        super().__init__()
+        self.backbone: Any = backbone
+        layers = len(self.backbone.feature_info)
+        if not -layers <= layer < layers:
+            raise UserError(f"layer {layer} is not among the encoder's {layers} layers; use {-layers} to {layers - 1}")
+        if pool == "token" and getattr(backbone, "cls_token", None) is None:
+            raise UserError(f"pool token needs a class token, and {type(backbone).__name__} has none; use avg")
+        self.layer = layer
+        self.pool = pool
+
+    def forward(self, images: Tensor) -> Tensor:
+        wanted: dict[str, Any] = {"indices": [self.layer], "norm": True, "stop_early": True, "intermediates_only": True}
+        if self.pool == "token":
+            [(_, prefix)] = self.backbone.forward_intermediates(images, return_prefix_tokens=True, **wanted)
+            return prefix[:, 0]
+        [cells] = self.backbone.forward_intermediates(images, **wanted)  # (B, D, h, w)
+        return cells.float().mean(dim=(2, 3))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureReader:
+    """Features of the images of a source, in evaluation's crops.
+
+    `model` turns normalised images (B, C, H, W) into features (B, D); it is in evaluation mode, as `pixels` (which
+    normalises) on the device. `size` is (H, W); images are read as `dtype` in `workers` threads.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    pixels: PixelStep
+    size: tuple[int, int]
+    channels: int
+    dtype: np.dtype[Any]
+    precision: str
+    batch_size: int
+    workers: int
+    max_bad_fraction: float
+
+    @torch.no_grad()
+    def __call__(self, source: ImageSource) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The indices (N,) of the images that can be read, and their features (N, D).
+
+        `ValueError` where more than `max_bad_fraction` of them cannot.
+        """
+        device, dtype = self.pixels.mean.device, DTYPES[self.precision]
+        indices, features = [], []
+        for index, image in eval_batches(
+            source,
+            crop=CentreCrop(size=self.size),
+            channels=self.channels,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
+            threads=self.workers,
+        ):
+            images = self.pixels.normalize(torch.from_numpy(image).to(device))
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                features.append(self.model(images).float().cpu().numpy())
+            indices.append(index)
+        found = np.concatenate(indices) if indices else np.zeros(0, np.int64)
+        bad = np.setdiff1d(np.arange(len(source)), found)
+        if len(bad) > self.max_bad_fraction * len(source) or not len(found):
+            example = f", such as {source.name(int(bad[0]))}" if len(bad) else ""
+            raise UserError(
+                f"{len(bad)} of {len(source)} labelled images cannot be read{example}; "
+                f"mend them, or allow more with --max-bad-fraction (now {self.max_bad_fraction:g})"
+            )
+        return found, np.concatenate(features)

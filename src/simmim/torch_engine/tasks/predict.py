@@ -1,0 +1,174 @@
+"""`simmim predict`: what a fine-tuned model finds in new images.
+
+Shapes: `H W` pixels, `C` channels.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from numpy.typing import NDArray
+from tyro.conf import Positional, arg
+
+from simmim.config.field_types import Count, Positive, Word
+from simmim.config.training import from_settings
+from simmim.data.decode import BadImage, decode
+from simmim.data.sources import ImageSource, open_images, read_raw
+from simmim.errors import UserError
+from simmim.hardware.host import cpu_cores
+from simmim.torch_engine.tasks import classify, detect, segment
+from simmim.torch_engine.tasks.base import Predictor
+from simmim.torch_engine.train import distributed
+from simmim.training.run_directory import find_model, find_task_of, new_directory
+from simmim.training.tracking import progress
+
+# How each task's model is read from its directory, for a device.
+PREDICTORS: dict[str, Callable[[Path, str], Predictor]] = {
+    "classify": classify.load_predictor,
+    "segment": segment.load_predictor,
+    "detect": detect.load_predictor,
+}
+_TOP = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """A fine-tuned model and new images."""
+
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """The --out directory of a fine-tuning, or its model directory."""
+    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE...")]]
+    """Image files, or one folder, list, .npz, hf:NAME or demo."""
+    out: Word = None
+    """A new directory for predictions.json and a picture of each image."""
+    batch_size: Positive = 64
+    """Images that are looked at together."""
+    device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
+    """Accelerator."""
+    top: Count = None
+    """Classes that a classifier names for each image (default: 5)."""
+    workers: Count = None
+    """Threads that decode images (default: one a core)."""
+
+
+def predict(config: PredictConfig) -> dict[str, Any]:
+    """What the model of a run finds in images; see `simmim.predict`."""
+    config = from_settings(PredictConfig, vars(config))
+    directory = find_model(Path(config.run))
+    task = find_task_of(directory)
+    assert task is not None
+    if config.top is not None and task != "classify":
+        raise UserError(f"--top is for classifiers, and {config.run} is fine-tuned for {task}; leave it out")
+    source = open_images(config.images)
+    predictor = PREDICTORS[task](directory, distributed.choose_device(config.device))
+
+    def find(out: Path | None) -> dict[str, Any]:
+        album = _Album(source, predictor, config.top or _TOP, out)
+        return album.look(batch_size=config.batch_size, threads=config.workers or cpu_cores())
+
+    facts = {"run": config.run, "task": task}
+    if config.out is None:
+        return facts | find(None)
+    with new_directory(config.out) as out:
+        found = facts | find(out)
+        (out / "predictions.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return found
+
+
+def describe(found: dict[str, Any], out: str | None) -> str:
+    """What was found as a person reads it: a line an image."""
+    rows = [(_summary(prediction), prediction["image"]) for prediction in found["images"]]
+    width = max(len(summary) for summary, _ in rows)
+    lines = [f"{summary:{width}}  {name}" for summary, name in rows]
+    lines += [f"{bad['image']} could not be read: {bad['reason']}" for bad in found["bad_images"]]
+    if out is not None:
+        lines.append(f"pictures and predictions.json are in {out}")
+    return "\n".join(lines).encode(errors="backslashreplace").decode()  # a file's name need not be text
+
+
+def _summary(prediction: dict[str, Any]) -> str:
+    if "top" in prediction:
+        return ", ".join(f"{label} {probability:.3f}" for label, probability in prediction["top"])
+    if "shares" in prediction:
+        shares = sorted(prediction["shares"].items(), key=lambda pair: -pair[1])
+        return ", ".join(f"{label} {share:.1%}" for label, share in shares if share > 0)
+    drawn = [box for box in prediction["boxes"] if box["score"] >= detect.DRAWN_SCORE]
+    return ", ".join(f"{box['label']} {box['score']:.3f}" for box in drawn) or "nothing"
+
+
+@dataclass(frozen=True)
+class _Image:
+    """An image as it was read: what the model takes of it, and the whole (H, W, C) where a picture is drawn."""
+
+    index: int
+    pixels: NDArray[Any]
+    whole: NDArray[Any] | None
+
+
+@dataclass(frozen=True)
+class _Album:
+    """Images on their way from a source to what is kept of them; pictures and masks go into the directory `out`."""
+
+    source: ImageSource
+    predictor: Predictor
+    top: int
+    out: Path | None
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def read(self, index: int) -> _Image | None:
+        try:
+            raw = read_raw(self.source, index)
+            pixels, whole = self.predictor.read(raw), None
+            if self.out is not None:
+                whole = decode(raw, channels=self.predictor.channels, dtype=self.predictor.dtype)
+            return _Image(index, pixels, whole)
+        except BadImage as error:
+            self.bad[index] = str(error)
+            return None
+
+    def keep(self, image: _Image, prediction: dict[str, Any]) -> dict[str, Any]:
+        name = self.source.name(image.index)
+        kept = {"image": name, **prediction}
+        if "top" in kept:
+            kept["top"] = kept["top"][: self.top]
+        mask = kept.pop("mask", None)
+        if self.out is not None and image.whole is not None:
+            plain = re.sub(r"[^\w.-]", "_", Path(name).stem)
+            stem = f"{image.index:06d}-{plain}"
+            kept["picture"] = _save(self.predictor.draw(image.whole, prediction), self.out, f"pictures/{stem}.jpg")
+            if mask is not None:
+                kept["mask"] = _save(mask, self.out, f"masks/{stem}.png")
+        return kept
+
+    def look(self, *, batch_size: int, threads: int) -> dict[str, Any]:
+        """What was found in each image, in order, and which could not be read."""
+        found: list[dict[str, Any]] = []
+        count = len(self.source)
+        starts = range(0, count, batch_size)
+        with ThreadPoolExecutor(threads) as pool:
+            for start in progress(starts, len(starts), "batches looked at"):
+                indices = range(start, min(start + batch_size, count))
+                images = [image for image in pool.map(self.read, indices) if image is not None]
+                if images:
+                    found += pool.map(self.keep, images, self.predictor.predict([image.pixels for image in images]))
+        bad = [{"image": self.source.name(index), "reason": self.bad[index]} for index in sorted(self.bad)]
+        if not found:
+            raise UserError(
+                f"none of {count} images can be read, such as {bad[0]['image']}: {bad[0]['reason']}; "
+                "give images like those that the model was trained on"
+            )
+        return {"images": found, "bad_images": bad}
+
+
+def _save(pixels: NDArray[Any], out: Path, name: str) -> str:
+    """Write a picture or mask; returns its path relative to `out`."""
+    from PIL import Image
+
+    path = out / name
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(pixels).save(path, quality=90, subsampling=0)
+    return name

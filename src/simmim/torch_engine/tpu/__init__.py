@@ -1,0 +1,1 @@
+"""Training steps lowered for the TPU compiler."""

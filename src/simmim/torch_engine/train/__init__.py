@@ -1,0 +1,1 @@
+"""Sessions, updates, processes and checkpoints."""

@@ -1,0 +1,191 @@
+"""Fine-tuning with the PyTorch engine: one session for every task, on the loop that pretraining uses."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim._param_groups import param_groups_layer_decay
+
+from simmim.config.tasks import ClassifyConfig, DetectConfig, FinetuneConfig, SegmentConfig
+from simmim.config.training import validated
+from simmim.data.labelled.classes import open_labelled
+from simmim.data.labelled.detection import open_detection
+from simmim.data.labelled.segmentation import open_segmentation
+from simmim.errors import UserError
+from simmim.hardware.host import reading_cores
+from simmim.torch_engine.models.savings import choose_attention, choose_products
+from simmim.torch_engine.tasks.backbones import complete, find_origin
+from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep
+from simmim.torch_engine.tasks.classify import ClassifyTask
+from simmim.torch_engine.tasks.detect import DetectTask
+from simmim.torch_engine.tasks.segment import SegmentTask
+from simmim.torch_engine.train import distributed
+from simmim.torch_engine.train.optim import create_adamw
+from simmim.torch_engine.train.trainer import TorchTrainer
+from simmim.torch_engine.train.update import Update
+from simmim.training.loop import Event, Loop, Outcome
+from simmim.training.plan import Batch
+from simmim.training.run_directory import Run, mark_task, open_run, write_json
+
+
+def open_classify(config: ClassifyConfig) -> Any:
+    assert config.data is not None
+    return open_labelled(
+        config.data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        labels_per_class=config.labels_per_class,
+        label_seed=config.label_seed,
+    )
+
+
+def open_segment(config: SegmentConfig) -> Any:
+    assert config.data is not None
+    return open_segmentation(config.data, val_fraction=config.val_fraction, seed=config.seed)
+
+
+def open_detect(config: DetectConfig) -> Any:
+    assert config.data is not None
+    masks = config.detector == "mask_rcnn"
+    return open_detection(config.data, val_fraction=config.val_fraction, seed=config.seed, masks=masks)
+
+
+# What each task's configuration opens and runs.
+TASKS: dict[type[FinetuneConfig], tuple[Callable[[Any], Any], Callable[..., Any]]] = {
+    ClassifyConfig: (open_classify, ClassifyTask),
+    SegmentConfig: (open_segment, SegmentTask),
+    DetectConfig: (open_detect, DetectTask),
+}
+
+
+def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
+    """Fine-tune, or resume; see `simmim.finetune`. One-line `ValueError` for what a user can mend."""
+    config = validated(config)
+    if config.init is None:
+        raise UserError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
+    open_data, create_task = TASKS[type(config)]
+    device = distributed.choose_device(config.device)
+    origin = find_origin(config)
+    data = open_data(config)
+    with distributed.join(device) as world:
+        distributed.check_world(config, world)
+        config = complete(
+            config,
+            origin,
+            device=device,
+            precision=distributed.choose_precision(config.precision, device),
+            compile=device != "cpu" if config.compile is None else config.compile,
+            workers=config.workers or reading_cores(),
+            classes=tuple(data.classes),
+        )
+        task: Task = create_task(config, data, origin.weights)
+        plan = TaskPlan.complete(config, task.train_count)
+        torch.manual_seed(plan.config.seed)
+        step = task.build()
+        if world.is_main:
+            open_run(plan.config)
+        world.barrier()
+        session = Session(task, plan, world, step)
+        session.loop.introduce(session.introduce())
+        outcome = session.loop.fit()
+        session.loop.conclude(outcome, len(plan.bad_images(session.run)), session.result)
+        return session.run, outcome
+
+
+class Session:
+    """One process's part in a fine-tuning."""
+
+    def __init__(self, task: Task, plan: TaskPlan, world: distributed.World, step: TaskStep):
+        config = plan.config
+        assert config.out is not None
+        self.task, self.plan, self.config, self.world = task, plan, config, world
+        self.run = Run(Path(config.out))
+        self.step = step
+        distributed.place(step, world.device)
+        choose_attention(step.backbone, device=world.device.type, precision=config.precision)
+        choose_products(step, device=world.device.type, precision=config.precision)
+        if config.checkpoint_activations:
+            step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+        if config.compile:
+            step.compile(dynamic=False)
+        model = distributed.spread(step, world, shard=False)  # one process evaluates and writes the model
+        optimizer = create_adamw(parameter_groups(step, config), betas=config.betas, device=world.device)
+        update = Update(model, optimizer, plan.schedule, config=config, world=world, after=step.after_update)
+        trainer = TorchTrainer(update, self.batches, run=self.run, config=config, world=world, on_save=lambda: None)
+        every = max(1, round(config.eval_every_epochs * plan.steps_per_epoch))
+        self.loop = Loop(
+            trainer,
+            self.run,
+            config,
+            total_steps=plan.total_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            save_every_steps=plan.save_every_steps,
+            events=[Event(every_steps=every, call=self._evaluate)],
+        )
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        bad_images = self.plan.bad_images(self.run)
+        reading = self.plan.reading(bad_images, start_step=start_step, rank=self.world.rank, world=self.world.size)
+        return self.task.batches(reading, self.step)
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        """Figures on the evaluation images; the best model so far is kept."""
+        if not self.world.is_main:
+            return {}
+        figures = self.task.evaluate(self.step, self.run.path)
+        best = read_figures(self.run).get("best", {})
+        name = self.task.best_figure
+        # `not <=` and not `>`: a resumed run comes past the step of its best figure again, and keeps the first.
+        if not best or best["step"] > done or not figures[name] <= best[name]:
+            best = {"step": done, **figures}
+            self.task.save(self.step, self.run.model)
+            mark_task(self.run.model, self.config.task)
+        write_json(self.run.path / "metrics.json", {**figures, "step": done, "best": best})
+        return figures
+
+    def introduce(self) -> Iterator[str]:
+        """What will be done, for a person."""
+        config = self.config
+        parameters = sum(parameter.numel() for parameter in self.step.backbone.parameters())
+        yield f"model      {config.model}, {parameters / 1e6:.1f} M parameters, from {config.init}"
+        yield (
+            f"device     {distributed.device_name(self.world.device)}, {config.precision}, {self.world.size} "
+            f"process{'es' * (self.world.size > 1)}"
+        )
+        yield from self.task.describe()
+        yield from self.plan.describe()
+
+    def result(self) -> Iterator[str]:
+        """What came of it, for a person."""
+        figures, name = read_figures(self.run), self.task.best_figure
+        best = figures["best"]
+        yield f"{name} {figures[name]:.4f} at the end, {best[name]:.4f} at best (step {best['step']})"
+        yield f"the best model is {self.run.model}"
+
+
+def read_figures(run: Run) -> dict[str, Any]:
+    path = run.path / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def parameter_groups(step: TaskStep, config: FinetuneConfig) -> list[dict[str, Any]]:
+    """Layer decay over the encoder (timm's grouping, the official one); what follows learns at full rate."""
+    assert config.layer_decay is not None
+    backbone: Any = step.backbone
+    exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
+    groups = param_groups_layer_decay(
+        backbone, weight_decay=config.weight_decay, no_weight_decay_list=exempt, layer_decay=config.layer_decay
+    )
+    taken = {id(parameter) for parameter in backbone.parameters()}
+    rest = [p for p in step.parameters() if p.requires_grad and id(p) not in taken]
+    decay, plain = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim <= 1]
+    # timm takes what comes last in the encoder for the head: where a decoder follows, that is one layer below it.
+    last = config.layer_decay if rest else 1.0
+    kept = [
+        {"params": group["params"], "weight_decay": group["weight_decay"], "lr_scale": group["lr_scale"] * last}
+        for group in groups
+    ]
+    kept += [{"params": decay, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in kept if group["params"]]

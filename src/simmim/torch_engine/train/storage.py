@@ -1,0 +1,181 @@
+"""What a run keeps of a model, in and out: the encoder for other tools, the whole model for ours."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from simmim.config.training import PretrainConfig, TrainingConfig
+from simmim.errors import UserError
+from simmim.interop.checkpoints import read_checkpoint
+from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
+from simmim.torch_engine.models.heads import LinearHead
+from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
+from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
+from simmim.torch_engine.models.savings import PLAIN, Savings, choose_attention, choose_products, count
+from simmim.torch_engine.train.checkpoint import load_model_state
+from simmim.training.checkpoint_directory import newest_checkpoint
+from simmim.training.run_directory import Run, find_task_of, written_whole
+
+
+def full_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:
+    """The state of a model that may be compiled, copied or sharded over processes; all of them call this together."""
+    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
+    return get_model_state_dict(model, options=options)
+
+
+def save_hub(
+    directory: Path,
+    backbone: nn.Module,
+    state: dict[str, Tensor],
+    config: TrainingConfig,
+    classes: tuple[str, ...] | None = None,
+    crop: float = 1.0,
+) -> None:
+    """Write a timm hub directory, which timm and Transformers load with nothing of ours; each file whole or not at all.
+
+    `state` holds the weights under timm's names; `backbone` says how to build the module again; `classes` are the
+    names of what it tells apart, and `crop` the share of an image's short side that it is to see.
+    """
+    assert config.image_size is not None and isinstance(config.mean, tuple) and isinstance(config.std, tuple)
+    data_config = {
+        "input_size": (config.channels, *config.image_size),
+        "mean": config.mean,
+        "std": config.std,
+        "crop_pct": crop,
+    }
+    save_weights(directory / "model.safetensors", state)
+    with written_whole(directory / "config.json") as path:
+        save_config_for_hf(backbone, str(path), data_config=data_config)
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        # Transformers passes num_classes itself and would pass it twice.
+        settings["model_args"].pop("num_classes", None)
+        if classes is not None:
+            settings["label_names"] = list(classes)
+        path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """A safetensors file, whole or not at all."""
+    with written_whole(path) as aside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, aside)
+
+
+def load_encoder(run: str | Path) -> nn.Module:
+    """The encoder of a run, or of an encoder directory, as a plain timm module without classifier, ready to evaluate.
+
+    `ValueError` where `run` has no saved encoder.
+    """
+    directory = Run(Path(run)).encoder
+    if not directory.is_dir():
+        directory = Path(run)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{run} has no encoder directory; give the --out directory of a run that has saved")
+    return timm.create_model(f"local-dir:{directory}", pretrained=True, num_classes=0).eval()
+
+
+def load_model(run: str | Path) -> MaskedImageModel:
+    """The `MaskedImageModel` of a run's newest checkpoint that verifies, on the CPU, in evaluation mode.
+
+    `ValueError` where `run` is not a pretraining run or has no checkpoint yet.
+    """
+    return load_run(run)[0].model
+
+
+def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
+    """The model of a run, as `load_model`, with its normalisation, and its configuration."""
+    directory = Run(Path(run))
+    if task := find_task_of(directory.path):
+        raise UserError(f"{run} is fine-tuned for {task}, and reconstructs nothing; give the run that it began from")
+    config = directory.read_config(PretrainConfig)
+    checkpoint = newest_checkpoint(directory.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{run} has no checkpoint yet; wait for its first --save-every-steps")
+    # A run's features are those of anyone who loads its encoder, to the bit: products by the usual library.
+    step = build_step(config, PLAIN if config.plain_step else Savings(products=False))
+    load_model_state(checkpoint, step)
+    return step.eval(), config
+
+
+def build_step(config: PretrainConfig, savings: Savings | None = None) -> PretrainStep:
+    """What one step trains, of a complete configuration, with random weights; `savings` other than the usual ones."""
+    assert isinstance(config.mean, tuple) and isinstance(config.std, tuple) and config.image_size is not None
+    savings = savings or (PLAIN if config.plain_step else Savings())
+    model = build_model(config)
+    patch, stride = model.encoder.patch_size, model.encoder.stride
+    counts = count(config.mask_strategy(), config.image_size, patch=patch, stride=stride)
+    if savings.attention:
+        choose_attention(model.encoder.backbone, device=config.device, precision=config.precision)
+    if savings.products:
+        choose_products(model, device=config.device, precision=config.precision)
+    return PretrainStep(model, config.mean, config.std, counts=counts, savings=savings)
+
+
+def initialize(model: MaskedImageModel, source: str, name: str) -> str:
+    """Load the weights of `--init-from`: a run, or whatever `simmim convert` takes if it is of the timm model `name`.
+
+    Position tables and channels are resized; mask token and head come too, where there are such. Says what was loaded.
+    One-line `ValueError` where the encoder's weights do not fit.
+    """
+    path = Path(source)
+    if (path / "config.toml").is_file():
+        other = load_model(path)
+        state, target = other.state_dict(), other.target.name
+    elif path.exists():
+        try:
+            checkpoint = read_checkpoint(path, model=name)
+        except ValueError as error:
+            raise UserError(f"--init-from {error}") from None
+        state, target = as_tensors(checkpoint.mapped.state), checkpoint.settings.get("target", "pixels")
+    else:
+        raise UserError(f"--init-from {source} is not there; give a run or a checkpoint")
+    if target != model.target.name:  # a head for something else
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    try:
+        resized, fresh = adopt(model, state)
+    except ValueError as error:
+        raise UserError(f"--init-from {source} does not fit the encoder: {error}; use the same --model") from None
+    kept = [*resized, *(f"new {part}" for part in fresh)]
+    return f"{len(state)} tensors" + (f" ({'; '.join(kept)})" if kept else "")
+
+
+def as_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Copies of NumPy arrays."""
+    return {name: torch.tensor(array) for name, array in state.items()}
+
+
+def adopt(model: MaskedImageModel, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Load weights under our names, for another image size, window or channels if need be.
+
+    Returns what was resized, and what keeps its random numbers: mask token or head that are not there or of another
+    kind. `ValueError` where the encoder's weights do not fit (`fit_backbone`).
+    """
+    backbone = {name.removeprefix(BACKBONE): tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
+    fitted, resized = fit_backbone(backbone, model.encoder.backbone)
+    model.encoder.backbone.load_state_dict(fitted)
+    own = model.state_dict()
+    rest = {name: tensor for name, tensor in state.items() if not name.startswith(BACKBONE)}
+    if isinstance(model.head, LinearHead) and {"head.weight", "head.bias"} <= set(rest):
+        old, new = len(rest["head.bias"]), len(own["head.bias"])
+        pixels = model.encoder.stride**2
+        if old != new and old % pixels == new % pixels == 0:
+            for name in ("head.weight", "head.bias"):
+                rest[name] = adapt_output_channels(rest[name], old // pixels, new // pixels)
+            resized.append(f"the head's channels {old // pixels} → {new // pixels}")
+    # What an encoder of visible cells has after its backbone serves the head.
+    decoder = [name for name in own if not name.startswith(BACKBONE) and name != MASK_TOKEN]
+    parts = {"mask token": [MASK_TOKEN], "head": decoder}
+    fresh = []
+    for part, names in parts.items():
+        if all(name in rest and rest[name].shape == own[name].shape for name in names):
+            model.load_state_dict({name: rest[name] for name in names}, strict=False)
+        else:
+            fresh.append(part)
+    return resized, fresh

@@ -1,0 +1,1 @@
+"""What every training shares, whichever engine runs it: plan, loop, run directory, checkpoints, trackers."""

@@ -1,0 +1,232 @@
+"""The training loop that every task and engine shares: update, log, save, stop, resume.
+
+Losses stay on the device until the next line of progress fetches them, all at once.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from simmim.config.training import TrainingConfig
+from simmim.errors import TrainingDivergedError
+from simmim.training.run_directory import Run, drop_metrics_after
+from simmim.training.tracking import Console, Tracker, open_trackers
+
+
+class Engine(Protocol):
+    """What the loop asks of an engine; every process calls these together."""
+
+    is_main: bool
+    bad_limit: int
+    """Steps in a row that may fail to be finite."""
+
+    def resume(self) -> int:
+        """Load the newest state that verifies; returns the steps it holds, 0 for none."""
+        ...
+
+    def batches(self, start_step: int) -> Iterator[Any]: ...
+
+    def update(self, step: int, batch: Any) -> tuple[float, Any]:
+        """Train on a batch; the learning rate, and the step's figures as the device holds them."""
+        ...
+
+    def fetch(self, figures: Sequence[Any]) -> list[list[float]]:
+        """Loss, gradient norm and count of steps in a row that were not finite, for each step's figures."""
+        ...
+
+    def save(self, done: int) -> None:
+        """Write the whole state after `done` steps, and the encoder."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something to do after every so many steps and at the end. Called on every process."""
+
+    every_steps: int
+    call: Callable[[int], dict[str, float]]  # steps done → figures to log
+
+    def due(self, done: int, total: int) -> bool:
+        return done % self.every_steps == 0 or done == total
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended: steps done, steps that were done when it began, and the signal that stopped it early."""
+
+    step: int
+    start: int
+    stopped_by: int | None = None
+
+
+class Loop:
+    """Trains to the end, or until SIGINT or SIGTERM; the last checkpoint holds all that was done."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        run: Run,
+        config: TrainingConfig,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        save_every_steps: int,
+        events: Sequence[Event] = (),
+    ):
+        self._engine, self._run, self._config = engine, run, config
+        self._total, self._per_epoch, self._save_every = total_steps, steps_per_epoch, save_every_steps
+        self._events = events
+        self._trackers: list[Tracker] = []
+        self._rows: list[tuple[int, float, Any]] = []  # step, learning rate, figures on the device
+        self.start = engine.resume()
+        self.console = Console(total=total_steps, start=self.start, enabled=engine.is_main)
+        self._clock = _Clock(self.start)
+
+    def introduce(self, lines: Iterable[str]) -> None:
+        """Say what will be done, before the first step."""
+        for line in lines:
+            self.console.say(line)
+        if 0 < self.start < self._total:
+            self.console.say(f"resumes    after step {self.start}")
+
+    def conclude(self, outcome: Outcome, bad_images: int, result: Callable[[], Iterable[str]]) -> None:
+        """Say how it ended, and the lines of `result` where it came to its end."""
+        say = self.console.say
+        if bad_images:
+            say(f"{bad_images} image{'s' * (bad_images > 1)} could not be read, as {self._run.bad_images} lists")
+        if outcome.stopped_by is not None:
+            say(f"stopped at step {outcome.step} of {self._total}; run the same command again to resume")
+            return
+        if outcome.start >= self._total:
+            say(f"finished already: {self._run.path} holds all {self._total} steps; --fresh starts again")
+        else:
+            say(f"done: {self._total} steps")
+        for line in result():
+            say(line)
+
+    def fit(self) -> Outcome:
+        try:
+            if self.start >= self._total:
+                return Outcome(self.start, self.start)
+            if self._engine.is_main:
+                drop_metrics_after(self._run.metrics, self.start)
+                values = {name: str(value) for name, value in vars(self._config).items()}
+                self._trackers = open_trackers(self._run, values, self._config.log, self.start)
+            with stop_requests() as stop:
+                return self._train(stop)
+        finally:
+            self.console.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+    def picture(self, step: int, name: str, pixels: NDArray[Any]) -> None:
+        for tracker in self._trackers:
+            tracker.picture(step, name, pixels)
+
+    def _train(self, stop: "StopRequests") -> Outcome:
+        self._clock = _Clock(self.start)
+        with contextlib.closing(self._engine.batches(self.start)) as batches:  # type: ignore[type-var]
+            for step in range(self.start, self._total):
+                done = step + 1
+                self._rows.append((done, *self._engine.update(step, next(batches))))
+                stopping = self._engine.any(stop.signal is not None) and done < self._total
+                last = done == self._total or stopping
+                due = [event for event in self._events if event.due(done, self._total)]
+                saving = done % self._save_every == 0 or last
+                # Before a save too: a resumed run does not do the steps again that a checkpoint holds.
+                if done % self._config.log_every_steps == 0 or due or saving:
+                    self._log(done, due)
+                if saving:
+                    self._engine.save(done)
+                    self._clock.restart(done)
+                if stopping:
+                    return Outcome(done, self.start, stop.signal or signal.SIGTERM)
+        return Outcome(self._total, self.start)
+
+    def _log(self, done: int, due: Sequence[Event]) -> None:
+        """Fetch the figures of the steps since the last line, in one transfer, add those of events; write and show."""
+        fetched = self._engine.fetch([figures for _, _, figures in self._rows])
+        speed = self._clock.rate(done) * self._config.batch_size
+        found: dict[str, float] = {}
+        for event in due:
+            found |= event.call(done)
+        values: dict[str, float] = {}
+        for (step, lr, _), (loss, norm, bad) in zip(self._rows, fetched, strict=True):
+            epoch = step / self._per_epoch
+            values = {"epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": speed}
+            if bad:
+                values["skipped_in_a_row"] = bad
+            if step == done:
+                values |= found
+            self._track(step, values)
+        self.console.progress(done, values)
+        if found:
+            self.console.say(f"step {done}  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if skipped := sum(bad > 0 for _, _, bad in fetched):
+            self.console.say(
+                f"step {done}  {skipped} of the last {len(fetched)} steps skipped: loss or gradient not finite"
+            )
+        self._rows.clear()
+        self._clock.restart(done)  # an event's time is no training time
+        limit = self._engine.bad_limit
+        if any(bad >= limit for _, _, bad in fetched):
+            raise TrainingDivergedError(
+                f"loss or gradient was not finite for {limit} steps in a row, up to step {done}; they changed nothing "
+                "and the last checkpoint is intact; start again (--fresh) with a lower --lr or --precision fp32"
+            )
+
+    def _track(self, step: int, values: dict[str, float]) -> None:
+        for tracker in self._trackers:
+            tracker.scalars(step, values)
+
+
+class _Clock:
+    """Steps a second since it was last restarted."""
+
+    def __init__(self, step: int):
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        self._step, self._begun = step, time.monotonic()
+
+    def rate(self, step: int) -> float:
+        return (step - self._step) / max(time.monotonic() - self._begun, 1e-9)
+
+
+class StopRequests:
+    """SIGINT and SIGTERM, noted for the loop to see between steps; a second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequests]:
+    requests = StopRequests()
+    try:
+        previous = {number: signal.signal(number, requests.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread (a notebook's executor): the caller's handlers stay
+        yield requests
+        return
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

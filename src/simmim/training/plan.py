@@ -1,0 +1,303 @@
+"""What a pretraining will do, whichever engine does it: its images, steps, learning rates and batches with their masks.
+
+Shapes: `B` images, `C` channels, `H W` pixels.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simmim.config.training import PretrainConfig, TrainingConfig
+from simmim.data.augment import RandomResizedCrop
+from simmim.data.bad_images import BadImages
+from simmim.data.pipeline import Reading, eval_images, train_batches
+from simmim.data.readers.device_jpegs import Decode, device_batches
+from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
+from simmim.errors import UserError
+from simmim.hardware.host import reading_cores
+from simmim.method.colour_clusters import fit_colour_clusters
+from simmim.method.masks import upsample_mask
+from simmim.method.random_keys import sample_keys, uniforms
+from simmim.method.schedules import CosineSchedule, MultiStepSchedule, Schedule, scale_lr
+from simmim.method.targets import TARGETS, ClusterTarget, Target, block_means
+from simmim.training.run_directory import Run
+
+Batch = dict[str, NDArray[Any]]
+
+# On a tenth of ImageNet-1K (128,000 images) SimMIM fine-tunes to 83.60 after 250,000 steps, which at its batch of 2048
+# are 4,000 views of each image, and only to 83.41 after more (Xie et al., arXiv 2206.04664).
+_VIEWS_THAT_HURT = 4000
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run: those to train on, those kept aside, and the dtype in which they are read."""
+
+    train: ImageSource
+    val: ImageSource
+    dtype: np.dtype[Any]
+
+
+def open_images(config: PretrainConfig) -> Images:
+    """Find the images and keep `val_images` of them aside, drawn by the seed. One-line `ValueError`s."""
+    assert config.data is not None
+    source = open_source(config.data)
+    dtype = sniff(source, channels=config.channels)
+    order = np.argsort(sample_keys(config.seed, 0, np.arange(len(source)), stream="split"))
+    val, train = np.sort(order[: config.val_images]), np.sort(order[config.val_images :])
+    if not len(train):
+        raise UserError(
+            f"val images {config.val_images} leaves none of the {len(source)} images to train on; "
+            f"use --val-images {len(source) // 10}"
+        )
+    if len(train) < config.batch_size:
+        raise UserError(
+            f"batch size {config.batch_size} is more than the {len(train)} images to train on "
+            f"({len(val)} are kept aside); use --batch-size {len(train)} or less"
+        )
+    return Images(Subset(source, train), Subset(source, val), dtype)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Steps and learning rates of any training."""
+
+    config: TrainingConfig
+
+    @property
+    def train_images(self) -> int:
+        raise AssertionError
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        assert self.config.image_size is not None
+        return self.config.image_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.train_images // self.config.batch_size
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.steps or math.ceil(self.config.epochs * self.steps_per_epoch)
+
+    @property
+    def save_every_steps(self) -> int:
+        return self.config.save_every_steps or max(self.steps_per_epoch, 100)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        config = self.config
+        assert config.warmup_epochs is not None
+        length = self.total_steps / self.steps_per_epoch
+        if config.warmup_epochs > length:
+            raise UserError(
+                f"warm-up of {config.warmup_epochs:g} epochs is longer than the run of {length:.3g}; "
+                f"use --warmup-epochs {length / 10:.3g}"
+            )
+        common = {
+            "peak_lr": scale_lr(config.lr, config.batch_size),
+            "warmup_lr": scale_lr(config.warmup_lr, config.batch_size),
+            "warmup_steps": round(config.warmup_epochs * self.steps_per_epoch),
+        }
+        if config.schedule == "cosine":
+            min_lr = scale_lr(config.min_lr, config.batch_size)
+            return CosineSchedule(**common, min_lr=min_lr, total_steps=self.total_steps)
+        milestones = tuple(round(epoch * self.steps_per_epoch) for epoch in config.milestones)
+        return MultiStepSchedule(**common, milestones=milestones)
+
+    def describe(self) -> list[str]:
+        """What will be done, for a person."""
+        config = self.config
+        return [
+            f"learning   rate {scale_lr(config.lr, config.batch_size):.2e}, {config.schedule}",
+            f"steps      {self.total_steps} of {config.batch_size} images, {self.steps_per_epoch} an epoch",
+            f"writes     {config.out}",
+        ]
+
+    def bad_images(self, run: Run) -> BadImages:
+        limit = self.config.max_bad_fraction
+        return BadImages(run.bad_images, total=self.train_images, max_fraction=limit)
+
+    def reading(self, bad_images: BadImages, *, start_step: int, rank: int, world: int) -> Reading:
+        """What the process `rank` of `world` reads from `start_step` on."""
+        return Reading(
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            total_steps=self.total_steps,
+            rank=rank,
+            world=world,
+            threads=self.config.workers or reading_cores(),
+            bad_images=bad_images,
+        )
+
+
+@dataclass(frozen=True)
+class Plan(TrainingPlan):
+    """A complete configuration with its images. `complete` makes one; a `ValueError` says what cannot be."""
+
+    config: PretrainConfig
+    images: Images
+
+    @classmethod
+    def complete(cls, config: PretrainConfig, images: Images, *, patch: int, **machine: Any) -> "Plan":
+        """Decide whatever the configuration leaves open: from the images, and from what the engine says of the machine.
+
+        `patch` is the side of the encoder's patches, in pixels; `machine` gives at least image_size, device, precision
+        and compile.
+        """
+        cell = config.mask_strategy(patch).cell
+        changes = {"workers": config.workers or reading_cores(), "mask_cell": cell, **machine}
+        if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
+            changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        elif not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
+            mean, std = measure_mean_std(images.train, channels=config.channels, dtype=images.dtype, seed=config.seed)
+            changes |= {"mean": mean, "std": std}
+        plan = cls(dataclasses.replace(config, **changes), images)
+        if config.warmup_epochs is None:
+            plan = plan.replace(warmup_epochs=min(10.0, plan.total_steps / plan.steps_per_epoch / 10))
+        if config.target == "clusters" and config.cluster_centres is None:
+            plan = plan.replace(cluster_centres=plan.find_clusters())
+        assert plan.schedule
+        return plan
+
+    def replace(self, **changes: Any) -> "Plan":
+        return Plan(dataclasses.replace(self.config, **changes), self.images)
+
+    @property
+    def train_images(self) -> int:
+        return len(self.images.train)
+
+    @property
+    def picture_every_steps(self) -> int:
+        return self.config.picture_every_steps or self.save_every_steps
+
+    def reading(self, bad_images: BadImages, **part: int) -> Reading:
+        reading = super().reading(bad_images, **part)
+        return dataclasses.replace(reading, processes=self.config.readers == "processes")
+
+    def batches(
+        self, reading: Reading, *, patch: int, drop_path_layers: int, decode: Decode | None = None
+    ) -> Iterator[Batch]:
+        """The batches of a reading: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p).
+
+        With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
+        With `decode` images are what it returns, and are on its device.
+        """
+        config = self.config
+        views: dict[str, Any] = {"crop": RandomResizedCrop(size=self.size), "channels": config.channels}
+        if decode is None:
+            views |= {"dtype": self.images.dtype, "antialias": config.antialias}
+            batches = train_batches(self.images.train, reading, **views)
+        else:
+            batches = device_batches(self.images.train, reading, **views, decode=decode)
+        for images in batches:
+            epoch, index = images["epoch"], images["index"]
+            batch: Batch = {
+                "image": images["image"],
+                "flip": images["flip"],
+                "mask": draw_masks(config, epoch, index, patch),
+            }
+            if drop_path_layers:
+                batch["drop_path"] = drop_path_numbers(config, epoch, index, drop_path_layers)
+            yield batch
+
+    def val_pixels(self) -> NDArray[Any]:
+        """The images kept aside: (B, H, W, C) in 0..255, whole, always the same."""
+        val = self.images.val
+        return eval_images(val, range(len(val)), size=self.size, channels=self.config.channels, dtype=self.images.dtype)
+
+    def find_clusters(self, *, images: int = 500, colours: int = 100_000) -> tuple[tuple[float, ...], ...]:
+        """Colours for target clusters, of some images drawn by the seed, normalised."""
+        config, train = self.config, self.images.train
+        order = np.argsort(sample_keys(config.seed, 0, np.arange(len(train)), stream="cluster images"))
+        pixels = eval_images(train, order[:images], size=self.size, channels=config.channels, dtype=self.images.dtype)
+        normal = (pixels / np.float32(255) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
+        found = block_means(np, normal, ClusterTarget.block).reshape(-1, config.channels)
+        order = np.argsort(sample_keys(config.seed, 0, np.arange(len(found)), stream="cluster colours"))
+        return fit_colour_clusters(found[order[:colours]], clusters=config.clusters, seed=config.seed)
+
+    def describe(self) -> list[str]:
+        """What will be done, for a person, but for the model and the device."""
+        config, masks = self.config, self.config.mask_strategy()
+        rows, columns = masks.grid(self.size)
+        return [
+            f"images     {config.data}: {len(self.images.train)} to train on, {len(self.images.val)} kept aside; "
+            f"{self.size[0]}x{self.size[1]} pixels, {config.channels} channels",
+            f"masks      {config.mask}: {masks.masked_cells(self.size)} of {rows * columns} cells of "
+            f"{config.mask_cell} pixels hidden",
+            f"target     {config.target} by {config.loss}",
+            *super().describe(),
+            *self._warnings(),
+        ]
+
+    def _warnings(self) -> list[str]:
+        views = self.total_steps / self.steps_per_epoch
+        if views <= _VIEWS_THAT_HURT:
+            return []
+        return [
+            f"warning    each image is seen {views:.0f} times; from about {_VIEWS_THAT_HURT} on, more training made "
+            "SimMIM worse: add images or train for less, and watch val_loss"
+        ]
+
+
+def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
+    """The masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch."""
+    assert config.image_size is not None
+    masks = config.mask_strategy(patch)
+    cells = masks(sample_keys(config.seed, epoch, index, stream="mask"), config.image_size)
+    return upsample_mask(cells, masks.cell // patch)
+
+
+def drop_path_numbers(config: TrainingConfig, epoch: ArrayLike, index: ArrayLike, layers: int) -> NDArray[np.float32]:
+    """What decides which layers an image skips: (B, layers), uniform in [0, 1)."""
+    return uniforms(sample_keys(config.seed, epoch, index, stream="drop_path"), layers).astype(np.float32)
+
+
+def build_target(config: PretrainConfig) -> Target:
+    if config.target == "clusters":
+        assert config.cluster_centres is not None
+        return ClusterTarget(centres=config.cluster_centres)
+    return TARGETS[config.target]()
+
+
+class Sized(Protocol):
+    """What an encoder of any engine knows of its sizes, in pixels."""
+
+    @property
+    def patch_size(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
+
+
+def check_sizes(config: PretrainConfig, encoder: Sized) -> None:
+    """One-line `ValueError` where image, cell, patch and stride do not fit each other."""
+    assert config.image_size is not None
+    patch, stride, masks = encoder.patch_size, encoder.stride, config.mask_strategy(encoder.patch_size)
+    masks.grid(config.image_size)
+    cell = masks.cell
+    if cell % patch:
+        raise UserError(
+            f"mask cell {cell} is not a multiple of the patch {patch} of {config.model}; "
+            f"use --mask-cell {max(cell // patch, 1) * patch} or {(cell // patch + 1) * patch}"
+        )
+    check_stride(config.image_size, stride, config.model)
+
+
+def check_stride(image_size: tuple[int, int], stride: int, model: str) -> None:
+    """One-line `ValueError` where a model's feature map does not cover the image."""
+    for side in image_size:
+        if side % stride:
+            near = max(side // stride, 1) * stride
+            raise UserError(
+                f"image size {side} is not a multiple of the stride {stride} of {model}; use {near} or {near + stride}"
+            )

@@ -1,0 +1,201 @@
+"""The run directory (docs/architecture.md): what a training writes, and how the same command finds it again."""
+
+import contextlib
+import json
+import os
+import tempfile
+import textwrap
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from simmim.config.training import TrainingConfig, changed_fields, read_toml, to_toml
+from simmim.errors import UserError
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path to write instead of `path`, renamed onto it at the end: readers see the old file or the new, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(path)  # always the same name: what a killed process left is written over
+    try:
+        yield aside
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
+    """A JSON file, whole or not at all."""
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+@contextlib.contextmanager
+def new_directory(out: str | Path) -> Iterator[Path]:
+    """A directory to fill that is `--out` at the end, whole; if it comes to an error, nothing is there.
+
+    One-line `ValueError` where `out` exists and is not an empty directory.
+    """
+    target = Path(out)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"--out {out} exists already; give a new directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as parent:
+        aside = Path(parent) / target.name
+        aside.mkdir()
+        yield aside
+        aside.rename(target)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths of a run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def encoder(self) -> Path:
+        return self.path / "encoder"
+
+    @property
+    def model(self) -> Path:
+        """Of a fine-tuning."""
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def reconstructions(self) -> Path:
+        return self.path / "reconstructions"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def bad_images(self) -> Path:
+        return self.path / "bad_images.txt"
+
+    def read_config(self, kind: type[Config]) -> Config:
+        if not self.config.is_file():
+            raise UserError(f"{self.path} is not a run: it has no config.toml; give the --out directory of a training")
+        return read_toml(self.config, kind)
+
+
+_TASK = "task.json"  # beside a fine-tuned model, so that its directory can be used alone
+
+
+def mark_task(directory: Path, task: str) -> None:
+    """Write down what the model in a directory was fine-tuned for."""
+    write_json(directory / _TASK, {"task": task})
+
+
+def find_task_of(path: Path) -> str | None:
+    """What a run, or the model directory of one, was fine-tuned for; `None` for whatever was not."""
+    for file in (path / _TASK, Run(path).model / _TASK):
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))["task"]
+    config = Run(path).config
+    return tomllib.loads(config.read_text(encoding="utf-8")).get("task") if config.is_file() else None
+
+
+def find_model(path: Path) -> Path:
+    """The model directory of a fine-tuned run; `path` may be either. One-line `ValueError` where there is none."""
+    if (path / _TASK).is_file():
+        return path
+    run = Run(path)
+    if (run.model / _TASK).is_file():
+        return run.model
+    if find_task_of(path):
+        raise UserError(f"{path} has no model yet; wait for its first evaluation (--eval-every-epochs)")
+    if run.config.is_file():
+        raise UserError(
+            f"{path} is a pretraining; fine-tune it first: "
+            f"simmim finetune classify --from {path} --data LABELLED --out RUN2"
+        )
+    raise UserError(f"{path} is not a fine-tuned run; give the --out directory of simmim finetune")
+
+
+def open_run(config: TrainingConfig) -> Run:
+    """The run directory of `config.out`, made if new. A run that is there is resumed, or refused if it differs.
+
+    `config` is complete (nothing left to resolve), so that it can be compared. Raises a one-line `ValueError` that
+    names the fields that differ, or for a directory that holds something else.
+    """
+    assert config.out is not None
+    run = Run(Path(config.out))
+    if config.fresh and run.path.exists():
+        _set_aside(run)
+    if run.config.exists():
+        old = run.read_config(type(config))
+        if changed := changed_fields(old, config):
+            differences = ", ".join(
+                f"{name} {_short(getattr(old, name))} → {_short(getattr(config, name))}" for name in changed
+            )
+            raise UserError(
+                f"{run.path} holds a run with another configuration ({differences}); "
+                "repeat its command to resume it, give another --out, or start again with --fresh"
+            )
+    elif run.path.exists() and not (run.path.is_dir() and _is_empty(run)):
+        raise UserError(f"{run.path} exists and is not a run; give a new directory as --out")
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with written_whole(run.config) as path:
+            path.write_text(to_toml(config), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{run.path} cannot be written: {error.strerror}; give another --out") from None
+    return run
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(str(value), 80, placeholder=" …")
+
+
+def _is_empty(run: Run) -> bool:
+    return set(run.path.iterdir()) <= {_aside(run.config)}  # left by a process that was killed as it began
+
+
+def _set_aside(run: Run) -> None:
+    """Move an old run to RUN.old-TIME: `--fresh` never deletes what may have cost days."""
+    if not run.config.exists():
+        return
+    name = f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+    run.path.rename(run.path.with_name(name))
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Forget the lines of steps that a resumed run will do again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:  # the last line of a run that was killed while it wrote
+            continue
+        if record.get("step", 0) <= step:
+            kept.append(line + "\n")
+    with written_whole(path) as aside:
+        aside.write_text("".join(kept), encoding="utf-8")

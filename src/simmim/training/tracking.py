@@ -1,0 +1,157 @@
+"""Where a run's numbers and pictures go: the console, metrics.jsonl, TensorBoard, and trackers on request."""
+
+import importlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.training.run_directory import Run
+
+Item = TypeVar("Item")
+
+
+class Tracker(Protocol):
+    """Where numbers and pictures (H, W, 3) go; `step` counts the steps done."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None: ...
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None: ...
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed at once. NaN and infinity are written as null."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """`RUN/tensorboard/`; steps after `start` that a killed run wrote are hidden."""
+
+    def __init__(self, directory: Path, start: int):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class HostedTracker:
+    """Weights & Biases, or trackio, which has the same three calls."""
+
+    def __init__(self, package: str, run: Run, config: dict[str, Any]):
+        self._module: Any = importlib.import_module(package)
+        self._module.init(project="simmim", name=run.path.name, config=config)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._module.log(values, step=step)
+
+    def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
+        self._module.log({name: self._module.Image(pixels)}, step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+def open_trackers(run: Run, config: dict[str, Any], log: Sequence[str], start: int) -> list[Tracker]:
+    hosted = [HostedTracker(package, run, config) for package in log]
+    return [MetricsFile(run.metrics), TensorBoard(run.tensorboard, start), *hosted]
+
+
+class Console:
+    """Progress for a person: a live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, *, total: int, start: int, enabled: bool):
+        self._enabled = enabled
+        self._total = total
+        self._start = start
+        self._begun = time.monotonic()
+        self._bar: Any = None
+        if enabled and sys.stderr.isatty():
+            from rich.console import Console as RichConsole
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            # Narrow enough for 80 columns.
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=RichConsole(stderr=True))
+            self._task = self._bar.add_task("", total=total, completed=start)
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        if not self._enabled:
+            return
+        if self._bar:
+            self._bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def progress(self, step: int, values: dict[str, float]) -> None:
+        if not self._enabled:
+            return
+        elapsed = time.monotonic() - self._begun
+        left = elapsed / max(step - self._start, 1) * (self._total - step)
+        loss, speed = f"loss {values['loss']:.4f}", f"{values['images_per_second']:.1f} images/s  {duration(left)} left"
+        if self._bar:
+            self._bar.update(self._task, completed=step, description=f"{loss}  {speed}")
+        else:
+            self.say(f"step {step}/{self._total}  epoch {values['epoch']:.2f}  {loss}  lr {values['lr']:.2e}  {speed}")
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+def progress(items: Iterable[Item], total: int, what: str, *, every_seconds: float = 10) -> Iterator[Item]:
+    """The items, while standard error shows how many there were: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
+        with Progress(*columns, console=RichConsole(stderr=True)) as bar:
+            yield from bar.track(items, total=total)
+        return
+    begun = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        if (now := time.monotonic()) - said >= every_seconds:
+            said = now
+            left = (now - begun) / done * (total - done)
+            print(f"{done} of {total} {what}, {duration(left)} left", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`95` → `1m35s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
