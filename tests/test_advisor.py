@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from simmim.advise import rank as advisor
-from simmim.advise.rank import advise, compile_for_tpus, plot, show
-from simmim.advise.request import Wish
+from simmim.advise.rank import advise, compile_for_tpus
+from simmim.advise.report import plot, show
+from simmim.advise.request import Request
 from simmim.cli import main
 from simmim.hardware.roofline import StepWork
 from simmim.hardware.tpu_compiler import CompilerReport
@@ -42,12 +43,12 @@ def measure(config) -> StepWork:
     return work
 
 
-def wish(**settings) -> Wish:
-    return Wish(**({"model": MODEL, "images": 100_000, "epochs": 10} | settings))
+def request(**settings) -> Request:
+    return Request(**({"model": MODEL, "images": 100_000, "epochs": 10} | settings))
 
 
 def answer(**settings):
-    return advise(wish(**settings), measure)
+    return advise(request(**settings), measure)
 
 
 def test_the_hours_are_flops_over_what_the_accelerator_reaches():
@@ -113,7 +114,7 @@ def test_checkpointing_is_chosen_only_where_nothing_else_fits():
         return work
 
     small, large = (
-        advise(wish(accelerator=(name,), devices=1), greedy).options[0] for name in ("rtx-3060", "a100-80gb")
+        advise(request(accelerator=(name,), devices=1), greedy).options[0] for name in ("rtx-3060", "a100-80gb")
     )
     assert small.checkpoint_activations
     assert not large.checkpoint_activations
@@ -123,7 +124,7 @@ def test_a_model_too_large_for_one_device_is_sharded():
     def large(config):
         return step_work(parameters=4e9, gib_image=0.01)
 
-    options = advise(wish(accelerator=("a100-40gb",)), large).options
+    options = advise(request(accelerator=("a100-40gb",)), large).options
     assert options[0].shard
     assert options[0].devices > 1
 
@@ -147,7 +148,7 @@ def test_the_exchange_is_waited_for_where_it_is_longer_than_the_backward_pass():
     def heavy(config):
         return step_work(gflop=0.1, parameters=500e6, gib_image=0.001)
 
-    option = advise(wish(accelerator=("rtx-4090",), devices=8, batch_size=64, cores=1000), heavy).options[0]
+    option = advise(request(accelerator=("rtx-4090",), devices=8, batch_size=64, cores=1000), heavy).options[0]
     assert option.limit == "exchange of gradients"
 
 
@@ -156,7 +157,7 @@ def test_the_command_has_only_options_that_pretrain_has(capsys):
         return step_work(parameters=3e9, gib_image=0.2 if config.checkpoint_activations else 10.0)
 
     settings = {"devices": 4, "batch_size": 1024, "channels": 1, "image_size": (96, 160), "model_args": {"depth": 4}}
-    option = advise(wish(accelerator=("a100-40gb",), head="mlp", **settings), large).options[0]
+    option = advise(request(accelerator=("a100-40gb",), head="mlp", **settings), large).options[0]
     words = shlex.split(option.command)
     assert words[:6] == ["torchrun", "--nproc-per-node", "4", "-m", "simmim", "pretrain"]
     used = {word for word in words[6:] if word.startswith("--")}
@@ -206,7 +207,7 @@ def test_a_model_that_fits_nowhere_gets_one_line_with_what_it_needs():
         return step_work(parameters=1e12)
 
     with pytest.raises(ValueError, match=r"fits nowhere: it needs \d+ GiB a device on 8 × .*the nearest is a model"):
-        advise(wish(), huge)
+        advise(request(), huge)
 
 
 def test_a_measured_machine_is_an_option(tmp_path):

@@ -122,12 +122,13 @@ def pack(argv: list[str]) -> int:
 
 def advise(argv: list[str]) -> int:
     """Say which accelerator, how many, how long, what it costs, and whether it fits"""
-    from simmim.advise.rank import advise, compile_for_tpus, plot, show
-    from simmim.advise.request import Wish
+    from simmim.advise.rank import advise, compile_for_tpus
+    from simmim.advise.report import plot, show
+    from simmim.advise.request import Request
     from simmim.config.field_types import Word
 
     @dataclass(frozen=True, kw_only=True)
-    class Command(Wish):
+    class Command(Request):
         json: bool = False
         """Print JSON only."""
         plot: Word = None
@@ -136,7 +137,7 @@ def advise(argv: list[str]) -> int:
         """Compile the step for the options that are TPUs, as simmim tpu-check does (a minute each)."""
 
     command = parse(Command, "advise", argv)
-    advice = advise(Wish(**{field.name: getattr(command, field.name) for field in dataclasses.fields(Wish)}))
+    advice = advise(Request(**{field.name: getattr(command, field.name) for field in dataclasses.fields(Request)}))
     if command.tpu_check:
         advice = compile_for_tpus(advice, lambda line: print(line, file=sys.stderr))
     print(advice.as_json() if command.json else show(advice))

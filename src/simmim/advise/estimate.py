@@ -1,4 +1,4 @@
-"""What a training would take on one accelerator or another: time, memory, cost, and the command.
+"""Estimate the time, memory, cost and command of a training on each accelerator.
 
 Facts come from `simmim.hardware.accelerators`, the step's work from the real model (`simmim.torch_engine.perf.cost`),
 time and memory from `simmim.hardware.roofline`. `docs/advise.md` works one answer out by hand.
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from simmim.advise.request import Option, Range, Wish
+from simmim.advise.request import Option, Range, Request
 from simmim.config.training import PretrainConfig
 from simmim.errors import UserError
 from simmim.hardware.accelerators import Accelerator, Facts, read_facts
@@ -24,19 +24,19 @@ Measure = Callable[[PretrainConfig], StepWork]
 OWN = "this-machine"
 
 
-class Study:
-    """What the options of one wish have in common: facts, prices, batch, and the step's work by precision."""
+class Estimator:
+    """Shared inputs of every option: facts, prices, batch size, and the step's work by precision."""
 
-    def __init__(self, wish: Wish, measure: Measure | None):
-        self.wish = wish
-        self.facts: Facts = read_facts(wish.accelerators)
+    def __init__(self, request: Request, measure: Measure | None):
+        self.request = request
+        self.facts: Facts = read_facts(request.accelerators)
         if measure is None:
             from simmim.torch_engine.perf.cost import measure_work as measure
-        self.config = config_of(wish)
-        self.batch_size = wish.batch_size or _default_batch(wish.images)
-        if self.batch_size > wish.images:
-            raise UserError(f"batch size {self.batch_size} is more than {wish.images} images; use a smaller one")
-        self.own = read_own_machine(wish.calibration, measure) if wish.calibration else None
+        self.config = config_of(request)
+        self.batch_size = request.batch_size or _default_batch(request.images)
+        if self.batch_size > request.images:
+            raise UserError(f"batch size {self.batch_size} is more than {request.images} images; use a smaller one")
+        self.own = read_own_machine(request.calibration, measure) if request.calibration else None
         self.rows = self._choose(self.facts.accelerators | ({OWN: self.own[0]} if self.own else {}))
         self._work = functools.cache(
             lambda device, precision, checkpoint: measure(
@@ -45,35 +45,37 @@ class Study:
         )
 
     def _choose(self, rows: dict[str, Accelerator]) -> dict[str, Accelerator]:
-        for name in self.wish.accelerator:
+        for name in self.request.accelerator:
             _known(name, rows)
-        for text in self.wish.price:
+        for text in self.request.price:
             name, usd = _parse_price(text)
             said = {"price": usd, "spot": usd, "price_source": "as you said", "price_date": "now"}
             rows = rows | {name: dataclasses.replace(_known(name, rows), **said)}
-        return {name: row for name, row in rows.items() if not self.wish.accelerator or name in self.wish.accelerator}
+        return {
+            name: row for name, row in rows.items() if not self.request.accelerator or name in self.request.accelerator
+        }
 
     def work(self, row: Accelerator, *, checkpoint: bool, timed: bool = False) -> StepWork:
-        """The step's work there; `timed`: as its time is reckoned."""
+        """Return the step's work on an accelerator; `timed` selects the work that decides its time."""
         wide = self.precision(row) == "fp32"  # fp16's tensors are as large as bf16's
-        # The TPU compiler keeps attention's scores from memory as CUDA's fused attention does, though not always.
+        # Like CUDA's fused attention, the TPU compiler usually keeps attention scores out of memory.
         device = "cuda" if timed and row.device == "tpu" else row.device
         return self._work(device, "fp32" if wide else "bf16", checkpoint)
 
     @property
     def steps(self) -> int:
-        return math.ceil(self.wish.images // self.batch_size * self.wish.epochs)
+        return math.ceil(self.request.images // self.batch_size * self.request.epochs)
 
     def precision(self, row: Accelerator) -> str | None:
-        """What the accelerator is to calculate in; `None` where it has no such FLOP/s."""
-        wanted = ("bf16", "fp16", "fp32") if self.wish.precision == "auto" else (self.wish.precision,)
+        """Choose the precision for an accelerator; `None` if its FLOP/s in that precision is unknown."""
+        wanted = ("bf16", "fp16", "fp32") if self.request.precision == "auto" else (self.request.precision,)
         return next((name for name in wanted if name in row.tflops), None)
 
     def counts(self, row: Accelerator) -> Iterator[int]:
-        """Numbers of devices to try."""
+        """Device counts to try."""
         if row.device is None or self.precision(row) is None:
             return
-        counts = [self.wish.devices] if self.wish.devices else [1, 2, 4, 8]
+        counts = [self.request.devices] if self.request.devices else [1, 2, 4, 8]
         yield from (n for n in counts if n <= row.linked and self.batch_size % n == 0)
 
     def usable_gib(self, row: Accelerator) -> float:
@@ -91,9 +93,9 @@ class Study:
         )
 
     def option(self, row: Accelerator, devices: int) -> Option | None:
-        """The fastest way on so many devices; `None` where none fits.
+        """Return the fastest option for a device count; `None` if nothing fits.
 
-        The whole batch at once; else in pieces, with or without checkpointing; sharded only where nothing else fits.
+        Tries the whole batch first, then accumulation with and without activation checkpointing, then sharding.
         """
         for shard in (False, True) if devices > 1 else (False,):
             plain = self._way(row, devices, checkpoint=False, shard=shard)
@@ -113,12 +115,13 @@ class Study:
         work = self.work(row, checkpoint=checkpoint, timed=True)
         compute = work.seconds(images, rates, pieces=pieces)
         exchange = self._exchange(work, row, devices, shard, pieces)
-        # DDP exchanges in the last piece's backward pass, two thirds of it; half of FSDP's gathers are ahead of use.
+        # DDP overlaps its exchange with the last backward pass (two thirds of a piece); FSDP prefetches half
+        # of its gathers.
         waited = max(0.0, exchange / 2 if shard else exchange - compute / pieces * 2 / 3)
         reading = self._reading(row, devices)
         seconds = max(compute + waited, reading)
         hours = self._spread(row, self.steps * seconds / 3600)
-        usd = row.spot if self.wish.spot else row.price
+        usd = row.spot if self.request.spot else row.price
         precision = self.precision(row)
         assert precision is not None
         return Option(
@@ -137,12 +140,12 @@ class Study:
             usd=None if usd is None else (hours[0] * usd * devices, hours[1] * usd * devices, hours[2] * usd * devices),
             limit="reading images" if reading >= seconds else _limit(work, images, rates, compute, waited),
             input_cores=self.batch_size / seconds / self.facts.input["images_per_second_core"],
-            price=_price(row, spot=self.wish.spot),
+            price=_price(row, spot=self.request.spot),
             command=self.command(row, devices, precision, pieces, checkpoint, shard),
         )
 
     def _fit(self, row: Accelerator, devices: int, *, checkpoint: bool, shard: bool) -> tuple[int, float] | None:
-        """The fewest pieces in which a device's share of the batch fits, and its memory in GiB; `None` for none."""
+        """Return the fewest accumulation steps that fit, and the memory in GiB; `None` if nothing fits."""
         work, share, shards = self.work(row, checkpoint=checkpoint), self.batch_size // devices, devices if shard else 1
         for pieces in range(1, share + 1):
             if share % pieces == 0:
@@ -157,7 +160,7 @@ class Study:
         return likely * low, likely, likely * high
 
     def _exchange(self, work: StepWork, row: Accelerator, devices: int, shard: bool, pieces: int) -> float:
-        """Seconds of the ring exchange of a step: gradients once; sharded, parameters twice a piece besides."""
+        """Seconds of a step's ring exchange: gradients once; if sharded, parameters twice per accumulation step."""
         if devices == 1 or row.link_gb_s is None:
             return 0.0
         one_way = row.link_gb_s / 2 * 1e9 * self.facts.reached["bandwidth"]
@@ -165,28 +168,28 @@ class Study:
         return rounds * (devices - 1) / devices * work.gradient_bytes / one_way
 
     def _reading(self, row: Accelerator, devices: int) -> float:
-        """Seconds to read a step's images, 0 where the cores are not known."""
+        """Seconds to read a step's images; 0 if the number of cores is unknown."""
         cores = self.cores(row)
         return self.batch_size / (cores * devices * self.facts.input["images_per_second_core"]) if cores else 0.0
 
     def cores(self, row: Accelerator) -> int | None:
-        return self.wish.cores or row.vcpus
+        return self.request.cores or row.vcpus
 
     def command(
         self, row: Accelerator, devices: int, precision: str, pieces: int, checkpoint: bool, shard: bool
     ) -> str:
-        wish, (height, width) = self.wish, self.config.image_size or (0, 0)
+        request, (height, width) = self.request, self.config.image_size or (0, 0)
         start = f"torchrun --nproc-per-node {devices} -m simmim" if devices > 1 else "simmim"
         if devices > 1 and row.device == "tpu":  # TorchTPU must be told of all its processes (docs/tpu.md)
             start = f"env $(python -m torch.tpu.distributed | tr -d '\"') {start}"
-        words = [f"{start} pretrain --data IMAGES --out RUN --model {wish.model}"]
-        if wish.model_args:
-            pairs = (f"{name}={json.dumps(value)}" for name, value in wish.model_args.items())
+        words = [f"{start} pretrain --data IMAGES --out RUN --model {request.model}"]
+        if request.model_args:
+            pairs = (f"{name}={json.dumps(value)}" for name, value in request.model_args.items())
             words.append("--model-args " + " ".join(map(shlex.quote, pairs)))
         words.append(f"--image-size {height if height == width else f'{height}x{width}'}")
-        words.append(f"--channels {wish.channels}" if wish.channels != 3 else "")
-        words.append(f"--head {wish.head}" if wish.head != "linear" else "")
-        words.append(f"--epochs {wish.epochs:g} --batch-size {self.batch_size}")
+        words.append(f"--channels {request.channels}" if request.channels != 3 else "")
+        words.append(f"--head {request.head}" if request.head != "linear" else "")
+        words.append(f"--epochs {request.epochs:g} --batch-size {self.batch_size}")
         words.append(f"--accumulate-steps {pieces}" if pieces > 1 else "")
         words.append(f"--precision {precision} --device {row.device}")
         words.append("--checkpoint-activations" if checkpoint else "")
@@ -197,7 +200,7 @@ class Study:
         if row.device is None:
             return "simmim has no --device that reaches it"
         if self.precision(row) is None:
-            return f"its FLOP/s in {self.wish.precision} are not known"
+            return f"its FLOP/s in {self.request.precision} are not known"
         counts = list(self.counts(row))
         if not counts:
             return f"joins at most {row.linked} devices, and their number must divide the batch of {self.batch_size}"
@@ -205,7 +208,7 @@ class Study:
         return f"needs {need:.1f} GiB a device, one image at a time on {max(counts)} devices; has {has:.1f}"
 
     def least_gib(self, row: Accelerator, devices: int) -> float:
-        """What a device needs if everything is done to save memory."""
+        """GiB that a device needs with every memory saving switched on."""
         work = self.work(row, checkpoint=True)
         return work.peak_bytes(1, kept_gradients=devices > 1, shards=devices) / 2**30
 
@@ -218,15 +221,15 @@ class Study:
         devices = max(self.counts(row))
         need, has = self.least_gib(row, devices), self.usable_gib(row)
         return (
-            f"model {self.wish.model} fits nowhere: it needs {need:.0f} GiB a device on {devices} × {row.name}, which "
-            f"has {has:.0f} free; the nearest is a model {has / need:.2g} times as large, or more --devices"
+            f"model {self.request.model} fits nowhere: it needs {need:.0f} GiB a device on {devices} × {row.name}, "
+            f"which has {has:.0f} free; the nearest is a model {has / need:.2g} times as large, or more --devices"
         )
 
     def describe(self) -> dict[str, Any]:
         row = next(row for row in self.rows.values() if self.precision(row))
         work = self.work(row, checkpoint=False)
         return {
-            "model": self.wish.model,
+            "model": self.request.model,
             "image_size": list(self.config.image_size or ()),
             "parameters": work.parameters,
             "forward_gflop_per_image": work.forward_flops / 1e9,
@@ -237,25 +240,25 @@ class Study:
         }
 
 
-def config_of(wish: Wish) -> PretrainConfig:
-    """The training that is wished for, but for its batch and precision, which each option has of its own."""
+def config_of(request: Request) -> PretrainConfig:
+    """Build the requested training's configuration without batch size and precision, which each option sets."""
     from simmim.torch_engine.models.encoders import default_image_size
 
-    size = wish.image_size or default_image_size(wish.model)
-    colour = (0.5,) * wish.channels
+    size = request.image_size or default_image_size(request.model)
+    colour = (0.5,) * request.channels
     return PretrainConfig(
-        model=wish.model,
-        model_args=wish.model_args,
+        model=request.model,
+        model_args=request.model_args,
         image_size=size,
-        channels=wish.channels,
-        head=wish.head,
+        channels=request.channels,
+        head=request.head,
         mean=colour,
         std=colour,
     )
 
 
 def _default_batch(images: int) -> int:
-    """A power of two that leaves 100 steps an epoch, from 64 to SimMIM's 2048, but not more than the images."""
+    """Default batch size: a power of two, 64 to SimMIM's 2048, for 100 steps an epoch, at most the image count."""
     batch = 2 ** int(math.log2(max(images / 100, 1)))
     return min(max(batch, min(64, images)), 2048)
 
@@ -295,9 +298,9 @@ def _price(row: Accelerator, *, spot: bool) -> str:
 
 
 def read_own_machine(path: str, measure: Measure) -> tuple[Accelerator, Rates]:
-    """This machine as an accelerator, from the steps that `simmim bench --save-calibration` measured on it.
+    """Describe this machine as an accelerator, from steps measured by `simmim bench --save-calibration`.
 
-    Of several precisions the one with the most steps counts. One-line `ValueError` for too few steps.
+    Uses the precision with the most measured steps. Raises `UserError` for too few steps.
     """
     try:
         steps = json.loads(Path(path).read_text(encoding="utf-8"))["steps"]

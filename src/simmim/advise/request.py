@@ -1,4 +1,4 @@
-"""What `simmim advise` is asked, and one way to do it."""
+"""The request to `simmim advise`, and one option of its answer."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -13,8 +13,8 @@ Names = Annotated[tuple[str, ...], arg(metavar="NAME..."), HINT]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What is to be trained, and what it may take."""
+class Request:
+    """The training to plan and its limits."""
 
     model: str = "vit_base_patch16_224"
     """The encoder, by its timm name."""
@@ -27,38 +27,38 @@ class Wish:
     head: Literal["linear", "mlp", "transformer"] = "linear"
     """The prediction head."""
     images: Positive = 1_281_167
-    """Images to train on (the default is ImageNet-1k's number)."""
+    """Number of training images (default: ImageNet-1k's)."""
     epochs: PositiveReal = 100.0
-    """Passes over them."""
+    """Passes over the images."""
     batch_size: Count = None
     """Images of one optimiser step over all devices (default: a power of two for 100 steps an epoch, 64 to 2048)."""
     budget: Amount = None
-    """USD that it may cost."""
+    """Budget in USD."""
     deadline: Amount = None
-    """Hours that it may take."""
+    """Deadline in hours."""
     accelerator: Names = ()
-    """Only these accelerators, such as rtx-3060 (default: all that are known)."""
+    """Accelerators to consider, such as rtx-3060 (default: all)."""
     devices: Count = None
-    """Exactly so many of them (default: 1 to 8)."""
+    """Number of devices (default: 1 to 8)."""
     cores: Count = None
-    """CPU cores for each device, to read images with (default: as come with a rented one, else as it takes)."""
+    """CPU cores per device for reading images (default: those of the rented machine, else as many as needed)."""
     spot: bool = False
-    """Reckon with spot prices, of machines that may be taken away; training resumes."""
+    """Use spot prices, for machines that may be pre-empted; training resumes."""
     price: Annotated[tuple[str, ...], arg(metavar="NAME=USD..."), HINT] = ()
-    """NAME=USD an hour for one device, in place of the known price."""
+    """NAME=USD per device and hour, instead of the known price."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic (auto: bf16 where the accelerator has it, else fp16)."""
     accelerators: Word = None
-    """A TOML file with more accelerators, or other facts about them."""
+    """TOML file with further accelerators or corrected facts."""
     calibration: Word = None
-    """Measured steps of this machine, from simmim bench --save-calibration."""
+    """Steps measured on this machine by simmim bench --save-calibration."""
     top: Positive = 5
-    """Options to show."""
+    """Number of options to show."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One way to do it. Times in hours and prices in USD are low, likely, high."""
+    """One way to run the training. Hours and USD are (low, likely, high)."""
 
     accelerator: str
     title: str
@@ -69,15 +69,15 @@ class Option:
     checkpoint_activations: bool
     shard: bool
     memory_gib: float
-    """Most that a device holds."""
+    """Peak memory of a device."""
     memory_share: float
     images_per_second: float
     hours: Range
     usd: Range | None
     limit: str
-    """What most of the time goes to."""
+    """What takes most of the time."""
     input_cores: float
-    """CPU cores that keep up with it."""
+    """CPU cores that keep up with the step."""
     price: str
-    """Per device and hour, and whose it is."""
+    """Price per device and hour, with its source."""
     command: str

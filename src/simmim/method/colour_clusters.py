@@ -13,10 +13,10 @@ from simmim.method.random_keys import sample_keys, uniforms
 def fit_colour_clusters(
     pixels: ArrayLike, *, clusters: int, seed: int = 0, iterations: int = 50
 ) -> tuple[tuple[float, ...], ...]:
-    """The centres (K, C) of `clusters` groups of colours (M, C): k-means++ and Lloyd's iterations, repeatable.
+    """Cluster colours (M, C) by k-means++ and Lloyd's iterations; returns the centres (K, C). Deterministic for a seed.
 
-    For a `ClusterTarget` the colours are block means, `block_means(np, images, block)`; 100,000 of them are plenty.
-    ValueError where there are fewer distinct colours than clusters.
+    For a `ClusterTarget`, colours are block means, `block_means(np, images, block)`; 100,000 are plenty. Raises
+    `UserError` for fewer distinct colours than clusters.
     """
     points = np.asarray(pixels, np.float32)
     centres = _spread_centres(points, clusters, seed)
@@ -32,7 +32,7 @@ def fit_colour_clusters(
 
 
 def _spread_centres(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
-    """k-means++ (Arthur & Vassilvitskii, 2007): each next centre is drawn in proportion to its squared distance."""
+    """Choose first centres by k-means++ (Arthur & Vassilvitskii, 2007): in proportion to the squared distance."""
     first, *draws = uniforms(sample_keys(seed, 0, [0], stream="colour clusters"), clusters)[0]
     chosen = [points[int(first * len(points))]]
     distance = np.full(len(points), np.inf, np.float32)
@@ -49,7 +49,7 @@ def _spread_centres(points: NDArray[np.float32], clusters: int, seed: int) -> ND
 
 
 def _nearest(points: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The index (M,) of each point's nearest centre, in chunks that keep the distances to a few megabytes."""
+    """Return the index (M,) of each point's nearest centre, in chunks that bound memory to a few megabytes."""
     offsets = (centres**2).sum(axis=1)
     chunks = [points[start : start + 8192] for start in range(0, len(points), 8192)]
     return np.concatenate([(offsets - 2 * chunk @ centres.T).argmin(axis=1) for chunk in chunks])

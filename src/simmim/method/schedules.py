@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step, equal to those of the official SimMIM code and timm."""
+"""Learning-rate schedules as pure functions of the step, equal to the official SimMIM code's and timm's."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,16 +9,16 @@ from simmim.errors import UserError
 
 
 def scale_lr(base_lr: float, global_batch: int) -> float:
-    """Learning rate for `global_batch` images an update, from one meant for 512 (SimMIM's linear rule).
+    """Scale a learning rate for a batch of 512 to `global_batch` images (SimMIM's linear rule).
 
-    The recipes' warm-up and minimum rates are scaled in the same way.
+    Warm-up and minimum rates scale alike.
     """
     return base_lr * global_batch / 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """A call gives the learning rate at a step (0, 1, …): linear warm-up, then what the subclass says."""
+    """Learning rate at a step (0, 1, …): linear warm-up, then the subclass's curve."""
 
     peak_lr: float
     warmup_lr: float
@@ -26,7 +26,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def after_warmup(self, step: int) -> float:
-        """The learning rate at a step that is not below `warmup_steps`."""
+        """Return the learning rate at a step from `warmup_steps` on."""
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -34,9 +34,9 @@ class Schedule(ABC):
         return self.after_warmup(step)
 
     def at_update(self, update: int) -> float:
-        """The learning rate that the official loop uses for update 0, 1, …: that of the step before.
+        """Return the learning rate of update 0, 1, … in the official training loop.
 
-        It sets the rate after each update from that update's own number, so updates 0 and 1 both run at step 0's.
+        That loop sets the rate after each update from the update's own number: updates 0 and 1 both use step 0's rate.
         """
         return self(max(update - 1, 0))
 
@@ -45,7 +45,7 @@ class Schedule(ABC):
 class CosineSchedule(Schedule):
     """Cosine from `peak_lr` at step 0 to `min_lr` at `total_steps`, and `min_lr` from then on.
 
-    Warm-up covers the start of the curve and does not shift it: the rate steps down a little where warm-up ends.
+    Warm-up replaces the start of the curve without shifting it: the rate drops a little where warm-up ends.
     """
 
     min_lr: float

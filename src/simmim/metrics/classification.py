@@ -1,4 +1,4 @@
-"""Measures of classification and segmentation, and the k-nearest-neighbour check of frozen features. NumPy.
+"""Metrics of classification and segmentation, and a k-nearest-neighbour classifier. NumPy only.
 
 Shapes: `N` images, `M` training images, `D` features, `K` classes. Classes are 0 … K-1.
 """
@@ -13,18 +13,18 @@ from simmim.errors import UserError
 
 
 def top1(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """The share, in [0, 1], of predicted classes (N,) that are right."""
+    """Accuracy in [0, 1] of predicted classes (N,)."""
     return float(np.mean(np.asarray(labels) == np.asarray(predictions)))
 
 
 def confusion_matrix(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> NDArray[np.int64]:
-    """How many images of class i (rows) were predicted as class j (columns): (K, K)."""
+    """Count images of class i (rows) predicted as class j (columns): (K, K)."""
     pairs = np.asarray(labels, np.int64) * num_classes + np.asarray(predictions, np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike, num_classes: int) -> float:
-    """The mean, in [0, 1], of each class's share of right predictions; classes without an image are left out."""
+    """Mean recall over classes, in [0, 1]; classes without images are left out."""
     matrix = confusion_matrix(labels, predictions, num_classes)
     images = matrix.sum(axis=1)
     present = images > 0
@@ -32,16 +32,20 @@ def balanced_accuracy(labels: ArrayLike, predictions: ArrayLike, num_classes: in
 
 
 def intersection_over_union(confusion: NDArray[np.integer]) -> NDArray[np.float64]:
-    """Of each class (K,), from a confusion matrix of pixels (K, K): those that are of a class and predicted as it, over
-    those that are or are predicted as it; not a number for a class that neither labels nor predictions have."""
+    """Intersection over union of each class (K,), from a confusion matrix of pixels (K, K).
+
+    NaN for a class that appears in neither labels nor predictions.
+    """
     right = confusion.diagonal()
     either = confusion.sum(axis=0) + confusion.sum(axis=1) - right
     return np.divide(right, either, out=np.full(len(right), np.nan), where=either > 0)
 
 
 def class_table(confusion: NDArray[np.integer], classes: Sequence[str], counted: str) -> dict[str, dict[str, Any]]:
-    """Of each class how many of what was `counted` ("images") are of it, the recall and the precision, from a confusion
-    matrix (K, K), rows the true classes. `None` where there is nothing to divide by."""
+    """Tabulate count, recall and precision of each class from a confusion matrix (K, K), rows the true classes.
+
+    `counted` names what is counted, such as "images". A figure is `None` if its denominator is 0.
+    """
     right, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     return {
         name: {
@@ -62,16 +66,16 @@ def knn_predict(
     k: int = 20,
     temperature: float = 0.07,
 ) -> NDArray[np.int64]:
-    """Classes (N,) of features (N, D) by a vote of the k nearest training features (M, D), labels (M,).
+    """Classify features (N, D) by a weighted vote of the k nearest training features (M, D) with labels (M,): (N,).
 
-    Nearness is the cosine, and a neighbour's vote weighs exp(cosine / temperature), as in DINO (arXiv 2104.14294 and
-    its code). ValueError where there are fewer than k training features.
+    Similarity is the cosine; a vote weighs exp(cosine / temperature), as in DINO (arXiv 2104.14294 and its code).
+    Raises `UserError` for fewer than k training features.
     """
     train, labels, queries = _unit(train_features), np.asarray(train_labels, np.int64), _unit(features)
     if k > len(train):
         raise UserError(f"{k} neighbours are more than the {len(train)} training images; use k of {len(train)} or less")
     predictions = []
-    for start in range(0, len(queries), 1024):  # bounds the cosines to 1024 x M
+    for start in range(0, len(queries), 1024):  # bounds the similarity matrix to 1024 × M
         cosines = queries[start : start + 1024] @ train.T
         nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]
         votes = np.exp(np.take_along_axis(cosines, nearest, axis=1) / temperature)  # (n, k)

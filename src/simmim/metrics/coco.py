@@ -1,4 +1,4 @@
-"""COCO's average precision, by faster-coco-eval. NumPy."""
+"""COCO's average precision by faster-coco-eval."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -17,19 +17,19 @@ def average_precision(
     kind: Literal["bbox", "segm"] = "bbox",
     images: Sequence[int] | None = None,
 ) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
-    """Figures over all classes, and for each class by its number; shares in [0, 1].
+    """Compute average precision over all classes and for each class by its number; figures are in [0, 1].
 
-    `truth` and `detections` are as COCO's ground truth and results in JSON; those with `segm` have run lengths as
-    segmentation. Of each image the 100 best count; of all images, or those whose numbers are in `images`. The figures
-    are map (over overlaps of 0.5 to 0.95), map50, map75, and map_small, map_medium and map_large (areas below 32²
-    pixels, to 96², above); for a class map and map50. A figure of which there is no object is left out. `ValueError`
-    where faster-coco-eval is missing.
+    `truth` and `detections` have the form of COCO's ground-truth and result JSON; for `segm`, segmentations are run
+    lengths. The 100 best detections of an image count. `images` restricts the evaluation to these image numbers.
+    Figures: map (IoU 0.5 to 0.95), map50, map75, and map_small, map_medium and map_large (areas below 32² pixels, up to
+    96², above); for a class map and map50. A figure without any object is left out. Raises `UserError` if
+    faster-coco-eval is missing.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as error:
         raise UserError("average precision needs faster-coco-eval; pip install 'simmim[tasks]'") from error
-    # The area of a detected mask is its own and not its box's, for which loadRes would take it.
+    # Set the area of each mask: loadRes would use the area of its box.
     found = [{name: d[name] for name in d if name != "bbox" or kind == "bbox"} for d in detections]
     known = COCO(dict(truth), use_deepcopy=True)
     judge = COCOeval_faster(known, known.loadRes(found), kind)
@@ -37,7 +37,7 @@ def average_precision(
         judge.params.imgIds = list(images)
     judge.evaluate()
     judge.accumulate()
-    # Overlap thresholds, recalls, classes, areas, limits of detections; -1 where there is no object.
+    # (IoU threshold, recall, class, area, detection limit); -1 where there is no object.
     precision = np.asarray(judge.eval["precision"])[..., -1]
     parts = {"map": precision[..., 0], "map50": precision[0, ..., 0], "map75": precision[5, ..., 0]}
     parts |= {f"map_{area}": precision[..., number] for number, area in enumerate(_AREAS) if number}
