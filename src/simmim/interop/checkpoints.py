@@ -1,4 +1,4 @@
-"""Checkpoints of other packages: read, recognised, and brought under our names. Nothing in a file is run."""
+"""Read checkpoints of other packages, recognise their model and rename their weights. Nothing in a file is executed."""
 
 import json
 from collections.abc import Mapping
@@ -37,19 +37,19 @@ class Checkpoint:
     """A checkpoint that was recognised."""
 
     what: str
-    """Whose it is, for a person."""
+    """Origin of the checkpoint, for messages."""
     mapped: Mapped
     architecture: Architecture | None
-    """`None` where nothing tells it."""
+    """`None` if unknown."""
     settings: dict[str, Any] = field(default_factory=dict)
-    """Fields of `PretrainConfig` that it tells besides the model: mask, target, mean and std."""
+    """Further fields of `PretrainConfig` found in it: mask, target, mean and std."""
     note: str | None = None
-    """What will not be quite as it was."""
+    """Warnings about what changes in the conversion."""
 
 
 @dataclass(frozen=True)
 class _Content:
-    """Arrays under their own names, and whatever came with them."""
+    """Arrays under their original names, with accompanying metadata."""
 
     arrays: State
     extra: Mapping[str, Any]
@@ -60,10 +60,10 @@ class _Content:
 
 
 def read_checkpoint(path: Path, *, model: str | None = None, model_args: Mapping[str, Any] | None = None) -> Checkpoint:
-    """A file or directory of another package. `model` says what it is of, in timm's words, instead of its own.
+    """Read a checkpoint file or directory of another package. `model` overrides its architecture with a timm name.
 
-    One-line `ValueError`s for what is damaged, unknown (some of its names are told) or does not tell what it is of;
-    `simmim.interop.pickles.UnsafePickleError` for a pickle that would run code.
+    Raises `UserError` for a damaged or unknown file (it quotes some names) or an unknown architecture, and
+    `simmim.interop.pickles.UnsafePickleError` for a pickle that would execute code.
     """
     content = _read(path)
     given = None if model is None else Architecture(model=model, model_args=dict(model_args or {}))
@@ -140,9 +140,9 @@ def _official_simmim(content: _Content, given: Architecture | None) -> Checkpoin
 
 
 def _official_facts(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's facts and the method's settings in an official configuration.
+    """Extract the model's facts and the method's settings from an official configuration.
 
-    Not its learning rates: those it holds are scaled by a number of processes that it does not hold.
+    Skips learning rates: they are scaled by a world size that the file does not record.
     """
     if not record:
         return {}, {}
@@ -167,7 +167,7 @@ def _official_facts(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 
 def _plain(content: _Content, given: Architecture | None) -> Checkpoint | None:
-    """State dicts that come alone: timm's names or, of Swin, the official ones."""
+    """Read a bare state dict with timm's names or official Swin names."""
     arrays = content.arrays
     settings: dict[str, Any] = _OFFICIAL_COLOURS
     if "layers.0.downsample.reduction.weight" in arrays:
@@ -214,14 +214,14 @@ def _read(path: Path) -> _Content:
             arrays, extra = _read_torch(file)
             read |= arrays
     arrays = {name.removeprefix("module."): _as_float32(array) for name, array in read.items()}
-    # Beside a .pth file may lie the configuration of something else.
+    # A configuration beside a .pth file may belong to another model.
     beside = path.is_dir() or path.suffix == ".safetensors"
     config = _read_json(directory / "config.json") if beside else {}
     return _Content(arrays, extra, config, _read_json(directory / "preprocessor_config.json") if beside else {})
 
 
 def _files_of(directory: Path) -> list[Path]:
-    """The files of a directory's weights, in pieces or whole; safetensors first."""
+    """List a directory's weight files, sharded or whole; prefer safetensors."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (index := directory / f"{name}.index.json").is_file():
             return [directory / part for part in sorted(set(_read_json(index)["weight_map"].values()))]
@@ -264,7 +264,7 @@ _WRAPPERS = ("model", "state_dict", "module")
 
 
 def _read_torch(path: Path) -> tuple[State, Mapping[str, Any]]:
-    """The weights of a `.pth` file, which may lie under a name of their own, and the rest of it."""
+    """Split a `.pth` file into weights, which may be nested under a key, and the rest."""
     content = read_pickle(path)
     extra: Mapping[str, Any] = {}
     while isinstance(content, dict) and not any(isinstance(value, StoredTensor) for value in content.values()):

@@ -1,4 +1,4 @@
-"""Which timm model a set of weights is of: told by their names and shapes, and by what came with them.
+"""Infer the timm model of a set of weights from their names, shapes and metadata.
 
 Shapes: `D` features, `T` entries of a relative-bias table, `A` attention heads, `C` channels, `k` patch side.
 """
@@ -14,7 +14,7 @@ from simmim.interop.weight_names import State
 _TABLE = "relative_position_bias_table"
 _CLASS_ROWS = 3  # of BEiT's tables, after the rows of distances
 
-# Facts of timm's models that may be told from weights. A model is named after the entry that differs in the fewest.
+# Facts of timm's models that weights reveal. The entry with the fewest differences names the model.
 _VITS = {
     "vit_tiny_patch16_224": {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3},
     "vit_small_patch16_224": {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -58,7 +58,7 @@ _VARIANTS = {"vit": _VITS, "beit": _BEITS, "swin": _SWINS, "swinv2": _SWINV2S}
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A timm model, and the image size (height, width) in pixels that the weights are for, where they tell it."""
+    """A timm model, with the image size (height, width) in pixels if the weights reveal it."""
 
     model: str
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -66,10 +66,10 @@ class Architecture:
 
 
 def infer(weights: State, buffers: State, hints: Mapping[str, Any]) -> Architecture | None:
-    """The model of `weights` (timm's names); `None` for a family that they do not tell.
+    """Infer the model of `weights` (timm's names); `None` for an unknown family.
 
-    `hints` are facts under timm's names that came with them; `buffers` what a checkpoint holds besides weights.
-    One-line `ValueError` where a fact is missing.
+    `hints` are accompanying facts under timm's names; `buffers` are the checkpoint's other tensors. Raises `UserError`
+    if a fact is missing.
     """
     family = find_family(weights)
     if family is None:
@@ -90,7 +90,7 @@ def infer(weights: State, buffers: State, hints: Mapping[str, Any]) -> Architect
 
 
 def find_family(weights: State) -> str | None:
-    """vit, beit, swin or swinv2; `None` where the names are of none of them."""
+    """Return vit, beit, swin or swinv2; `None` if the names match none."""
     if "patch_embed.proj.weight" not in weights:
         return None
     if any(".cpb_mlp." in name for name in weights):
@@ -103,12 +103,12 @@ def find_family(weights: State) -> str | None:
 
 
 def pools_before_norm(weights: State) -> bool:
-    """Whether the last norm acts on the mean of the tokens and not on each."""
+    """Whether the last norm acts on the pooled tokens instead of each token."""
     return "fc_norm.weight" in weights and "norm.weight" not in weights
 
 
 def nearest(family: str, facts: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The timm model that differs in the fewest facts, and those that differ."""
+    """Return the timm model with the fewest differing facts, and these facts."""
 
     def different(model: str) -> dict[str, Any]:
         usual = _ALWAYS[family] | _VARIANTS[family][model]
@@ -142,7 +142,7 @@ def _token_facts(weights: State, _buffers: State) -> dict[str, Any]:
 
 
 def _usual_heads(facts: Mapping[str, Any]) -> dict[str, int]:
-    """How many heads a ViT of this width and depth has; nothing in its weights tells."""
+    """Guess the number of heads from a ViT's width and depth; its weights do not reveal it."""
     for usual in _VITS.values():
         if (usual["embed_dim"], usual["depth"]) == (facts["embed_dim"], facts["depth"]):
             return {"num_heads": usual["num_heads"]}
@@ -175,7 +175,7 @@ def _swin_facts(weights: State, buffers: State) -> dict[str, Any]:
 
 
 def _image_size(facts: Mapping[str, Any], weights: State, buffers: State) -> tuple[int, int] | None:
-    """Of square images, since weights tell the number of patches and not their arrangement."""
+    """Derive a square image size: weights reveal the number of patches, not their arrangement."""
     patch = facts["patch_size"]
     if "depth" in facts:  # a ViT or BEiT
         tables = [name for name in weights if name.endswith(_TABLE)]
@@ -189,7 +189,7 @@ def _image_size(facts: Mapping[str, Any], weights: State, buffers: State) -> tup
         return grid * patch, grid * patch
     if "window_size" not in facts:
         return None
-    # The mask of a shifted block has an entry a window. Without one, the last stage is taken to be one window.
+    # A shifted block's mask has one entry per window. Without it, assume that the last stage is one window.
     mask = buffers.get("layers.0.blocks.1.attn_mask")
     windows = 2 ** (len(facts["depths"]) - 1) if mask is None else math.isqrt(mask.shape[0])
     side = patch * facts["window_size"] * windows

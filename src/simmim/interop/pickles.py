@@ -1,8 +1,8 @@
-"""PyTorch's `.pth` files, read without running anything that they name.
+"""Read PyTorch's `.pth` files without executing anything that they name.
 
-A pickle is a program: it may call whatever can be imported. Here it may build plain containers, numbers and tensors.
+A pickle is a program that may call anything importable. This reader builds plain containers, numbers and tensors only.
 Objects of any other class (yacs' CfgNode, argparse's Namespace) become inert records, and a call of anything else
-refuses the file. Nothing is ever imported on its behalf.
+refuses the file. Nothing is imported on its behalf.
 """
 
 import io
@@ -37,7 +37,7 @@ _STORAGES = {
 
 
 class UnsafePickleError(UserError):
-    """The file asks to run something."""
+    """The pickle asks to call something."""
 
 
 class _NoCalls(type):
@@ -46,7 +46,7 @@ class _NoCalls(type):
 
 
 class Record(dict[Any, Any], metaclass=_NoCalls):
-    """What a pickle says of an object of an unknown class; its attributes and its items alike are found as items."""
+    """Inert record of an object of an unknown class; attributes and items are both stored as items."""
 
     def __new__(cls, *_args: Any) -> "Record":
         return dict.__new__(cls)
@@ -63,7 +63,7 @@ class Record(dict[Any, Any], metaclass=_NoCalls):
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the numbers of one or more tensors are: a member of a zip file, or bytes of a legacy file."""
+    """Location of the values of one or more tensors: a member of a zip file, or bytes of a legacy file."""
 
     key: str
     code: str
@@ -79,7 +79,7 @@ Read = Callable[[Storage], bytes]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor that is not read before it is asked for: an optimiser's are never."""
+    """Lazily read tensor; an optimiser's tensors are never read."""
 
     storage: Storage
     offset: int
@@ -88,7 +88,7 @@ class StoredTensor:
     read: Read
 
     def array(self) -> NDArray[Any]:
-        """Its numbers; bfloat16 as float32. `ValueError` where it reaches beyond its storage or the file is cut."""
+        """Read the values; bfloat16 becomes float32. Raises `UserError` for a truncated file or an invalid extent."""
         numbers = (self.offset, *self.size, *self.stride)
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         if any(not isinstance(n, int) or n < 0 for n in numbers) or last >= self.storage.count > 0 < math.prod(
@@ -107,9 +107,9 @@ class StoredTensor:
 
 
 def read_pickle(path: Path) -> Any:
-    """What a `.pth` file of any PyTorch holds, with a `StoredTensor` for each tensor.
+    """Read a `.pth` file of any PyTorch version, with a `StoredTensor` for each tensor.
 
-    One-line `ValueError` for a file that is damaged or no such file; `UnsafePickleError` for one that would run code.
+    Raises `UserError` for a missing or damaged file, `UnsafePickleError` for one that would execute code.
     """
     try:
         with path.open("rb") as file:
@@ -174,7 +174,7 @@ def _checked(data: bytes, storage: Storage, path: Path) -> bytes:
 
 
 class _Dtype:
-    """NumPy's description of a number, of a pickled scalar."""
+    """NumPy dtype of a pickled scalar."""
 
     def __init__(self, code: str, *_: Any):
         if code not in {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)} | {"b1"}:
@@ -182,7 +182,7 @@ class _Dtype:
         self.code = code
 
     def __setstate__(self, _state: Any) -> None:
-        """Byte order and alignment, which are those of every machine that PyTorch runs on."""
+        """Ignore byte order and alignment: every machine that PyTorch supports has the same."""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -1,8 +1,8 @@
-"""Names of weights: between ours, which are timm's, and those of official SimMIM, Swin, MAE and Transformers.
+"""Rename weights between our names (timm's) and those of official SimMIM, Swin, MAE and Transformers.
 
 A *state* is names → arrays. Ours holds what a `MaskedImageModel` holds: `encoder.backbone.*` (timm's names),
 `encoder.mask_token` (1, 1, D), `head.weight` (P, D), `head.bias` (P,). A map renames, splits and joins; no value
-changes, so that there and back is bit-identical.
+changes, so a round trip is bit-identical.
 
 Shapes: `D` features, `P` predicted values of a cell.
 """
@@ -23,7 +23,7 @@ State = dict[str, Array]
 BACKBONE = "encoder.backbone."
 MASK_TOKEN = "encoder.mask_token"
 
-# What a checkpoint may hold and a masked image model has no place for: pattern → why it is left out.
+# Checkpoint entries without a place in a masked image model: pattern → why it is left out.
 _LEFT_OUT = {
     r"(relative_position_index|relative_coords_table|attn_mask)$": "computed again",
     r"^(head|head_dist|fc|classifier|lm_head)\.(?!norm\.)": "a classifier",  # ConvNeXt's norm is in its head
@@ -34,33 +34,33 @@ _MAE_DECODER = {r"^decoder_|^mask_token$": "MAE's decoder, which mask tokens ent
 
 @dataclass(frozen=True)
 class Mapped:
-    """A state under our names, and what was left out of it: name → why."""
+    """A state under our names, and the entries left out: name → why."""
 
     state: State
     left_out: dict[str, str] = field(default_factory=dict)
 
 
 def from_timm(state: Mapping[str, Array]) -> Mapped:
-    """timm's names, which official ViT, DeiT, BEiT and MAE checkpoints have too."""
+    """Map timm's names, which official ViT, DeiT, BEiT and MAE checkpoints share."""
     reasons = _LEFT_OUT | (_MAE_DECODER if any(name.startswith("decoder_") for name in state) else {})
     kept, left_out = _sort_out(state, reasons)
     return Mapped({_place(name): array for name, array in kept.items()}, left_out)
 
 
 def to_timm(state: Mapping[str, Array]) -> State:
-    """The backbone's part of our state, under timm's names."""
+    """Return the backbone's state under timm's names."""
     return {name.removeprefix(BACKBONE): array for name, array in state.items() if name.startswith(BACKBONE)}
 
 
 def from_official_swin(state: Mapping[str, Array]) -> Mapped:
-    """Swin, SwinV2: the official code downsamples at the end of a stage, timm at the start of the next."""
+    """Map official Swin and SwinV2, which downsample at the end of a stage; timm does at the start of the next."""
     return from_timm({_shift_stage(name, 1): array for name, array in state.items()})
 
 
 def from_official_simmim(state: Mapping[str, Array]) -> Mapped:
     """`encoder.*` (a ViT with timm's names for BEiT, or an official Swin) and `decoder.0.*`, a 1x1 convolution.
 
-    `ValueError` for a decoder of another kind.
+    Raises `UserError` for a decoder of another kind.
     """
     prefix = "encoder."
     inner = {name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)}
@@ -70,15 +70,15 @@ def from_official_simmim(state: Mapping[str, Array]) -> Mapped:
 
 
 def to_official_simmim(state: Mapping[str, Array]) -> State:
-    """The inverse, without the buffers that the official code computes again."""
+    """Invert `from_official_simmim`, without buffers that the official code recomputes."""
     inner = to_timm(state) | {"mask_token": state[MASK_TOKEN]}
     return {f"encoder.{_shift_stage(name, -1)}": array for name, array in inner.items()} | _head_to_convolution(state)
 
 
 def from_transformers(state: Mapping[str, Array], kind: str) -> Mapped:
-    """A model of Transformers; `kind` is its configuration's `model_type`, one of `DIALECTS`.
+    """Map a Transformers model; `kind` is its configuration's `model_type`, one of `DIALECTS`.
 
-    Takes the names that it writes and those that it has in memory since version 5. `ValueError` for a name that no
+    Accepts the names on disk and those in memory since version 5. Raises `UserError` for a name that no
     model of the kind has.
     """
     dialect = DIALECTS[kind]
@@ -132,11 +132,11 @@ class Dialect:
     """How Transformers names the parts of one kind of model."""
 
     blocks: tuple[str, str]
-    """Where block {} (Swin: {} of stage {}) is: timm's name, theirs."""
+    """Name of block {} (Swin: block {} of stage {}): timm's, theirs."""
     attention: str
-    """What stands before query, key and value in a block."""
+    """Prefix of query, key and value in a block."""
     joint_bias: bool
-    """Whether timm has the biases of query, key and value as one."""
+    """Whether timm joins the biases of query, key and value."""
     parts: tuple[tuple[str, str], ...]
     """timm's names outside the blocks, theirs."""
     inside: tuple[tuple[str, str], ...]
@@ -152,7 +152,7 @@ class Dialect:
         return _refilled(self.blocks[0], self.blocks[1], prefix)
 
     def _translated(self, name: str, theirs: int) -> str:
-        """`theirs` tells which of each pair the name is of."""
+        """Translate a name; `theirs` is the column of each pair that it comes from."""
         source, target = self.blocks[theirs], self.blocks[1 - theirs]
         found = re.match(_as_pattern(source), name)
         if found is None:
@@ -176,7 +176,7 @@ def _refilled(source: str, target: str, name: str) -> str:
 
 
 def _exchanged(name: str, pairs: Iterable[tuple[str, str]], theirs: int) -> str | None:
-    """The name with its beginning exchanged for the other one of the pair that fits."""
+    """Replace a name's prefix by the other one of the matching pair."""
     for pair in pairs:
         if name == pair[theirs] or name.startswith(pair[theirs] + "."):
             return pair[1 - theirs] + name[len(pair[theirs]) :]
@@ -184,7 +184,7 @@ def _exchanged(name: str, pairs: Iterable[tuple[str, str]], theirs: int) -> str 
 
 
 def _part_of_triple(name: str, dialect: Dialect) -> tuple[str, str | None]:
-    """For a name of query, key or value, what timm has joined of them and which part it is."""
+    """For a query, key or value name, return timm's joined name and the part's index."""
     kinds = "weight|bias" if dialect.joint_bias else "weight"
     found = re.fullmatch(rf"({_as_pattern(dialect.blocks[1])}){re.escape(dialect.attention)}(\w+)\.({kinds})", name)
     if found is None or found[found.re.groups - 1] not in _TRIPLE:
@@ -194,7 +194,7 @@ def _part_of_triple(name: str, dialect: Dialect) -> tuple[str, str | None]:
 
 
 def _older_name(name: str, dialect: Dialect) -> str:
-    """Transformers 5 renamed modules in memory; it writes the older names unless asked not to."""
+    """Undo the renaming of Transformers 5, which by default still writes the older names."""
     table = "relative_position_bias.relative_position_bias_table"
     swin = dialect.blocks[0].startswith("layers.")
     renamed = [
@@ -234,7 +234,7 @@ _TABLE = "relative_position_bias_table"
 
 
 def _two_biases(attention: str) -> tuple[tuple[str, str], ...]:
-    """Models whose keys have no bias, which timm keeps apart from the weights."""
+    """Handle models without key bias, whose query and value biases timm keeps separately."""
     return (("attn.q_bias", f"{attention}query.bias"), ("attn.v_bias", f"{attention}value.bias"))
 
 
@@ -288,7 +288,7 @@ def _shift_stage(name: str, by: int) -> str:
 
 
 def _sort_out(state: Mapping[str, Array], reasons: Mapping[str, str]) -> tuple[State, dict[str, str]]:
-    """What is kept, and name → why not."""
+    """Split into kept entries and name → why left out."""
     left_out = {}
     for name in state:
         if why := next((why for pattern, why in reasons.items() if re.search(pattern, name)), None):
@@ -297,7 +297,7 @@ def _sort_out(state: Mapping[str, Array], reasons: Mapping[str, str]) -> tuple[S
 
 
 def _place(name: str) -> str:
-    """timm's name, or the mask token, → ours."""
+    """Map timm's name or the mask token to ours."""
     return MASK_TOKEN if name == "mask_token" else f"{BACKBONE}{name}"
 
 
@@ -310,7 +310,7 @@ def _head_from_convolution(state: Mapping[str, Array]) -> State:
 
 
 def _head_to_convolution(state: Mapping[str, Array]) -> State:
-    """The inverse; nothing where there is no linear head."""
+    """Invert `_head_from_convolution`; returns nothing without a linear head."""
     weight = state.get("head.weight")
     if weight is None:
         return {}

@@ -1,6 +1,6 @@
-"""The Keras engine: the same pretraining on JAX or TensorFlow, for Cloud TPU teams that use those.
+"""Keras engine: pretraining on JAX or TensorFlow.
 
-Keras fixes its backend when it is first imported, so every other module here is imported after `use_backend`.
+Keras fixes its backend at its first import: import every other module here after `use_backend`.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def use_backend(backend: str) -> None:
-    """Choose what Keras runs on, jax or tensorflow. One-line `ValueError` where that cannot be had."""
+    """Choose Keras's backend, jax or tensorflow. Raises `UserError` if it is not available."""
     for library in ("keras", backend):
         if importlib.util.find_spec(library) is None:
             raise UserError(f"--engine keras --backend {backend} needs {library}; pip install 'simmim[keras]'")
@@ -31,7 +31,7 @@ def use_backend(backend: str) -> None:
 
 
 def pretrain(config: "PretrainConfig") -> "tuple[Run, Outcome]":
-    """Pretrain, or resume; see `simmim.pretrain`. One-line `ValueError` for what a user can mend."""
+    """Pretrain or resume; see `simmim.pretrain`."""
     use_backend(config.backend or "jax")
     from simmim.keras_engine.pretrain import pretrain
 
@@ -39,7 +39,7 @@ def pretrain(config: "PretrainConfig") -> "tuple[Run, Outcome]":
 
 
 def compile_step(config: "PretrainConfig", topology: str) -> "CompilerReport":
-    """The training step, compiled for a TPU; see `simmim.keras_engine.lower`."""
+    """Compile the training step for a TPU; see `simmim.keras_engine.lower`."""
     use_backend(config.backend or "jax")
     from simmim.keras_engine.lower import compile_step
 

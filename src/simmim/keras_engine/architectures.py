@@ -1,4 +1,4 @@
-"""The timm models that this engine builds: their names and sizes, as facts. timm itself would bring PyTorch."""
+"""Names and sizes of the timm models that this engine builds, since timm itself needs PyTorch."""
 
 import dataclasses
 import difflib
@@ -49,7 +49,7 @@ _PATTERN = re.compile(r"(vit|deit|beit|beitv2|swin)_(\w+?)_patch(\d+)(?:_window(
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A timm model: `arguments` are all that its Keras twin is built from, under timm's names."""
+    """A timm model; `arguments`, under timm's names, define its Keras counterpart completely."""
 
     name: str
     family: Family
@@ -58,7 +58,7 @@ class Architecture:
     bottleneck: bool = False  # ResNet's block of three convolutions
 
     def with_arguments(self, changes: dict[str, Any]) -> "Architecture":
-        """With the user's model arguments; one-line `ValueError` for one that this engine does not build."""
+        """Apply the user's model arguments. Raises `UserError` for one that this engine does not support."""
         if unknown := set(changes) - set(self.arguments):
             raise UserError(
                 f"model argument {min(unknown)!r} of {self.name} is not known to the keras engine; use "
@@ -68,7 +68,7 @@ class Architecture:
 
 
 def find_architecture(model: str) -> Architecture:
-    """The architecture of a timm model name; one-line `ValueError` for a name that this engine does not build."""
+    """Look up a timm model name. Raises `UserError` for a model that this engine does not support."""
     name = model.split(".")[0]
     if name not in NAMES:
         close = difflib.get_close_matches(name, NAMES, n=3)

@@ -1,4 +1,4 @@
-"""Whole training states on disk, the same for JAX and TensorFlow: one safetensors file of named arrays.
+"""Save and load training states, for JAX and TensorFlow alike: one safetensors file of named arrays.
 
 `RUN/checkpoints/step-00001000/state.safetensors` holds `model.NAME`, `mean.NAME` and `square.NAME` (AdamW's averages)
 under the torch engine's names and in PyTorch's layout, `updates` and `bad`. `simmim.training.checkpoint_directory`
@@ -20,13 +20,13 @@ from simmim.training.checkpoint_directory import ARRAYS, begin, publish
 
 
 def save_checkpoint(directory: Path, step: int, model: MaskedImageModel, state: State, *, keep: int) -> Path:
-    """Write the state after `step` steps; one process calls it. Returns the checkpoint's directory."""
+    """Write the state after `step` steps; only one process calls it. Returns the checkpoint's directory."""
     save_file(_named(model, state), begin(directory, step) / ARRAYS)
     return publish(directory, step, keep=keep)
 
 
 def load_checkpoint(path: Path, model: MaskedImageModel) -> State:
-    """The state as saved."""
+    """Load a saved state."""
     arrays = load_file(path / ARRAYS)
     parameters = model.trainable_variables
     return State(
@@ -40,7 +40,7 @@ def load_checkpoint(path: Path, model: MaskedImageModel) -> State:
 
 
 def load_weights(path: Path) -> weights.State:
-    """The model's weights alone, under the torch engine's names."""
+    """Load the model's weights alone, under the PyTorch engine's names."""
     return part(load_file(path / ARRAYS), "model")
 
 

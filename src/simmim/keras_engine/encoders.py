@@ -1,4 +1,4 @@
-"""Encoders: backbones of Keras layers that accept a mask, equal to the torch engine's number for number.
+"""Encoders of Keras layers that accept a mask, numerically equal to the PyTorch engine's.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `h w` patches or feature-map cells, `N` tokens, `D` features, `n` heads.
 """
@@ -29,17 +29,17 @@ BACKBONE = "encoder.backbone"
 class Encoder(Module):
     """Images (B, H, W, C) and hidden patches (B, h, w), True = hidden → features (B, H / stride, W / stride, D).
 
-    `hidden` is what the package calls a mask elsewhere: Keras gives an argument of that name a meaning of its own.
-    `draws` (B, drop_paths.layers) decide which layers an image skips; without them none is skipped.
+    `hidden` is called mask elsewhere; Keras reserves an argument named `mask`.
+    `draws` (B, drop_paths.layers) decide which layers an image skips; without them, none.
     """
 
     without_decay: ClassVar[frozenset[str]] = frozenset({"encoder.mask_token"})
-    """Names of parameters that AdamW does not decay, besides biases and 1-D ones."""
+    """Names of parameters without weight decay, besides biases and 1-D ones."""
 
     patch_size: int
-    """Pixels of a side of the unit in which masks are given."""
+    """Side of a mask's unit in pixels."""
     stride: int
-    """Pixels of a side of a feature-map cell."""
+    """Side of a feature-map cell in pixels."""
     num_features: int
 
     def __init__(self, token_features: int):
@@ -51,13 +51,13 @@ class Encoder(Module):
         raise AssertionError
 
     def hide(self, tokens: Array, hidden: Array) -> Array:
-        """The mask token in place of hidden cells: (B, h, w, D), (B, h, w) → (B, h, w, D)."""
+        """Replace hidden cells by the mask token: (B, h, w, D), (B, h, w) → (B, h, w, D)."""
         token = ops.reshape(ops.cast(self.mask_token, tokens.dtype), (-1,))
         return ops.where(hidden[..., None], token, tokens)
 
 
 class Block(Module):
-    """Pre-norm attention and MLP, each added to the stream; with `scale` each is scaled by parameters first (BEiT)."""
+    """Pre-norm attention and MLP with residuals; `scale` adds LayerScale (BEiT)."""
 
     def __init__(self, name: str, arguments: dict[str, Any], drop: tuple[DropPath | None, DropPath | None]):
         super().__init__(name)
@@ -104,7 +104,7 @@ class TokenEncoder(Encoder):
 
 
 class _Tokens(Blocks):
-    """The transformer: patch tokens (B, N, D) → all tokens normed (B, 1 + N, D)."""
+    """Transformer: patch tokens (B, N, D) → normalised tokens (B, 1 + N, D)."""
 
     def __init__(
         self,
@@ -150,5 +150,5 @@ class _Tokens(Blocks):
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Rates that rise evenly from 0 in the first block to `last` in the last."""
+    """Drop-path rates that rise linearly from 0 in the first block to `last` in the last."""
     return [float(rate) for rate in np.linspace(0.0, last, depth)]

@@ -1,4 +1,4 @@
-"""The first values of weights, drawn as timm draws them, but the same on every backend.
+"""Initial weights with timm's distributions, identical on every backend.
 
 Shapes are PyTorch's: (outputs, inputs, …).
 """
@@ -16,7 +16,7 @@ Values = NDArray[np.floating]
 
 
 def first_values(shapes: Mapping[str, Shape], architecture: Architecture, seed: int) -> dict[str, Values]:
-    """Values of the weights of a `MaskedImageModel`, by name; each depends on the seed, its name and its shape only."""
+    """Draw initial weights of a `MaskedImageModel` by name; each depends only on seed, name and shape."""
     return {
         name: _draw(name, shapes, architecture, np.random.default_rng((seed, zlib.crc32(name.encode()))))
         for name in shapes
@@ -26,11 +26,11 @@ def first_values(shapes: Mapping[str, Shape], architecture: Architecture, seed: 
 def _draw(name: str, shapes: Mapping[str, Shape], architecture: Architecture, rng: np.random.Generator) -> Values:
     shape = shapes[name]
     module, _, leaf = name.rpartition(".")
-    weight = shapes.get(f"{module}.weight", shape)  # what a bias belongs to
+    weight = shapes.get(f"{module}.weight", shape)  # the layer that a bias belongs to
     if leaf in ("running_mean", "q_bias", "v_bias") or (leaf == "bias" and len(weight) == 1):
         return np.zeros(shape)
     if leaf == "weight" and module.endswith("bn3" if architecture.bottleneck else "bn2"):
-        return np.zeros(shape)  # a residual branch begins at zero
+        return np.zeros(shape)  # zero-initialised residual branch
     if leaf == "running_var" or (leaf == "weight" and len(shape) == 1):
         return np.ones(shape)
     if leaf in ("gamma_1", "gamma_2"):
@@ -53,7 +53,7 @@ def _transformer(name: str, leaf: str, shape: Shape, architecture: Architecture,
     values = _truncated_normal(shape, rng)
     if beit and name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
         block = int(name.split("blocks.")[1].split(".")[0])
-        return values / np.sqrt(2.0 * (block + 1))  # deeper branches begin smaller
+        return values / np.sqrt(2.0 * (block + 1))  # deeper branches start smaller
     return values
 
 

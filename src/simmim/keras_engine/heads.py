@@ -1,4 +1,4 @@
-"""Prediction heads, equal to the torch engine's: feature map (B, h, w, D) → prediction of every cell (B, h, w, P).
+"""Prediction heads, equal to the PyTorch engine's: feature map (B, h, w, D) → prediction (B, h, w, P).
 
 Shapes: `B` images, `h w` feature-map cells, `N` tokens, `D` features, `P` predicted values a cell.
 """

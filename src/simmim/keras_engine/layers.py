@@ -1,7 +1,7 @@
-"""The layers that the encoders share, in the arithmetic of timm's.
+"""Layers that the encoders share, with timm's arithmetic.
 
 Every layer that holds weights is named as timm names its module ("encoder.backbone.blocks.0.attn.qkv"), which is how
-`simmim.keras_engine.weights` finds them. Layers are built where they are made, as their sizes are known there.
+`simmim.keras_engine.weights` finds them. Layers are built on creation, when their sizes are known.
 Matrix products run in the compute dtype of the policy; norms, softmax and the residual stream in float32.
 
 Shapes: `B` images, `H W` pixels, `h w` patches, `N` tokens, `D` features, `n` heads.
@@ -14,18 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = Any  # a tensor of the backend
-ops: Any = keras.ops  # which say of themselves, wrongly, that they may return None
+ops: Any = keras.ops  # their annotations wrongly allow None
 
 
 class Module(keras.layers.Layer):
-    """A layer of float32 weights whose inputs Keras does not cast: its children cast for themselves."""
+    """Layer with float32 weights and no input casting by Keras; its children cast."""
 
     def __init__(self, name: str):
         super().__init__(name=name, dtype="float32", autocast=False)
         self.built = True
 
     def weight(self, name: str, shape: tuple[int, ...], *, trainable: bool = True) -> keras.Variable:
-        """A parameter or a statistic, zero until `simmim.keras_engine.weights` fills it."""
+        """Create a parameter or statistic, zero until `simmim.keras_engine.weights` fills it."""
         return self.add_weight(name=name, shape=shape, initializer="zeros", trainable=trainable, autocast=False)
 
 
@@ -44,7 +44,7 @@ def layer_norm(name: str, features: int, epsilon: float) -> keras.layers.LayerNo
 def convolution(
     name: str, inputs: int, outputs: int, size: int, *, stride: int = 1, bias: bool = False
 ) -> keras.layers.Conv2D:
-    """Without padding: who needs it pads evenly, as PyTorch does and Keras does not."""
+    """Convolve without padding; callers pad symmetrically, as PyTorch does and Keras does not."""
     layer = keras.layers.Conv2D(
         outputs, size, strides=stride, use_bias=bias, kernel_initializer="zeros", data_format="channels_last", name=name
     )
@@ -53,7 +53,7 @@ def convolution(
 
 
 class DropPath:
-    """Stochastic depth (arXiv 1603.09382) by numbers that come with the batch: (B, layers), uniform in [0, 1)."""
+    """Stochastic depth (arXiv 1603.09382) with random numbers from the batch: (B, layers), uniform in [0, 1)."""
 
     def __init__(self, rate: float, layer: int):
         self.keep = 1.0 - rate
@@ -67,7 +67,7 @@ class DropPath:
 
 
 class DropPaths:
-    """Hands out the drop paths of a network, numbered as the torch engine numbers them: layers that never drop have
+    """Create a network's drop paths, numbered as in the PyTorch engine: layers that never drop have
     none."""
 
     def __init__(self) -> None:
@@ -81,13 +81,13 @@ class DropPaths:
 
 
 def add_branch(stream: Array, branch: Array, drop_path: DropPath | None, draws: Array | None) -> Array:
-    """The residual stream, in float32, with a branch that may be dropped."""
+    """Add a branch, which may be dropped, to the float32 residual stream."""
     branch = ops.cast(branch, stream.dtype)
     return stream + (branch if drop_path is None else drop_path(branch, draws))
 
 
 class Blocks(Module):
-    """A network of blocks, which a backward pass may run again instead of keeping what they computed."""
+    """A network of blocks that supports activation checkpointing."""
 
     recompute = False
 
@@ -121,9 +121,9 @@ class Mlp(Module):
 
 
 class Attention(Module):
-    """Self-attention with a bias to its scores: (B, N, D), bias that broadcasts to (B, n, N, N) → (B, N, D).
+    """Self-attention with a score bias that broadcasts to (B, n, N, N): (B, N, D) → (B, N, D).
 
-    With `split_bias` the keys have no bias and those of queries and values are parameters of their own, as in BEiT.
+    With `split_bias`, keys have no bias; queries and values have separate ones, as in BEiT.
     """
 
     def __init__(self, name: str, features: int, heads: int, *, qkv_bias: bool, split_bias: bool = False):
@@ -150,7 +150,7 @@ class Attention(Module):
 
 
 class RelativeBias(Module):
-    """A table of score biases by relative position; with `prefix` there is a class token before the grid's."""
+    """Table of score biases by relative position; `prefix` adds a class token before the grid."""
 
     def __init__(self, name: str, grid: tuple[int, int], heads: int, *, prefix: bool):
         super().__init__(name)
@@ -166,9 +166,9 @@ class RelativeBias(Module):
 
 
 def _relative_index(grid: tuple[int, int], *, prefix: bool) -> NDArray[np.int32]:
-    """Which row of the table holds for query i and key j: (N, N).
+    """Table row for query i and key j: (N, N).
 
-    Rows run over row distance, then column distance; a class token has three more: to it, from it, to itself.
+    Rows enumerate row distance, then column distance; a class token adds three: to it, from it, to itself.
     """
     h, w = grid
     place = np.stack(np.meshgrid(np.arange(h), np.arange(w), indexing="ij"), -1).reshape(-1, 2)

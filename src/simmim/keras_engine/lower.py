@@ -1,7 +1,7 @@
-"""The user's own training step, on JAX or TensorFlow, for the TPU compiler. Nothing runs.
+"""Lower a training step on JAX or TensorFlow for the TPU compiler, without running it.
 
-JAX's step is compiled for all devices of a topology at once, as it would run there, with its collectives. TensorFlow
-compiles a replica's step for itself and joins replicas when it runs; so there it is one device's, without the exchange.
+JAX's step is compiled for all devices of a topology at once, with its collectives. TensorFlow
+compiles one replica's step and joins replicas at run time: its module is one device's, without the gradient exchange.
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ from simmim.keras_engine.pretrain import check_batch, check_options
 from simmim.training.plan import Batch
 
 _NO_EXCHANGE = "the exchange of gradients between devices, which TensorFlow puts in on the TPU itself"
-# MLIR's name for a copy, which the compiler's reader no longer knows; a reshape to the same shape is one too.
+# The compiler's reader no longer knows MLIR's copy; a reshape to the same shape is equivalent.
 _COPY = re.compile(r"mhlo\.copy (%\w+) : (tensor<[^>]*>)")
 
 
 def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
-    """The step of a training over all devices of `topology`. One-line `ValueError` for what cannot be.
+    """Compile the step of a training over all devices of `topology`. Raises `UserError` if that is impossible.
 
-    Of the configuration all must be set that the engine does not know better: mean, std, precision, cluster centres.
+    Mean, std, precision and cluster centres must be set.
     """
     backend = keras.config.backend()
     architecture = architecture_of(config)
@@ -61,7 +61,7 @@ def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
 
 
 def lower_jax(config: PretrainConfig, devices: list[Any]) -> Any:
-    """The step of `config` over `devices` that need not be here: a `jax.stages.Lowered`."""
+    """Lower the step of `config` for `devices`, which may be absent: a `jax.stages.Lowered`."""
     from simmim.keras_engine.jax_machine import JaxMachine, JaxStepper
 
     machine = JaxMachine(devices)
@@ -71,7 +71,7 @@ def lower_jax(config: PretrainConfig, devices: list[Any]) -> Any:
 
 
 def lower_tensorflow(config: PretrainConfig, batch_size: int) -> str:
-    """The step of one replica of `config` for its share of the batch: StableHLO."""
+    """Lower one replica's step of `config` for its share of the batch: StableHLO."""
     from simmim.keras_engine.tensorflow_machine import TensorFlowMachine
 
     machine = TensorFlowMachine.absent_tpu()
@@ -82,7 +82,7 @@ def lower_tensorflow(config: PretrainConfig, batch_size: int) -> str:
 
 
 def sketch_batch(config: PretrainConfig, model: MaskedImageModel, count: int) -> Batch:
-    """A batch of `count` images that has shapes and types, and takes no memory."""
+    """Sketch a batch of `count` images: shapes and dtypes without memory."""
     assert config.image_size is not None
     H, W = config.image_size
     patch, layers = model.encoder.patch_size, model.encoder.drop_paths.layers

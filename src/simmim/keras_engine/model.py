@@ -1,4 +1,4 @@
-"""The method on one page, as in the torch engine: hide patches, encode, predict what was hidden, judge that only.
+"""The method on one page, as in the PyTorch engine: hide patches, encode, predict and judge the hidden ones only.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of the feature map (both in pixels),
 `h w` = `H/s W/s` feature-map cells, `D` features, `P` predicted values a cell.
@@ -26,7 +26,7 @@ _ENCODERS = {"vit": TokenEncoder, "beit": TokenEncoder, "swin": SwinEncoder, "re
 class MaskedImageModel(Module):
     """Encoder + head + target + loss (SimMIM §3).
 
-    Takes a batch as the input pipeline delivers it: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p) with
+    Takes a batch from the input pipeline: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p) with
     True = hidden, drop_path (B, layers). Flips and normalises on the device, so that images cross to it as small
     integers. Returns the loss, a scalar, and the prediction (B, h, w, P).
     """
@@ -59,7 +59,7 @@ class MaskedImageModel(Module):
         return self.loss(ops, prediction, target, weights), prediction
 
     def has_weight_decay(self, variable: keras.Variable) -> bool:
-        """As in the torch engine: 1-D parameters, biases, and what the encoder names are exempt."""
+        """As in the PyTorch engine: 1-D parameters, biases and the encoder's `without_decay` are exempt."""
         name = weights.torch_name(variable)
         return len(variable.shape) > 1 and not name.endswith(".bias") and name not in self.encoder.without_decay
 
@@ -69,7 +69,7 @@ def architecture_of(config: PretrainConfig) -> Architecture:
 
 
 def build_model(config: PretrainConfig) -> MaskedImageModel:
-    """The model of a complete configuration, with the first weights of its seed."""
+    """Build the model of a complete configuration, with the initial weights of its seed."""
     assert config.image_size is not None and isinstance(config.mean, tuple) and isinstance(config.std, tuple)
     keras.config.set_dtype_policy("mixed_bfloat16" if config.precision == "bf16" else "float32")
     architecture = architecture_of(config)

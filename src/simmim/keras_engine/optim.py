@@ -1,7 +1,7 @@
-"""The training state, and what one update makes of it: clip, AdamW, or skip a step that is not finite.
+"""Training state and its update: clip, AdamW, skip a step that is not finite.
 
-Pure functions, so that JAX and TensorFlow take the same. Keras's own AdamW is not PyTorch's: it adds epsilon before the
-second moment is corrected for its zero start, which for 1e-8 makes a small gradient's first updates a third as large.
+Pure functions, shared by JAX and TensorFlow. Keras's AdamW differs from PyTorch's: it adds epsilon before the
+bias correction of the second moment; with 1e-8, first updates of small gradients shrink to a third.
 """
 
 import math
@@ -16,26 +16,26 @@ from simmim.keras_engine.model import MaskedImageModel
 _EPSILON = 1e-8
 _CLIP_EPSILON = 1e-6  # PyTorch's, added to the norm that divides
 BAD_LIMIT = 10
-"""Steps in a row that may fail to be finite."""
+"""Non-finite steps in a row that are tolerated."""
 
 
 class State(NamedTuple):
-    """All that training changes; the lists go with the model's (trainable and other) variables."""
+    """All state that training changes; lists follow the model's trainable and other variables."""
 
     parameters: list[Any]
     statistics: list[Any]
     means: list[Any]
-    """AdamW's average of gradients."""
+    """AdamW's first moments."""
     squares: list[Any]
-    """AdamW's average of their squares."""
+    """AdamW's second moments."""
     updates: Any
-    """Updates that were finite: a scalar."""
+    """Number of finite updates: a scalar."""
     bad: Any
-    """Steps in a row, up to the last, that were not: a scalar."""
+    """Number of non-finite steps in a row up to now: a scalar."""
 
 
 class Gradients(NamedTuple):
-    """What a batch says: the loss, its gradients, and the statistics after it."""
+    """Loss, gradients and updated statistics of a batch."""
 
     loss: Any
     gradients: list[Any]
@@ -44,7 +44,7 @@ class Gradients(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """How parameters follow gradients; `decays` has a weight decay for each parameter."""
+    """Update rule; `decays` holds each parameter's weight decay."""
 
     decays: Sequence[float]
     betas: tuple[float, float]
@@ -57,9 +57,9 @@ def rule_of(config: TrainingConfig, model: MaskedImageModel) -> Rule:
 
 
 def advance(rule: Rule, state: State, found: Gradients, lr: Array) -> tuple[State, Array]:
-    """The state after an update, and its figures (3,): loss, gradient norm before clipping, steps not finite so far.
+    """Apply an update; returns the state and figures (3,): loss, unclipped gradient norm, non-finite steps in a row.
 
-    A step that is not finite changes nothing but `bad`.
+    A non-finite step changes only `bad`.
     """
     norm = ops.sqrt(sum(ops.sum(ops.square(gradient)) for gradient in found.gradients))
     norm = ops.where(ops.isfinite(found.loss), norm, math.nan)  # an infinite L1 loss has finite gradients
@@ -100,7 +100,7 @@ def advance(rule: Rule, state: State, found: Gradients, lr: Array) -> tuple[Stat
 def _adamw(
     rule: Rule, decay: float, parameter: Array, gradient: Array, mean: Array, square: Array, updates: Array, lr: Array
 ) -> tuple[Array, Array, Array]:
-    """AdamW as PyTorch computes it: decay by lr · weight decay, epsilon after the correction."""
+    """AdamW as in PyTorch: decay by lr · weight decay, epsilon after the bias correction."""
     first, second = rule.betas
     mean = first * mean + (1.0 - first) * gradient
     square = second * square + (1.0 - second) * ops.square(gradient)
@@ -110,17 +110,17 @@ def _adamw(
 
 
 def _correction(beta: float, updates: Array) -> Array:
-    """1 - beta ** updates, without float32's loss of digits where that is small."""
+    """1 - beta ** updates, without float32 cancellation."""
     return -ops.expm1(updates * math.log(beta)) if beta else ops.ones_like(updates)
 
 
 def in_pieces(
     pieces: int, batch: dict[str, Any], statistics: list[Any], judge: Callable[[dict[str, Any], list[Any]], Gradients]
 ) -> Gradients:
-    """The mean loss and gradients of a batch, `pieces` parts of it one after the other."""
+    """Mean loss and gradients of a batch, accumulated over `pieces` parts."""
     found: list[Gradients] = []
     for piece in range(pieces):
-        # Every piece takes from everywhere in the batch, so that a batch that lies on many devices need not move.
+        # Each piece strides over the whole batch, so that a sharded batch stays on its devices.
         part = {name: _every(array, pieces, piece) for name, array in batch.items()} if pieces > 1 else batch
         found.append(judge(part, found[-1].statistics if found else statistics))
     return Gradients(

@@ -7,15 +7,15 @@ from simmim.keras_engine.architectures import Architecture
 from simmim.keras_engine.encoders import BACKBONE, Encoder, drop_path_rates
 from simmim.keras_engine.layers import Array, DropPath, DropPaths, Module, convolution, ops
 
-_STAGE = 2  # the stage, from 0, whose hidden cells become the mask token
-_MOMENTUM = 0.1  # share of the newest batch in the running statistics
+_STAGE = 2  # index of the stage whose hidden cells become the mask token
+_MOMENTUM = 0.1  # weight of the newest batch in the running statistics
 _EPSILON = 1e-5
 
 
 class ConvEncoder(Encoder):
-    """Hidden pixels take the mean colour, and the mask token replaces hidden cells of the third stage's output.
+    """Set hidden pixels to the mean colour, and replace hidden cells of the third stage's output by the mask token.
 
-    The torch engine's `ConvEncoder` gives the reasons.
+    The PyTorch engine's `ConvEncoder` gives the reasons.
     """
 
     patch_size = 16
@@ -40,7 +40,7 @@ class ConvEncoder(Encoder):
 
 
 class BatchNorm(Module):
-    """PyTorch's: the running variance is the unbiased one."""
+    """PyTorch's batch norm, with unbiased running variance."""
 
     def __init__(self, name: str, features: int):
         super().__init__(name)
@@ -62,7 +62,7 @@ class BatchNorm(Module):
 
 
 class _Stages(Module):
-    """Holds the layers under timm's names; the encoder calls them."""
+    """Layers under timm's names; the encoder calls them."""
 
     def __init__(self, architecture: Architecture, channels: int, drop_path: float, drop_paths: DropPaths):
         super().__init__(BACKBONE)
@@ -129,5 +129,5 @@ class ResidualBlock(Module):
 
 
 def _pad(x: Array, n: int) -> Array:
-    """Zeros around each map."""
+    """Pad each map with zeros."""
     return ops.pad(x, ((0, 0), (n, n), (n, n), (0, 0))) if n else x

@@ -1,4 +1,4 @@
-"""What a run keeps of a model, in and out: the encoder under timm's names for other tools, the whole model for ours."""
+"""Save and load models of a run: the encoder under timm's names for other tools, the whole model for ours."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from simmim.training.checkpoint_directory import newest_checkpoint
 from simmim.training.run_directory import Run, written_whole
 
 _PREFIX = f"{BACKBONE}."
-# What the hub's file says of a family besides the user's arguments: as the torch engine builds it (its `FAMILIES`).
+# Arguments of each family in the hub's file besides the user's, as the PyTorch engine builds it.
 _FIXED: dict[str, dict[str, Any]] = {
     "vit": {"fc_norm": False},
     "beit": {"use_fc_norm": False},
@@ -30,7 +30,7 @@ _CLASSIFIERS = {"vit": "head", "beit": "head", "swin": "head.fc", "resnet": "fc"
 
 
 def encoder_weights(model: MaskedImageModel, state: State) -> weights.State:
-    """The backbone's weights under timm's names, as timm's module holds them."""
+    """Return the backbone's weights under timm's names."""
     named = weights.export(model.trainable_variables, state.parameters)
     named |= weights.export(model.non_trainable_variables, state.statistics)
     backbone = {name.removeprefix(_PREFIX): array for name, array in named.items() if name.startswith(_PREFIX)}
@@ -40,7 +40,7 @@ def encoder_weights(model: MaskedImageModel, state: State) -> weights.State:
 
 
 def save_encoder(directory: Path, model: MaskedImageModel, state: State, config: PretrainConfig) -> None:
-    """Write a timm hub directory, which timm and Transformers load with nothing of ours; each file whole or not."""
+    """Write a timm hub directory, which timm and Transformers load; each file atomically."""
     with written_whole(directory / "model.safetensors") as path:
         save_file(encoder_weights(model, state), path)
     with written_whole(directory / "config.json") as path:
@@ -49,7 +49,7 @@ def save_encoder(directory: Path, model: MaskedImageModel, state: State, config:
 
 
 def hub_settings(architecture: Architecture, config: PretrainConfig, features: int) -> dict[str, Any]:
-    """The config.json of timm's hub format, which timm itself cannot write without PyTorch."""
+    """Build the config.json of timm's hub format, which timm cannot write without PyTorch."""
     assert config.image_size is not None
     sized = architecture.family != "resnet"
     arguments = {"in_chans": config.channels, "global_pool": "avg"} | _FIXED[architecture.family]
@@ -78,9 +78,9 @@ def hub_settings(architecture: Architecture, config: PretrainConfig, features: i
 
 
 def initialize(model: MaskedImageModel, source: str) -> str:
-    """Load the weights of `--init-from`, a run of any engine or a safetensors file with timm's names; says what it did.
+    """Load the weights of `--init-from`, a run or a safetensors file with timm's names; returns a summary.
 
-    From a run of this engine come the mask token and the head too, where their shapes fit. One-line `ValueError` where
+    A run of this engine also provides mask token and head if their shapes fit. Raises `UserError` if
     the encoder's weights do not fit.
     """
     path = Path(source)
@@ -111,7 +111,7 @@ def initialize(model: MaskedImageModel, source: str) -> str:
 
 
 def _read_run(run: Run) -> tuple[weights.State, weights.State]:
-    """The encoder of a run and, where this engine wrote it, what else its model holds."""
+    """Read a run's encoder and, if this engine wrote it, the rest of its model."""
     file = run.encoder / "model.safetensors"
     if not file.is_file():
         raise UserError(f"--init-from {run.path} has no encoder yet; wait for its first --save-every-steps")

@@ -29,7 +29,7 @@ from simmim.keras_engine.layers import (
 )
 
 _EPSILON = 1e-5
-_FORBIDDEN = -100.0  # added to the score of two tokens that only the cyclic shift made neighbours
+_FORBIDDEN = -100.0  # added to scores of tokens that only the cyclic shift made neighbours
 
 
 class SwinEncoder(Encoder):
@@ -100,7 +100,7 @@ class PatchMerging(Module):
 
 
 class WindowBlock(Module):
-    """Attention within windows, which every other block shifts by half: (B, h, w, D) → (B, h, w, D)."""
+    """Window attention; every other block shifts windows by half: (B, h, w, D) → (B, h, w, D)."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class WindowBlock(Module):
         size = _pair(arguments["window_size"])
         self.drop = drop
         self.window = (min(size[0], grid[0]), min(size[1], grid[1]))
-        # A window that holds the whole side has no neighbour to shift to.
+        # A window that covers the whole side needs no shift.
         shift = [0 if side <= window else window // 2 for side, window in zip(grid, self.window, strict=True)]
         self.shift = (shift[0], shift[1]) if shifted else (0, 0)
         padded = [-(-side // window) * window for side, window in zip(grid, self.window, strict=True)]
@@ -155,7 +155,7 @@ class WindowBlock(Module):
 
 
 def _shift_mask(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> NDArray[np.float32]:
-    """What to add to scores so that tokens attend only to those that were neighbours before the shift.
+    """Score mask that restricts attention to tokens that were neighbours before the shift.
 
     (windows, 1, N, N); a window of the shifted map holds parts of up to four regions.
     """

@@ -1,4 +1,4 @@
-"""Keras variables ↔ arrays under timm's names and in PyTorch's layout, which is how everything is stored.
+"""Convert between Keras variables and arrays with timm's names and PyTorch's layout, the storage format.
 
 A variable's name is its layer's (timm's module) and its own: `encoder.backbone.norm/gamma` →
 `encoder.backbone.norm.weight`.
@@ -33,7 +33,7 @@ def torch_shape(variable: keras.Variable) -> tuple[int, ...]:
 
 
 def export(variables: Iterable[keras.Variable], arrays: Iterable[NDArray[Any]]) -> State:
-    """What belongs to variables (their values or the optimiser's averages), under names and in layouts of PyTorch."""
+    """Convert variables or optimiser averages to PyTorch's names and layouts."""
     return {
         torch_name(variable): np.ascontiguousarray(np.transpose(array, _to_torch(variable, array.ndim)))
         for variable, array in zip(variables, arrays, strict=True)
@@ -41,7 +41,7 @@ def export(variables: Iterable[keras.Variable], arrays: Iterable[NDArray[Any]]) 
 
 
 def arrange(variables: Iterable[keras.Variable], state: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """The reverse of `export`."""
+    """Invert `export`."""
     return [
         np.ascontiguousarray(np.transpose(array, np.argsort(_to_torch(variable, array.ndim))))
         for variable in variables
@@ -60,7 +60,7 @@ def read(layer: keras.layers.Layer) -> State:
 
 
 def _to_torch(variable: keras.Variable, ndim: int) -> tuple[int, ...]:
-    """The order of axes in PyTorch: (in, out) → (out, in), (rows, columns, in, out) → (out, in, rows, columns)."""
+    """Transpose to PyTorch's order: (in, out) → (out, in), (rows, columns, in, out) → (out, in, rows, columns)."""
     if variable.path.endswith("/kernel"):
         return (1, 0) if ndim == 2 else (3, 2, 0, 1)
     return tuple(range(ndim))

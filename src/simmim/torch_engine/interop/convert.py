@@ -1,4 +1,4 @@
-"""`simmim convert`: anyone's checkpoint → a run that every other command takes.
+"""Convert another package's checkpoint to a run directory (`simmim convert`).
 
 Shapes: `O` outputs, `C` channels, `k` side of a kernel.
 """
@@ -28,28 +28,28 @@ from simmim.training.run_directory import Run, open_run
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """A conversion."""
+    """Settings of a conversion."""
 
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """A file or directory: official SimMIM, MAE, Swin or BEiT, Transformers', or timm's."""
     out: str
     """The run directory to write."""
     image_size: ImageSize = None
-    """Pixels of the run, N or HxW (default: as the checkpoint)."""
+    """Image size of the run in pixels, N or HxW (default: the checkpoint's)."""
     window: Count = None
-    """Window of a Swin, in cells (default: as the checkpoint)."""
+    """Window of a Swin, in cells (default: the checkpoint's)."""
     channels: Count = None
-    """Channels of the run's images (default: as the checkpoint)."""
+    """Channels of the run's images (default: the checkpoint's)."""
     model: Word = None
-    """The timm model that the checkpoint is of, where it does not tell."""
+    """timm model of the checkpoint, if it cannot be inferred."""
     model_args: ModelArgs = field(default_factory=dict)
     """Arguments of that timm model, such as depth=4 embed_dim=192."""
 
 
 def convert(config: ConvertConfig) -> list[str]:
-    """Write the run and say what was recognised, mapped, left out and resized, one line each.
+    """Write the run; returns a line each on what was recognised, mapped, left out and resized.
 
-    One-line `ValueError`s for a checkpoint that is damaged, unknown or does not fit, and for an `out` that is taken.
+    Raises `UserError` for a damaged, unknown or unsuitable checkpoint and for an `out` that exists.
     """
     config = from_settings(ConvertConfig, vars(config))
     if config.model_args and config.model is None:
@@ -74,7 +74,7 @@ def convert(config: ConvertConfig) -> list[str]:
 
 
 def configure(checkpoint: Checkpoint, wanted: ConvertConfig) -> PretrainConfig:
-    """The run's configuration: the checkpoint's model and method, with what was asked for instead."""
+    """Build the run's configuration from the checkpoint's, with the requested changes."""
     found = checkpoint.architecture
     if found is None:
         raise UserError(f"{wanted.checkpoint} does not tell which model it is of; give --model, its timm name")
@@ -99,7 +99,7 @@ def configure(checkpoint: Checkpoint, wanted: ConvertConfig) -> PretrainConfig:
 
 
 def _channels(checkpoint: Checkpoint, encoder: Encoder) -> int:
-    """Channels of the images that the checkpoint's first convolution (O, C, k, k) takes."""
+    """Return the input channels of the checkpoint's first convolution (O, C, k, k)."""
     name = f"{encoder.backbone.pretrained_cfg['first_conv']}.weight"
     if (weight := checkpoint.mapped.state.get(BACKBONE + name)) is None:
         raise UserError(f"the checkpoint lacks {name!r}; give the --model that it is of")
@@ -107,22 +107,22 @@ def _channels(checkpoint: Checkpoint, encoder: Encoder) -> int:
 
 
 def _fitting_cell(cell: int, patch: int, size: tuple[int, int]) -> int:
-    """The largest mask cell up to `cell` that is whole patches and divides the image; one patch where none does."""
+    """Return the largest mask cell up to `cell` that is whole patches and divides the image, else one patch."""
     cells = [n * patch for n in range(cell // patch, 0, -1)]
     return next((cell for cell in cells if all(side % cell == 0 for side in size)), patch)
 
 
 def _in_turn(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """A value for each of other channels, as the weights are repeated: in turn, or for one channel their mean."""
+    """Adapt per-channel values as the weights are adapted: cyclically, or the mean for one channel."""
     if channels == 1:
         return (sum(values) / len(values),)
     return tuple(values[c % len(values)] for c in range(channels))
 
 
 def _with_window(encoder: Encoder, found: Architecture, size: tuple[int, int], window: int | None) -> dict[str, Any]:
-    """The model's arguments with another window.
+    """Change the window in the model's arguments.
 
-    SwinV2 computes its biases from distances in units of the window that it was trained with, which it must then know.
+    SwinV2 scales its biases by the window of the pretraining, which must be recorded.
     """
     arguments = dict(found.model_args) | ({} if window is None else {"window_size": window})
     if not isinstance(encoder, SwinEncoder):
@@ -137,7 +137,7 @@ def _with_window(encoder: Encoder, found: Architecture, size: tuple[int, int], w
 
 
 def _windows(encoder: Encoder) -> list[tuple[int, int]]:
-    """Of each stage: a stage whose map is smaller than the window has one as large as its map."""
+    """Window of each stage; a stage whose map is smaller than the window uses its map's size."""
     return [stage.blocks[0].window_size for stage in encoder.backbone.layers]
 
 

@@ -1,4 +1,4 @@
-"""Exports of a run's model. Each writes a directory, reloads it with the tools that it is for, and compares.
+"""Export a run's model. Each format is reloaded by the tool that reads it, and its outputs are compared.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side.
 """
@@ -24,12 +24,12 @@ from simmim.torch_engine.train.storage import load_run, save_hub
 from simmim.training.plan import draw_masks
 from simmim.training.run_directory import find_model, find_task_of
 
-_TOLERANCE = 1e-4  # of the largest value: other kernels and other orders of summation, in fp32
+_TOLERANCE = 1e-4  # relative to the largest value; allows for other kernels and summation orders in fp32
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: the backbone of a run, with its classifier if it is fine-tuned, or with all it pretrained."""
+    """Model to export: a run's backbone with its classifier, or with the whole pretraining model."""
 
     run: Path
     backbone: Any  # a timm module
@@ -41,7 +41,7 @@ class Source:
     config: PretrainConfig | None = None
 
     def images(self, batch: int = 2) -> Tensor:
-        """Random normalised images (B, C, H, W), always the same."""
+        """Return fixed random normalised images (B, C, H, W)."""
         return torch.randn(batch, *self.input_size, generator=torch.Generator().manual_seed(0))
 
     def pretrained(self, format: str) -> tuple[MaskedImageModel, PretrainConfig]:
@@ -51,7 +51,7 @@ class Source:
 
 
 def open_source(path: Path) -> Source:
-    """The model of a run. One-line `ValueError` where there is none."""
+    """Open the model of a run. Raises `UserError` if there is none."""
     if task := find_task_of(path):
         if task != "classify":
             raise UserError(
@@ -79,7 +79,7 @@ def open_source(path: Path) -> Source:
 
 
 def export_timm(source: Source, out: Path, _allow_loss: bool) -> list[str]:
-    """A hub directory, for `timm.create_model("local-dir:OUT", pretrained=True)`: the encoder, or the classifier."""
+    """Export a hub directory of encoder or classifier for `timm.create_model("local-dir:OUT", pretrained=True)`."""
     write_hub(source, out)
     reloaded = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=len(source.classes)).eval()
     same = compare(source, "timm", [("output", source.backbone, reloaded)], source.images())
@@ -96,7 +96,7 @@ def write_hub(source: Source, out: Path) -> None:
 
 
 def export_official(source: Source, out: Path, allow_loss: bool) -> list[str]:
-    """The official SimMIM's `.pth`, whose `model` its fine-tuning code reads."""
+    """Export the official SimMIM's `.pth`, which its fine-tuning code reads."""
     model, config = source.pretrained("official")
     kind = type(source.backbone).__name__
     if kind not in ("Beit", "SwinTransformer", "SwinTransformerV2"):
@@ -126,7 +126,7 @@ def export_official(source: Source, out: Path, allow_loss: bool) -> list[str]:
 
 
 def lost_head(model: MaskedImageModel) -> str | None:
-    """The head in words if it is not what the SimMIM of others has: one linear layer to every pixel of a cell."""
+    """Describe a head that other SimMIM implementations lack; they have one linear layer to the cell's pixels."""
     if not isinstance(model.head, LinearHead):
         return f"the {type(model.head).__name__} (only a linear head has a place)"
     stride, channels = model.encoder.stride, model.encoder.backbone.get_submodule("patch_embed").proj.in_channels
@@ -148,7 +148,7 @@ def arrays(model: nn.Module) -> State:
 
 
 def probe_mask(source: Source, model: MaskedImageModel, config: PretrainConfig) -> Tensor:
-    """A mask (B, H/p, W/p) for `source.images()`."""
+    """Return a mask (B, H/p, W/p) for `source.images()`."""
     return torch.from_numpy(draw_masks(config, 0, np.arange(2), model.encoder.patch_size))
 
 
@@ -157,7 +157,7 @@ Outputs = Callable[[Tensor], Tensor]
 
 @torch.no_grad()
 def compare(source: Source, tool: str, pairs: list[tuple[str, Outputs, Outputs]], images: Tensor) -> str:
-    """Say how far the outputs of each pair (name, ours, theirs) are apart; one-line `ValueError` if too far."""
+    """Report the difference of each pair (name, ours, theirs). Raises `UserError` if it is too large."""
     found = []
     for name, ours, theirs in pairs:
         expected = ours(images).float()

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from simmim.errors import UserError
 from simmim.torch_engine.interop.export import Outputs, Source, compare
 
-_ONE_FILE = 1_500_000_000  # bytes of weights; a protobuf holds 2 GB, beyond that weights go into a file beside it
+_ONE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GB, larger weights go into a separate file
 
 
 def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
-    """`model.onnx`: images (B, C, H, W), normalised → features, as timm's `forward_features`, and embedding (B, D).
+    """Export `model.onnx`: normalised images (B, C, H, W) → timm's `forward_features` and an embedding (B, D).
 
-    A fine-tuned classifier has logits (B, K) instead.
+    A fine-tuned classifier outputs logits (B, K) instead.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -59,7 +59,7 @@ def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
 
 
 class _Outputs(nn.Module):
-    """What the file computes."""
+    """Outputs of the exported graph."""
 
     def __init__(self, backbone: Any, *, classify: bool):
         super().__init__()
@@ -73,7 +73,7 @@ class _Outputs(nn.Module):
 
 
 def _without_fused_attention(backbone: nn.Module) -> nn.Module:
-    """A copy whose attention is written in parts, since the exporter cannot lay out a fused one with a bias."""
+    """Copy the model with unfused attention: the exporter does not support fused attention with a bias."""
     backbone = copy.deepcopy(backbone)
     for part in backbone.modules():
         if hasattr(part, "fused_attn"):
@@ -82,7 +82,7 @@ def _without_fused_attention(backbone: nn.Module) -> nn.Module:
 
 
 def _description(source: Source) -> dict[str, str]:
-    """How images are to be prepared: (pixel / 255 - mean) / std, in the file's own metadata."""
+    """Describe the preprocessing, (pixel / 255 - mean) / std, in the file's metadata."""
     facts = {"mean": source.mean, "std": source.std, "input_size": source.input_size}
     if source.classes:
         facts["classes"] = source.classes

@@ -1,4 +1,4 @@
-"""Export to Transformers: its own model where it has the same one, else its wrapper of timm's modules.
+"""Export to Transformers: its native model if there is an equal one, else its wrapper of timm models.
 
 Shapes: `B` images, `C` channels, `H W` pixels.
 """
@@ -18,7 +18,7 @@ from simmim.interop.weight_names import to_transformers
 from simmim.torch_engine.interop.export import Source, arrays, compare, lost_head, probe_mask, refuse_loss, write_hub
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel
 
-# timm's class → Transformers' kind of model, and the class that is written.
+# timm's class → Transformers' model type and the exported class.
 _HOMES = {
     "VisionTransformer": ("vit", "ViTForMaskedImageModeling"),
     "SwinTransformer": ("swin", "SwinForMaskedImageModeling"),
@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def export_transformers(source: Source, out: Path, allow_loss: bool) -> list[str]:
-    """A directory for `from_pretrained`, which reconstructs what the run reconstructs where Transformers can."""
+    """Export a directory for `from_pretrained`, with the reconstruction head if Transformers supports it."""
     transformers = _transformers()
     if source.model is None:
         return _export_wrapped(source, out, transformers)
@@ -66,7 +66,7 @@ def _transformers() -> Any:
 
 
 def _why_another(source: Source, kind: str | None) -> str | None:
-    """Why Transformers' model of the kind cannot be this one, in words; `None` where it can."""
+    """Explain why Transformers' model differs from this one; `None` if it does not."""
     backbone, (_, height, width) = source.backbone, source.input_size
     assert source.model is not None
     if kind is None:
@@ -101,7 +101,7 @@ def _write(source: Source, out: Path, kind: str, name: str) -> None:
         **_SETTINGS[kind](source.backbone),
     }
     (out / "config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    if source.input_size[0] == 3:  # its processors take no other images
+    if source.input_size[0] == 3:  # its processors accept no other images
         processor = {
             "image_processor_type": "ViTImageProcessor",
             "do_resize": True,
@@ -141,8 +141,8 @@ def _beit(backbone: Any) -> dict[str, Any]:
         "use_absolute_position_embeddings": backbone.pos_embed is not None,
         "use_relative_position_bias": block.attn.relative_position_bias_table is not None,
         "use_shared_relative_position_bias": backbone.rel_pos_bias is not None,
-        "layer_scale_init_value": 0.0 if block.gamma_1 is None else 0.1,  # that there is one; weights follow
-        "use_mean_pooling": False,  # else its last hidden state is not normalised
+        "layer_scale_init_value": 0.0 if block.gamma_1 is None else 0.1,  # creates the parameter; its weights follow
+        "use_mean_pooling": False,  # otherwise its last hidden state is not normalised
         "drop_path_rate": 0.0,
     }
 
@@ -172,7 +172,7 @@ _SETTINGS = {"vit": _vit, "beit": _beit, "swin": _swin, "swinv2": _swinv2}
 
 
 def _pairs(source: Source, model: MaskedImageModel, theirs: Any) -> list[Any]:
-    """What is compared: of BeitModel its tokens, of others the pixels (B, C, H, W) and the loss where it is ours."""
+    """List the outputs to compare: tokens of BeitModel; of others pixels (B, C, H, W) and, if equal, the loss."""
     assert source.config is not None
     mask = probe_mask(source, model, source.config)
     flat = mask.flatten(1)
@@ -192,14 +192,14 @@ def _pairs(source: Source, model: MaskedImageModel, theirs: Any) -> list[Any]:
             lambda images: theirs(images, bool_masked_pos=flat).reconstruction,
         )
     ]
-    if (model.target.name, model.loss.name) == ("pixels", "l1"):  # its loss is always this one
+    if (model.target.name, model.loss.name) == ("pixels", "l1"):  # its only loss
         loss = ("loss", lambda images: model(images, mask)[0], lambda images: theirs(images, bool_masked_pos=flat).loss)
         pairs.append(loss)
     return pairs
 
 
 def _export_wrapped(source: Source, out: Path, transformers: Any) -> list[str]:
-    """The wrapper of timm's modules: the encoder alone, or the classifier."""
+    """Export the wrapper of timm models: encoder or classifier."""
     write_hub(source, out)
     kind = transformers.AutoModelForImageClassification if source.classes else transformers.AutoModel
     with _quiet(transformers):
@@ -218,7 +218,7 @@ def _export_wrapped(source: Source, out: Path, transformers: Any) -> list[str]:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without its progress bars and its warnings of weights that it makes up, which the comparison would find."""
+    """Silence progress bars and warnings about newly initialised weights, which the comparison would detect."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""`simmim bench`: how fast this machine pretrains, what limits it, and what to try."""
+"""Measure a pretraining's speed on this machine, its limit and a remedy (`simmim bench`)."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from simmim.training.run_directory import write_json
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What to measure."""
+    """Settings of a measurement."""
 
     model: str = "vit_base_patch16_224"
     """The encoder, by its timm name."""
@@ -37,7 +37,7 @@ class BenchConfig:
     image_size: ImageSize = None
     """Pixels, N or HxW (default: the model's own)."""
     data: str = "demo"
-    """Images to read; take your own to see what limits your run."""
+    """Images to read; pass your own to find your run's limit."""
     workers: Count = None
     """Threads or processes that read images (default: one a core)."""
     decode: Literal["cpu", "gpu"] = "cpu"
@@ -53,21 +53,21 @@ class BenchConfig:
     compile: YesNo = None
     """Compile the step with torch.compile (default: on CUDA and TPU only, as in training)."""
     seconds: PositiveReal = 10.0
-    """How long to measure each figure, after warming up."""
+    """Seconds to measure each figure, after a warm-up."""
     profile: Word = None
     """Write a trace of a few steps to this JSON file, for ui.perfetto.dev, and show the costliest operators."""
     save_calibration: Word = None
-    """Add the figures to this JSON file, from which simmim advise --calibration learns what the machine reaches."""
+    """Append the figures to this JSON file for simmim advise --calibration."""
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Figures of step, input and both at once, and what they were measured on. One-line `ValueError`s for bad settings.
+    """Measure step, input and both together. Raises `UserError` for bad settings.
 
-    What is being measured is said on standard error.
+    Progress goes to standard error.
     """
     config = from_settings(BenchConfig, {field.name: getattr(config, field.name) for field in fields(BenchConfig)})
     for file in filter(None, (config.profile, config.save_calibration)):
-        if not Path(file).absolute().parent.is_dir():  # now, and not after minutes
+        if not Path(file).absolute().parent.is_dir():  # fail before measuring, not after minutes
             raise UserError(f"{file} cannot be written: its folder is not there; make it, or give another file")
     device = distributed.choose_device(config.device)
     source = open_source(config.data)
@@ -113,7 +113,7 @@ def _say(what: str) -> None:
 
 
 def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
-    """The training to measure. Fewer images than a batch has are read again and again."""
+    """Build the plan to measure. A set smaller than a batch is repeated."""
     size = config.image_size or default_image_size(config.model)
     training = validated(
         PretrainConfig(
@@ -144,14 +144,14 @@ def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
 
 
 def _stored(source: ImageSource) -> str:
-    """The form of packed images, `pixels` in an array, else `files`."""
+    """Storage form: that of packed images, `pixels` for an array, else `files`."""
     if isinstance(source, PackedImages):
         return source.manifest.form
     return "pixels" if isinstance(source, ArrayImages) else "files"
 
 
 def device_memory(device: str) -> int:
-    """Bytes: the GPU's, else the machine's."""
+    """Memory in bytes: the GPU's, else the machine's."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -165,7 +165,7 @@ def add_calibration(path: Path, figures: dict[str, Any]) -> None:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """The figures as a person reads them."""
+    """Format the figures as text."""
     step, source, whole, limit = (figures[name] for name in ("step", "input", "end_to_end", "limit"))
     size = "x".join(map(str, figures["image_size"]))
     share = f"{step['mfu']:.1%} of the peak" if step["mfu"] else f"{step['share_of_matmul']:.1%} of a large product's"

@@ -1,4 +1,4 @@
-"""What a pretraining step costs, found by running the real step on tensors that have shapes and no data.
+"""Count the cost of a pretraining step by running it on tensors without data.
 
 The whole update of `simmim.torch_engine.train.update` (forward, backward, clip, AdamW) runs on PyTorch's fake tensors
 and records every operation: its FLOP, the bytes that it reads and writes, and the memory in use after it. There is no

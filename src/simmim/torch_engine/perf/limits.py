@@ -1,19 +1,19 @@
-"""What limits a training on this machine, and what to try: rules over the figures that `simmim bench` measured."""
+"""Rules that derive a training's limit and a remedy from the figures of `simmim bench`."""
 
 from typing import Any
 
 _NEAR = 0.95
-"""Share of the slower of step and input that reading while the step runs should reach."""
+"""Expected end-to-end speed, as a share of the slower of step and input."""
 _SLACK = 1.5
-"""A step that takes so many times what its operations need by the machine's rates waits for something else."""
+"""A step this many times slower than its roofline is limited by overhead."""
 _MEMORY = 0.9
-"""Of the device's memory, what a larger batch may take."""
+"""Share of the device's memory that a larger batch may use."""
 
 
 def compare(end_to_end: float, step: float, source: float, *, shared_cores: bool) -> dict[str, float]:
-    """Images/s end to end beside what could be reached: the slower of step and input.
+    """Compare end-to-end images/s with the slower of step and input.
 
-    On a CPU the two share the cores, so that at best a run takes the time of both: 1 / (1 / step + 1 / input).
+    On a CPU, step and input share the cores: the best possible rate is 1 / (1 / step + 1 / input).
     """
     slower = min(step, source)
     found = {"slower_images_per_second": slower, "share_of_slower": end_to_end / slower}
@@ -24,7 +24,7 @@ def compare(end_to_end: float, step: float, source: float, *, shared_cores: bool
 
 
 def judge(figures: dict[str, Any]) -> dict[str, str]:
-    """`limit` (input, contention, overhead, arithmetic or memory bandwidth), `because`, and one `suggestion`.
+    """Return `limit` (input, contention, overhead, arithmetic or memory bandwidth), `because` and a `suggestion`.
 
     A step's operations need the longer of their FLOP by the rate of a large product and their bytes by the rate of a
     copy (`simmim.hardware.roofline`): `expected_seconds`, of which `arithmetic_share` goes to those that FLOP limit.
@@ -38,21 +38,21 @@ def judge(figures: dict[str, Any]) -> dict[str, str]:
     if figures["kind"] != "cpu" and whole["share_of_slower"] < _NEAR:
         because = f"together they reach {whole['share_of_slower']:.0%} of the step alone"
         fewer = max(source["workers"] // 2, 1)
-        suggestion = f"--workers {fewer}: what reads takes time from what feeds the accelerator"
+        suggestion = f"--workers {fewer}: readers compete with the thread that feeds the accelerator"
         if _may_be_processes(figures):
             suggestion = (
-                "--readers processes: threads that read take Python's lock from the one that feeds the accelerator"
+                "--readers processes: reading threads contend for the GIL with the thread that feeds the accelerator"
             )
         return {"limit": "contention", "because": because, "suggestion": suggestion}
     times = step["seconds"] / step["expected_seconds"]
     if times > _SLACK:
-        because = f"the step takes {times:.1f} times what its operations need by this machine's rates"
+        because = f"the step takes {times:.1f} times its roofline on this machine"
         return {"limit": "overhead", "because": because, "suggestion": _wait_less(figures)}
     share = step["arithmetic_share"]
     if share >= 0.5:
-        because = f"products of matrices need {share:.0%} of the step"
+        because = f"matrix products take {share:.0%} of the step"
         return {"limit": "arithmetic", "because": because, "suggestion": _compute_less(figures)}
-    because = f"operations that only move memory need {1 - share:.0%} of the step"
+    because = f"memory-bound operations take {1 - share:.0%} of the step"
     return {"limit": "memory bandwidth", "because": because, "suggestion": _move_less(figures)}
 
 
@@ -67,7 +67,7 @@ def _read_faster(figures: dict[str, Any]) -> str:
     if source["stored"] in ("original", "jpeg", "webp"):
         return f"{pack} raw: pixels need no decoding"
     if _may_be_processes(figures):
-        return "--readers processes: threads wait for Python's lock where images need no decoding"
+        return "--readers processes: threads contend for the GIL if images need no decoding"
     if figures["antialias"]:
         return "--no-antialias: a third less work, but fine patterns alias"
     return "more CPU cores: these images need no decoding, and every core reads"
@@ -83,7 +83,7 @@ def _wait_less(figures: dict[str, Any]) -> str:
     batch, memory = figures["batch_size"], figures["step"]["memory_bytes"]
     if 2 * memory < _MEMORY * figures["memory_gib"] * 2**30:
         return f"--batch-size {2 * batch}: the same operations for more images, and memory suffices"
-    return "see what the time goes into: --profile FILE"
+    return "profile the step: --profile FILE"
 
 
 def _compute_less(figures: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How fast and how large a pretraining is on this machine: its step, its input, and both at once.
+"""Measure a pretraining's speed and memory: step, input, and both together.
 
 `B` is the images of a step.
 """
@@ -26,11 +26,11 @@ from simmim.torch_engine.train.jpegs import open_decoder, read_batches
 from simmim.torch_engine.train.update import DTYPES, Batch
 from simmim.training.plan import Plan
 
-_WARM_UP = 2  # calls; the optimiser's averages are there after the first
+_WARM_UP = 2  # calls; the first one allocates the optimiser's state
 
 
 class Trial:
-    """A pretraining by a complete plan, set up to be measured and not to be kept."""
+    """A pretraining set up for measurement only."""
 
     def __init__(self, plan: Plan, world: World):
         self.plan, self.config, self.world = plan, plan.config, world
@@ -39,13 +39,13 @@ class Trial:
         self.decoder = open_decoder(plan, world.device)
 
     def wait(self) -> None:
-        """Until the device has done what it was asked for."""
+        """Block until the device is idle."""
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()
 
     @contextlib.contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
-        """A run's own batches, which threads read ahead."""
+        """Yield a run's batches, read ahead."""
         with tempfile.TemporaryDirectory() as directory:
             bad = BadImages(Path(directory, "bad_images.txt"), total=self.plan.train_images, max_fraction=1.0)
             reading = self.plan.reading(bad, start_step=0, rank=0, world=1)
@@ -60,7 +60,7 @@ def measure_step(trial: Trial, seconds: float) -> dict[str, Any]:
     config, device = trial.config, trial.world.device
     batch = random_batch(config, config.batch_size, trial.patch)
     seconds_a_step = median_time(lambda: trial.update(0, batch), seconds, trial.wait)
-    memory = peak_memory(device)  # before anything else is in memory
+    memory = peak_memory(device)  # before anything else is allocated
     speed, flops = config.batch_size / seconds_a_step, count_flops(config)
     peak = gpu_peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     rates = measure_rates(config, device, min(seconds, 2.0))
@@ -82,7 +82,7 @@ def measure_step(trial: Trial, seconds: float) -> dict[str, Any]:
 
 
 def measure_input(trial: Trial, seconds: float) -> dict[str, Any]:
-    """Speed of reading, decoding, cropping and batching a run's images while nothing else runs."""
+    """Measure the speed of reading, decoding, cropping and batching alone."""
     with trial.batches() as batches:
         for _ in range(2 * _WARM_UP):
             next(batches)
@@ -97,7 +97,7 @@ def measure_input(trial: Trial, seconds: float) -> dict[str, Any]:
 
 
 def measure_end_to_end(trial: Trial, seconds: float) -> dict[str, Any]:
-    """Speed of training as a run trains: on its own batches, which are read while the step runs."""
+    """Measure training end to end, with batches read while the step runs."""
     figures = []
     with trial.batches() as batches:
         for _ in range(_WARM_UP):
@@ -107,7 +107,7 @@ def measure_end_to_end(trial: Trial, seconds: float) -> dict[str, Any]:
         while steps < 3 or time.perf_counter() - begun < seconds:
             figures.append(trial.update(steps, next(batches))[1])
             steps += 1
-            if steps % trial.config.log_every_steps == 0:  # as training does, which waits for the device then
+            if steps % trial.config.log_every_steps == 0:  # training synchronises here too
                 torch.stack(figures).cpu()
                 figures.clear()
         trial.wait()
@@ -116,7 +116,7 @@ def measure_end_to_end(trial: Trial, seconds: float) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took of a GPU, else the most that this process had resident, libraries included."""
+    """Peak bytes: of tensors on a GPU, else the peak resident size of this process, libraries included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -142,7 +142,7 @@ def measure_rates(config: PretrainConfig, device: torch.device, seconds: float) 
 
 
 def median_time(call: Callable[[], Any], seconds: float, wait: Callable[[], None]) -> float:
-    """Median seconds of a call, over `seconds` and at least three calls, after two to warm up."""
+    """Median seconds of a call, over `seconds` and at least three calls, after two warm-up calls."""
     for _ in range(_WARM_UP):
         call()
     wait()

@@ -1,4 +1,4 @@
-"""What a training's time goes into, operator by operator."""
+"""Profile a training, operator by operator."""
 
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ READING = "next batch"
 
 
 def profile_training(trial: Trial, path: Path, *, steps: int = 3, most: int = 10) -> dict[str, Any]:
-    """Trains `steps` steps on a run's own batches and writes a Chrome trace of them to `path`.
+    """Train `steps` steps on a run's own batches and write a Chrome trace to `path`.
 
-    Returns the `most` that take most time of their own: on a GPU its kernels, else the operators of the CPU. In the
-    trace, `next batch` is the time that the step waited for one.
+    Returns the `most` operators with the largest self time: kernels on a GPU, else CPU operators. In the
+    trace, `next batch` is the time spent waiting for input.
     """
     on_gpu = trial.world.device.type == "cuda"
     with trial.batches() as batches:
@@ -32,7 +32,7 @@ def profile_training(trial: Trial, path: Path, *, steps: int = 3, most: int = 10
         return (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
 
     events = list(profiler.key_averages())
-    if on_gpu:  # an operator's time there is that of its kernels, which are listed too
+    if on_gpu:  # on a GPU, kernels are listed separately
         events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
     events.sort(key=own, reverse=True)
     total = sum(map(own, events))
@@ -44,7 +44,7 @@ def profile_training(trial: Trial, path: Path, *, steps: int = 3, most: int = 10
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """The operators as a table for a person."""
+    """Format the operators as a table."""
     rows = [
         f"{row['share']:7.1%}{1000 * row['seconds']:10.1f} ms{row['calls']:8.0f} calls  {row['name'][:70]}"
         for row in figures["operators"]

@@ -1,4 +1,4 @@
-"""A training step to try out: of random weights, on random images. For measuring, counting and `simmim doctor`."""
+"""Training steps with random weights and images, for measuring, counting and `simmim doctor`."""
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from simmim.training.plan import draw_masks, drop_path_numbers
 
 
 def build_update(config: PretrainConfig, world: distributed.World) -> tuple[PretrainStep, Update]:
-    """What one step trains, and the update that does it, with a small learning rate."""
+    """Build a step and its update, with a small learning rate."""
     torch.manual_seed(0)
     step = build_step(config)
     return step, update_of(step, config, world)
 
 
 def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.World) -> Update:
-    """The update that trains `step` on the device of `world`, compiled if so configured, with a small learning rate."""
+    """Build the update of `step` on the device of `world`, compiled if configured, with a small learning rate."""
     distributed.place(step, world.device)
     if config.compile:
         step.compile(dynamic=False)
@@ -32,7 +32,7 @@ def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.Wor
 
 
 def random_batch(config: PretrainConfig, size: int, patch: int, drop_path_layers: int = 0) -> Batch:
-    """`size` images of noise with their masks, in units of `patch` pixels, and the numbers of so many layers."""
+    """Return `size` noise images with masks in units of `patch` pixels and drop-path numbers for the layers."""
     assert config.image_size is not None
     rng, index = np.random.default_rng(0), np.arange(size)
     batch: Batch = {
@@ -46,7 +46,7 @@ def random_batch(config: PretrainConfig, size: int, patch: int, drop_path_layers
 
 
 def try_devices() -> dict[str, str]:
-    """One training step of a very small model on each device found: `training on DEVICE` → how it went."""
+    """Run a step of a tiny model on each device; returns `training on DEVICE` → result."""
     found = {}
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         precision = distributed.choose_precision("auto", device)
@@ -63,6 +63,6 @@ def try_devices() -> dict[str, str]:
             _, update = build_update(config, distributed.World(device=torch.device(device)))
             _, figures = update(0, random_batch(config, 2, patch=16))
             found[f"training on {device}"] = f"works in {precision}, a step gave the loss {float(figures[0]):.3f}"
-        except Exception as error:  # whatever a driver or a library raises is the finding
+        except Exception as error:  # any driver or library error is a finding
             found[f"training on {device}"] = f"does not work: {' '.join(str(error).split())}"
     return found

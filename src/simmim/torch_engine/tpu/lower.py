@@ -1,8 +1,8 @@
-"""The user's own training step as StableHLO, for the TPU compiler: forward, backward, clipping and AdamW in one module.
+"""Lower a training step to StableHLO for the TPU compiler: forward, backward, clipping and AdamW in one module.
 
-The very `Update` that trains runs on TorchTPU's tensors without data (`torchtpu`). TorchTPU has one process a device,
-so this is one device's step with its share of the batch; the gradient exchange of DDP is not in it, since TorchTPU
-makes collectives on a device only.
+The real `Update` runs on TorchTPU's tensors without data (`torchtpu`). TorchTPU runs one process per device,
+so this is one device's step on its share of the batch. DDP's gradient exchange is missing, because TorchTPU
+creates collectives on real devices only.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ _NO_EXCHANGE = "the exchange of gradients between devices, which TorchTPU does n
 
 @dataclass(frozen=True)
 class Lowered:
-    """A module with the names of its inputs and outputs, in order.
+    """StableHLO module with the ordered names of its inputs and outputs.
 
-    Parameters and buffers are called as in the step; exp_avg, exp_avg_sq and step of a parameter are AdamW's;
+    Parameters and buffers are named as in the step; exp_avg, exp_avg_sq and step of a parameter belong to AdamW;
     `lr` counts the optimiser's groups; `figures` is what `Update` returns.
     """
 
@@ -42,9 +42,9 @@ class Lowered:
 
 
 def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
-    """One device's step of a training over all devices of `topology`. One-line `ValueError` for what cannot be.
+    """Compile one device's step of a training over all devices of `topology`. Raises `UserError` if that is impossible.
 
-    Of the configuration all must be set that the engine does not know better: mean, std, precision, cluster centres.
+    Mean, std, precision and cluster centres must be set.
     """
     devices = len(topology_devices(topology))
     config = complete(config)
@@ -67,7 +67,7 @@ def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
     )
     try:
         module = lower(dataclasses.replace(config, batch_size=facts.batch_a_device)).stablehlo
-    except (RuntimeError, TypeError, NotImplementedError) as error:  # whatever TorchTPU says of an operation
+    except (RuntimeError, TypeError, NotImplementedError) as error:  # TorchTPU's own errors about an operation
         raise UserError(
             f"the step of {config.model} in {config.precision} cannot be lowered by TorchTPU; change what it names: "
             f"{' '.join(str(error).split())}"
@@ -76,7 +76,7 @@ def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
 
 
 def complete(config: PretrainConfig) -> PretrainConfig:
-    """With the sizes that the model decides."""
+    """Fill in the sizes that follow from the model."""
     size = config.image_size or default_image_size(config.model)
     patch = sketch_encoder(config.model, size, config.model_args).patch_size
     cell = config.mask_strategy(patch).cell
@@ -84,7 +84,7 @@ def complete(config: PretrainConfig) -> PretrainConfig:
 
 
 def lower(config: PretrainConfig) -> Lowered:
-    """The whole update of `config`, complete, on one device."""
+    """Lower the whole update of a complete configuration on one device."""
     with torch.device("meta"):
         step = build_step(config)
     if config.checkpoint_activations:
@@ -105,7 +105,7 @@ def lower(config: PretrainConfig) -> Lowered:
                     "exp_avg": trace.input(f"exp_avg {name}", parameter),
                     "exp_avg_sq": trace.input(f"exp_avg_sq {name}", parameter),
                 }
-        if isinstance(step.model.target, ClusterTarget):  # its colours would be copied to the device
+        if isinstance(step.model.target, ClusterTarget):  # its centres would be copied to the device
             centres: Any = trace.input("centres", torch.empty(config.clusters, config.channels))
             step.model.target = dataclasses.replace(step.model.target, centres=centres)
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
@@ -127,6 +127,6 @@ def _tensors(step: nn.Module) -> dict[str, Tensor]:
 
 
 def _place(step: nn.Module, trace: Trace) -> None:
-    """Put inputs of the module in the place of parameters and buffers without data."""
+    """Replace parameters and buffers without data by module inputs."""
     names = {id(tensor): name for name, tensor in _tensors(step).items()}
     step._apply(lambda tensor: trace.input(names[id(tensor)], tensor))

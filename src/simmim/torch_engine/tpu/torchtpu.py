@@ -1,7 +1,7 @@
-"""TorchTPU where there is no TPU: PyTorch code runs on tensors without data and becomes StableHLO.
+"""Trace PyTorch code to StableHLO by TorchTPU, without a TPU and on tensors without data.
 
-This file alone touches TorchTPU's private parts, for which the extra [tpu] pins its version: `tracing` turns the
-tensors' device into a name behind which nothing is, and TorchTPU's own operations into a recording.
+Only this file touches TorchTPU's private API, for which the extra [tpu] pins its version: `tracing` turns the
+device into a name without hardware and records TorchTPU's operations.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ TORCH_TPU = "0.2.0"
 
 
 class Trace:
-    """What was recorded: inputs by name, in the order in which they came."""
+    """Recorded operations, with inputs by name in order of creation."""
 
     def __init__(self, recorder: Any):
         self._recorder = recorder
@@ -29,23 +29,23 @@ class Trace:
         self._inputs: list[Tensor] = []
 
     def input(self, name: str, like: Tensor) -> Tensor:
-        """A tensor on the TPU that stands for an input of this shape and dtype; it may be changed in place."""
+        """Create a TPU tensor that stands for an input of this shape and dtype; it may be modified in place."""
         held = self._recorder.placeholder(list(like.shape), like.dtype, False)
         self.names.append(name)
         self._inputs.append(held)
         return held.clone()
 
     def stablehlo(self, outputs: Sequence[Tensor]) -> str:
-        """The module that computes `outputs` from all inputs."""
+        """Return the module that computes `outputs` from all inputs."""
         return self._recorder.serialize_mlir_text(self._recorder.build_mlir(list(outputs), self._inputs))
 
 
 @contextlib.contextmanager
 def tracing() -> Iterator[Trace]:
-    """Within it, operations on `torch.device("tpu")` are recorded.
+    """Record operations on `torch.device("tpu")`.
 
-    For a process of its own, in `tpu_compiler.ENVIRONMENT`: it cannot be undone, and TorchTPU may abort as the process
-    ends. One-line `ValueError` where TorchTPU is another version.
+    Needs its own process with `tpu_compiler.ENVIRONMENT`: the change is permanent, and TorchTPU may abort as the
+    process exits. Raises `UserError` for another TorchTPU version.
     """
     found = importlib.metadata.version("torch_tpu")
     moved = (
@@ -66,9 +66,9 @@ def tracing() -> Iterator[Trace]:
 
 
 def _take_over_device() -> None:
-    """Put a device guard that does nothing in the place of TorchTPU's, which would look for a TPU.
+    """Replace TorchTPU's device guard, which would look for a TPU, by one that does nothing.
 
-    PyTorch lets no one replace a guard that is registered, hence its C++ table by its name.
+    PyTorch offers no way to replace a registered guard, hence the access to its C++ table by symbol name.
     """
     kind = torch._C._autograd.DeviceType.PrivateUse1  # type: ignore[attr-defined]
     torch_library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
