@@ -31,7 +31,7 @@ from simmim.config.training import PretrainConfig
 from simmim.interop.weight_names import to_transformers
 from simmim.method.targets import patchify
 from simmim.torch_engine.interop.export import arrays
-from simmim.torch_engine.models.encoders import find_family
+from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.perf.trial import build_update, random_batch
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import build_step
@@ -132,7 +132,7 @@ class TimmPeer(Peer):
         super().__init__(config, {"vit": 16, "swin": 4, "resnet": 16}[case])
         family = find_family(config.model)
         arguments: dict[str, Any] = {**dict(family.arguments), "drop_path_rate": 0.0, **config.model_args}
-        if family.sized:
+        if family.takes_image_size:
             arguments["img_size"] = config.image_size
         self.model: Any = timm.create_model(config.model, num_classes=0, **arguments)
         self.case, self.stride = case, 16 if case == "vit" else 32

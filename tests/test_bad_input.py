@@ -77,7 +77,7 @@ def error_of(argv: list[str], capsys) -> str:
     return text.removeprefix("simmim: ").rstrip("\n")
 
 
-FAMILIES = "vit_*, deit*, beit*, swin_*, swinv2_*, resnet*, convnext*, regnet*"
+FAMILIES = "beit*, convnext*, regnet*, resnet*, swin_*, swinv2_*, vit_*, deit*"
 BAD_OPTIONS = {
     # the model
     "--model vit_tny_patch16_224": f"model 'vit_tny_patch16_224' is not known to timm {timm.__version__}; did you mean "

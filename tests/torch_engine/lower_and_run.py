@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from simmim.config.field_types import parse_model_args
 from simmim.config.training import PretrainConfig
 from simmim.torch_engine.perf.trial import random_batch, update_of
-from simmim.torch_engine.tpu.lower import complete, lower
+from simmim.torch_engine.tpu.lower import lower, with_model_sizes
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import build_step
 
@@ -70,7 +70,7 @@ def main(model: str, words: list[str]) -> dict[str, float]:
         mean=(0.5, 0.4, 0.3),
         std=(0.25, 0.2, 0.3),
     )
-    config = complete(config)
+    config = with_model_sizes(config)
     torch.manual_seed(0)
     step = build_step(dataclasses.replace(config, device="cpu"))
     for parameter in step.parameters():  # else zeros of an initialisation hide what they multiply

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from simmim.torch_engine.models.drop_path import route_drop_path
-from simmim.torch_engine.models.encoders import FAMILIES, create_encoder, find_family
+from simmim.torch_engine.models.encoders import create_encoder
+from simmim.torch_engine.models.family import all_families, find_family
 from simmim.torch_engine.models.masked import ConvEncoder, Encoder
 from simmim.torch_engine.train.storage import save_hub
 
@@ -80,7 +81,7 @@ def test_nothing_hidden_gives_the_features_of_the_plain_backbone(built: dict[str
     encoder = built[kind]
     name = tiny.KINDS[kind].model
     arguments = dict(find_family(name).arguments) | tiny.KINDS[kind].arguments
-    if find_family(name).sized:
+    if find_family(name).takes_image_size:
         arguments["img_size"] = SIZE
     plain = timm.create_model(name, num_classes=0, in_chans=CHANNELS, **arguments).eval()
     plain.load_state_dict(encoder.backbone.state_dict())
@@ -206,7 +207,7 @@ def test_drop_path_that_is_off_draws_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixer_b16_224", "efficientnet_b0", "deit_tiny_distilled_patch16_224"])
 def test_a_model_that_takes_no_mask_is_refused_by_name_with_the_families_that_do(name: str) -> None:
-    families = ", ".join(family.name for family in FAMILIES.values())
+    families = ", ".join(family.name for family in all_families())
     with pytest.raises(ValueError, match="cannot take a mask") as error:
         find_family(name)
     assert str(error.value) == f"model {name!r} cannot take a mask; use one of the families {families}"

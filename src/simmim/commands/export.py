@@ -17,10 +17,10 @@ def export(run: str | Path, *, format: str, out: str | Path, allow_loss: bool = 
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is not known; choose from {', '.join(FORMATS)}")
-    from simmim.torch_engine.interop.export import export_official, export_timm, open_source
+    from simmim.torch_engine.interop.export import export_official, export_timm, open_exported
     from simmim.torch_engine.interop.export_onnx import export_onnx
     from simmim.torch_engine.interop.export_transformers import export_transformers
 
     exporters = dict(zip(FORMATS, (export_timm, export_transformers, export_onnx, export_official), strict=True))
     with new_directory(out) as directory:
-        return exporters[format](open_source(Path(run)), directory, allow_loss)
+        return exporters[format](open_exported(Path(run)), directory, allow_loss)

@@ -11,7 +11,7 @@ import safetensors
 
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.errors import UserError
-from simmim.interop.infer_model import Architecture, infer, pools_before_norm
+from simmim.interop.infer_model import TimmModel, infer, pools_before_norm
 from simmim.interop.pickles import StoredTensor, read_pickle
 from simmim.interop.weight_names import (
     DIALECTS,
@@ -39,7 +39,7 @@ class Checkpoint:
     what: str
     """Origin of the checkpoint, for messages."""
     mapped: Mapped
-    architecture: Architecture | None
+    architecture: TimmModel | None
     """`None` if unknown."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Further fields of `PretrainConfig` found in it: mask, target, mean and std."""
@@ -66,7 +66,7 @@ def read_checkpoint(path: Path, *, model: str | None = None, model_args: Mapping
     `simmim.interop.pickles.UnsafePickleError` for a pickle that would execute code.
     """
     content = _read(path)
-    given = None if model is None else Architecture(model=model, model_args=dict(model_args or {}))
+    given = None if model is None else TimmModel(model=model, model_args=dict(model_args or {}))
     try:
         for recognise in (_timm_hub, _transformers, _official_simmim, _plain):
             if found := recognise(content, given):
@@ -79,7 +79,7 @@ def read_checkpoint(path: Path, *, model: str | None = None, model_args: Mapping
         raise UserError(f"{path}: {error}") from None
 
 
-def _timm_hub(content: _Content, given: Architecture | None) -> Checkpoint | None:
+def _timm_hub(content: _Content, given: TimmModel | None) -> Checkpoint | None:
     if "architecture" not in content.config:
         return None
     cfg = content.config.get("pretrained_cfg", {})
@@ -89,7 +89,7 @@ def _timm_hub(content: _Content, given: Architecture | None) -> Checkpoint | Non
     mapped = from_timm(content.arrays)
     if pools_before_norm(to_timm(mapped.state)):
         arguments["use_fc_norm" if content.config["architecture"].startswith("beit") else "fc_norm"] = True
-    architecture = given or Architecture(model=content.config["architecture"], model_args=arguments)
+    architecture = given or TimmModel(model=content.config["architecture"], model_args=arguments)
     _, height, width = cfg.get("input_size", (3, 224, 224))
     return Checkpoint(
         what=f"timm's {content.config['architecture']}",
@@ -99,7 +99,7 @@ def _timm_hub(content: _Content, given: Architecture | None) -> Checkpoint | Non
     )
 
 
-def _transformers(content: _Content, given: Architecture | None) -> Checkpoint | None:
+def _transformers(content: _Content, given: TimmModel | None) -> Checkpoint | None:
     config = content.config
     kind = config.get("model_type")
     if kind is None:
@@ -126,7 +126,7 @@ def _transformers(content: _Content, given: Architecture | None) -> Checkpoint |
     )
 
 
-def _official_simmim(content: _Content, given: Architecture | None) -> Checkpoint | None:
+def _official_simmim(content: _Content, given: TimmModel | None) -> Checkpoint | None:
     names = content.arrays
     if not ("encoder.mask_token" in names and "decoder.0.weight" in names):
         return None
@@ -166,7 +166,7 @@ def _official_facts(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     return hints, settings
 
 
-def _plain(content: _Content, given: Architecture | None) -> Checkpoint | None:
+def _plain(content: _Content, given: TimmModel | None) -> Checkpoint | None:
     """Read a bare state dict with timm's names or official Swin names."""
     arrays = content.arrays
     settings: dict[str, Any] = _OFFICIAL_COLOURS
@@ -183,7 +183,7 @@ def _plain(content: _Content, given: Architecture | None) -> Checkpoint | None:
     return Checkpoint(what=what, mapped=mapped, architecture=architecture, settings=settings)
 
 
-def _infer(given: Architecture | None, mapped: Mapped, buffers: State, hints: Mapping[str, Any]) -> Architecture | None:
+def _infer(given: TimmModel | None, mapped: Mapped, buffers: State, hints: Mapping[str, Any]) -> TimmModel | None:
     if given is not None:
         return replace(given, image_size=hints.get("image_size"))
     return infer(to_timm(mapped.state), buffers, hints)

@@ -57,7 +57,7 @@ _VARIANTS = {"vit": _VITS, "beit": _BEITS, "swin": _SWINS, "swinv2": _SWINV2S}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Architecture:
+class TimmModel:
     """A timm model, with the image size (height, width) in pixels if the weights reveal it."""
 
     model: str
@@ -65,13 +65,13 @@ class Architecture:
     image_size: tuple[int, int] | None = None
 
 
-def infer(weights: State, buffers: State, hints: Mapping[str, Any]) -> Architecture | None:
+def infer(weights: State, buffers: State, hints: Mapping[str, Any]) -> TimmModel | None:
     """Infer the model of `weights` (timm's names); `None` for an unknown family.
 
     `hints` are accompanying facts under timm's names; `buffers` are the checkpoint's other tensors. Raises `UserError`
     if a fact is missing.
     """
-    family = find_family(weights)
+    family = infer_family(weights)
     if family is None:
         return None
     shape = weights["patch_embed.proj.weight"].shape  # (D, C, k, k)
@@ -82,14 +82,14 @@ def infer(weights: State, buffers: State, hints: Mapping[str, Any]) -> Architect
     if family == "vit" and "num_heads" not in facts:
         facts |= _usual_heads(facts)
     model, different = nearest(family, facts)
-    return Architecture(
+    return TimmModel(
         model=model,
         model_args=arguments | different,
         image_size=hints.get("image_size") or _image_size(facts, weights, buffers),
     )
 
 
-def find_family(weights: State) -> str | None:
+def infer_family(weights: State) -> str | None:
     """Return vit, beit, swin or swinv2; `None` if the names match none."""
     if "patch_embed.proj.weight" not in weights:
         return None
@@ -122,7 +122,7 @@ def _token_facts(weights: State, _buffers: State) -> dict[str, Any]:
     depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
     D = weights["patch_embed.proj.weight"].shape[0]
     facts: dict[str, Any] = {"depth": depth, "mlp_ratio": weights["blocks.0.mlp.fc1.weight"].shape[0] / D}
-    if find_family(weights) == "vit":
+    if infer_family(weights) == "vit":
         if "blocks.0.attn.qkv.bias" not in weights:
             facts["qkv_bias"] = False
         if "blocks.0.ls1.gamma" in weights:

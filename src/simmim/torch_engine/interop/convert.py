@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import Count, ImageSize, ModelArgs, Word
@@ -15,10 +16,10 @@ from simmim.config.training import PretrainConfig, from_settings
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.errors import UserError
 from simmim.interop.checkpoints import Checkpoint, read_checkpoint
-from simmim.interop.infer_model import Architecture
+from simmim.interop.infer_model import TimmModel
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
 from simmim.method.masks import MaskStrategy
-from simmim.torch_engine.models.encoders import default_image_size, find_family, sketch_encoder
+from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.models.masked import Encoder, SwinEncoder
 from simmim.torch_engine.train.checkpoint import save_checkpoint
 from simmim.torch_engine.train.distributed import World
@@ -119,7 +120,7 @@ def _in_turn(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return tuple(values[c % len(values)] for c in range(channels))
 
 
-def _with_window(encoder: Encoder, found: Architecture, size: tuple[int, int], window: int | None) -> dict[str, Any]:
+def _with_window(encoder: Encoder, found: TimmModel, size: tuple[int, int], window: int | None) -> dict[str, Any]:
     """Change the window in the model's arguments.
 
     SwinV2 scales its biases by the window of the pretraining, which must be recorded.
@@ -129,7 +130,7 @@ def _with_window(encoder: Encoder, found: Architecture, size: tuple[int, int], w
         if window is not None:
             raise UserError(f"--window is for Swin and SwinV2, and {found.model} is neither; leave it out")
         return arguments
-    if find_family(found.model).name == "swinv2_*":
+    if isinstance(encoder.backbone, SwinTransformerV2):
         old, new = _windows(encoder), _windows(sketch_encoder(found.model, size, arguments))
         if old != new and not any(arguments.get("pretrained_window_sizes", ())):
             arguments["pretrained_window_sizes"] = [side for side, _ in old]

@@ -50,7 +50,7 @@ class Source:
         return self.model, self.config
 
 
-def open_source(path: Path) -> Source:
+def open_exported(path: Path) -> Source:
     """Open the model of a run. Raises `UserError` if there is none."""
     if task := find_task_of(path):
         if task != "classify":

@@ -9,7 +9,6 @@ Shapes: `B` images, `C` channels, `H W` pixels, `h w` 2×2s of cells, `c` side o
 import contextlib
 import copy
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from simmim.errors import UserError
 from simmim.method.masks import MaskStrategy, UniformMask
 from simmim.torch_engine.models.masked import SwinEncoder
-from simmim.torch_engine.models.savings import Chosen
+from simmim.torch_engine.models.savings import Chosen, replace_class
 
 CELL = 16
 """Pixels of a side of a cell, as in the paper: one vector of a head's map."""
@@ -58,7 +57,7 @@ class CompactEncoder(SwinEncoder):
         nn.init.trunc_normal_(self.hidden_token, std=0.02)
         backbone.patch_embed.strict_img_size = False
         for module in backbone.modules():
-            if isinstance(module, SwinTransformerBlock | SwinTransformerV2Block):
+            if type(module) in _HALVES:
                 _take_halves_too(module)
 
     @property
@@ -70,7 +69,7 @@ class CompactEncoder(SwinEncoder):
         return CELL
 
     def check_masks(self, masks: MaskStrategy, model: str) -> None:
-        """One-line `ValueError` for a strategy whose masks show more than one cell of a 2×2."""
+        """Raise `UserError` for masks that show more than one cell of a 2×2."""
         if not isinstance(masks, UniformMask) or masks.cell != CELL or masks.ratio < 0.75:
             kind = type(masks).__name__.removesuffix("Mask").lower()
             raise UserError(
@@ -80,7 +79,7 @@ class CompactEncoder(SwinEncoder):
             )
 
     def save_work(self, *, visible_patches: bool, last_block: bool) -> None:
-        super().save_work(visible_patches=False, last_block=False)  # which speak of the map of the whole image
+        super().save_work(visible_patches=False, last_block=False)  # both are for the map of the whole image
 
     def _seen(self, mask: Tensor | None, visible: Chosen | None) -> Chosen | None:
         if mask is not None and visible is None:
@@ -106,28 +105,27 @@ class CompactEncoder(SwinEncoder):
 
     def _hide(self, images: Tensor) -> Tensor:
         """(B, C, H, W) → the visible cells, (B, C, H/2, W/2)."""
-        if self._mask is None:
+        mask = self._state.mask
+        if mask is None:
             return images
-        chosen = _first_visible(self._hidden(self._mask))
+        chosen = _first_visible(self._hidden(mask))
         B, h, w = chosen.shape
         cells = images.unflatten(3, (w, 2, CELL)).unflatten(2, (h, 2, CELL)).permute(0, 2, 5, 3, 6, 1, 4, 7)
         image, row, column = (torch.arange(n, device=images.device) for n in (B, h, w))
         some = cells[image[:, None, None], row[:, None], column, chosen // 2, chosen % 2]  # (B, h, w, C, c, c)
         return some.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
-    def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        if self._mask is None:
-            return output
-        none_visible = self._of_patches(self._hidden(self._mask).all(-1))
-        return torch.where(none_visible.unsqueeze(-1), self.mask_token.to(output.dtype), output)
+    def _token_mask(self, mask: Tensor) -> Tensor | None:
+        return self._of_patches(self._hidden(mask).all(-1))  # 2×2s without a visible cell
 
     def _to_map(self, features: Tensor, images: Tensor) -> Tensor:
-        if self._mask is None:
+        mask = self._state.mask
+        if mask is None:
             return features
         r = self._spread
         cells = self.expand(features).unflatten(3, (r, r, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         places = torch.arange(4, device=cells.device)
-        here = _first_visible(self._hidden(self._mask)).unsqueeze(-1) == places  # (B, h, w, 4)
+        here = _first_visible(self._hidden(mask)).unsqueeze(-1) == places  # (B, h, w, 4)
         four = torch.where(here.unsqueeze(-1), cells.unsqueeze(3), self.hidden_token.to(cells.dtype))
         return four.unflatten(3, (2, 2)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
@@ -159,9 +157,9 @@ def _first_visible(squares: Tensor) -> Tensor:
 
 
 def _take_halves_too(block: Any) -> None:
-    """From now on a block takes maps of half the sides too, with the windows that timm gives to a model of that size.
+    """Let a block also take maps of half the sides, with the windows that timm gives to a model of that size.
 
-    Where such a map is smaller than the window, it is one window, whose biases are the middle of the table.
+    A map smaller than the window is one window, with the biases in the middle of the table.
     """
     half = copy.copy(block)  # the same weights
     half.input_resolution = tuple(side // 2 for side in block.input_resolution)
@@ -172,28 +170,47 @@ def _take_halves_too(block: Any) -> None:
         "half_attn_mask", half.get_attn_mask(device=weight.device, dtype=weight.dtype), persistent=False
     )
     block.half = (half.input_resolution, half.window_size, half.shift_size)
-    block._attn = MethodType(_attend, block)
+    replace_class(block, _HALVES[type(block)])
 
 
-def _attend(block: Any, x: Tensor) -> Tensor:
-    size, window, shift = block.half
-    if tuple(x.shape[1:3]) != size:
-        return type(block)._attn(block, x)
-    area, attention = window[0] * window[1], block.attn
-    tall, wide = attention.window_size
-    index = attention.relative_position_index.unflatten(1, (tall, wide)).unflatten(0, (tall, wide))
-    index = index[: window[0], : window[1], : window[0], : window[1]].reshape(area, area)
-    mine = {"window_size": window, "window_area": area}
-    with (
-        _with(block, **mine, shift_size=shift, attn_mask=block.half_attn_mask),
-        _with(attention, **mine, relative_position_index=index),
-    ):
-        return type(block)._attn(block, x)
+class _HalvesToo:
+    """Mixin of a Swin block for maps of half the sides."""
+
+    half: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+    half_attn_mask: Tensor | None
+    attn: Any
+
+    def _attn(self, x: Tensor) -> Tensor:
+        plain: Any = super()
+        size, window, shift = self.half
+        if tuple(x.shape[1:3]) != size:
+            return plain._attn(x)
+        area, attention = window[0] * window[1], self.attn
+        tall, wide = attention.window_size
+        index = attention.relative_position_index.unflatten(1, (tall, wide)).unflatten(0, (tall, wide))
+        index = index[: window[0], : window[1], : window[0], : window[1]].reshape(area, area)
+        mine = {"window_size": window, "window_area": area}
+        with (
+            _with(self, **mine, shift_size=shift, attn_mask=self.half_attn_mask),
+            _with(attention, **mine, relative_position_index=index),
+        ):
+            return plain._attn(x)
+
+
+class _SwinBlock(_HalvesToo, SwinTransformerBlock):
+    pass
+
+
+class _SwinV2Block(_HalvesToo, SwinTransformerV2Block):
+    pass
+
+
+_HALVES: dict[type, type[nn.Module]] = {SwinTransformerBlock: _SwinBlock, SwinTransformerV2Block: _SwinV2Block}
 
 
 @contextlib.contextmanager
-def _with(module: nn.Module, **values: Any) -> Iterator[None]:
-    """Within it the module has these values, of those that it has at all."""
+def _with(module: Any, **values: Any) -> Iterator[None]:
+    """Set attributes of a module within the context, those that it has."""
     before = {name: getattr(module, name) for name in values if hasattr(module, name)}
     for name in before:
         setattr(module, name, values[name])

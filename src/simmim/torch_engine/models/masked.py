@@ -1,10 +1,14 @@
-"""timm backbones that accept a mask. Which models can, and how they are made, is in `encoders`.
+"""timm backbones that accept a mask. `families/` says which wrapper a model takes.
 
-The backbone inside is a plain timm module with timm's parameter names; it is what a run saves as its encoder.
+The backbone inside is a plain timm module with timm's parameter names; a run saves it as its encoder. Hooks and
+replaced classes in the backbone share a `ForwardState` with the encoder and hold no reference to it, so that a
+discarded encoder frees its memory at once.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `h w` patches or feature-map cells, `N` tokens, `D` features.
 """
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,20 +17,32 @@ from torch import Tensor, nn
 from simmim.errors import UserError
 from simmim.method.masks import MaskStrategy
 from simmim.torch_engine.models.drop_path import route_drop_path
-from simmim.torch_engine.models.savings import Choice, Chosen, choose, embed_visible, shorten_last_block
+from simmim.torch_engine.models.savings import (
+    Chosen,
+    ForwardState,
+    LastBlock,
+    choose,
+    embed_visible,
+    shorten_last_block,
+)
+
+NEEDS_WHOLE_MAPS = "needs whole maps for its convolutions"
+"""Reason why a convolutional family has no encoder of visible patches."""
 
 
 class Encoder(nn.Module):
     """Images (B, C, H, W) and mask (B, h, w) in units of `patch_size` → features (B, H / stride, W / stride, D).
 
-    `visible` and `hidden`, which must be those of the mask, save what a loss of the hidden cells does not need: with
-    `hidden` come the features of these n cells only, (B, n, D).
+    `visible` and `hidden` must be the cells of the mask. They save work that a loss of the hidden cells does not need:
+    with `hidden` the result is the features of these n cells only, (B, n, D).
     """
 
     # Parameters that AdamW does not decay, besides biases and 1-D ones; see `simmim.torch_engine.train.optim`.
     without_decay: ClassVar[frozenset[str]] = frozenset({"mask_token"})
-    # Whether it must know what is visible: of a mask whose count it is not told, it asks the device.
+    # Whether the encoder needs `visible`. Without it the encoder counts the mask, which waits for the device.
     needs_visible: ClassVar[bool] = False
+    # `Family.last_blocks`
+    last_blocks: Mapping[type[nn.Module], type[LastBlock]] = {}
 
     def __init__(self, backbone: nn.Module, token_module: str = "patch_embed"):
         super().__init__()
@@ -34,12 +50,11 @@ class Encoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self._token_features()))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.drop_path_draws = route_drop_path(backbone)
-        self._mask: Tensor | None = None
-        self._choice = Choice()
+        self._state = ForwardState()
         self._short = False
-        backbone.get_submodule(token_module).register_forward_hook(self._put_mask_token)
+        backbone.get_submodule(token_module).register_forward_hook(partial(self._put_mask_token, self._state))
         for name, parameter in backbone.named_parameters():
-            # Parts that only a classifier uses: without a gradient DDP would wait for them for ever.
+            # Parts that only a classifier uses. DDP would wait for their gradients for ever.
             if name.split(".")[0] in ("head", "fc_norm", "attn_pool"):
                 parameter.requires_grad_(False)
 
@@ -49,28 +64,35 @@ class Encoder(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels of a side of a feature-map cell."""
+        """Side of a feature-map cell in pixels."""
         return self.backbone.feature_info[-1]["reduction"]
 
     @property
     def patch_size(self) -> int:
-        """Pixels of a side of the unit in which masks are given."""
+        """Side of the unit of masks in pixels."""
         raise AssertionError
 
     def check_masks(self, masks: MaskStrategy, model: str) -> None:
-        """One-line `ValueError` for a strategy whose masks `model` cannot be given."""
+        """Raise `UserError` if `model` cannot take the masks of a strategy."""
 
     def _token_features(self) -> int:
+        """Return the number of features of the mask token."""
         raise AssertionError
 
-    def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+    def _token_mask(self, mask: Tensor) -> Tensor | None:
+        """Return where the mask token goes, (B, h, w); `None` for nowhere."""
+        return mask
+
+    @staticmethod
+    def _put_mask_token(state: ForwardState, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """Put the mask token into the output of `token_module`: a forward hook."""
         raise AssertionError
 
     def save_work(self, *, visible_patches: bool, last_block: bool) -> None:
-        """From now on make these savings where a call says what is visible and hidden, and the backbone is known."""
+        """Make these savings from now on, in calls that give `visible` or `hidden`, where the backbone allows it."""
         if visible_patches and hasattr(self.backbone, "patch_embed"):
-            embed_visible(self.backbone.patch_embed, self._choice)
-        self._short = last_block and shorten_last_block(self.backbone, self._choice)
+            embed_visible(self.backbone.patch_embed, self._state)
+        self._short = last_block and shorten_last_block(self.backbone, self._state, self.last_blocks)
 
     def forward(
         self,
@@ -80,30 +102,35 @@ class Encoder(nn.Module):
         visible: Chosen | None = None,
         hidden: Chosen | None = None,
     ) -> Tensor:
-        self._mask = mask
-        self._choice.patches = self._seen(mask, visible)
-        self._choice.tokens = self._places(hidden) if self._short and hidden is not None else None
+        state = self._state
+        state.mask = mask
+        state.token_mask = None if mask is None else self._token_mask(mask)
+        state.mask_token = self.mask_token
+        state.patches = self._seen(mask, visible)
+        state.tokens = self._places(hidden) if self._short and hidden is not None else None
         features = self.backbone.forward_features(self._hide(images))
-        if self._choice.tokens is None:
+        if state.tokens is None:
             features = self._to_map(features, images)
             if hidden is not None:
                 features = hidden.of(features.flatten(1, 2))
-        if not self.training:  # else kept: activation checkpointing runs parts again in the backward pass
-            self._mask, self._choice.patches, self._choice.tokens = None, None, None
+        if not self.training:  # activation checkpointing runs parts again in the backward pass
+            state.clear()
         return features
 
     def _seen(self, mask: Tensor | None, visible: Chosen | None) -> Chosen | None:
-        """The visible patches, where it is to be known which they are."""
+        """Return the visible patches, if the backbone uses them."""
         return visible
 
     def _places(self, cells: Chosen) -> Chosen:
-        """Where the last block has these cells among its tokens."""
+        """Return the places of cells among the tokens of the last block."""
         return cells
 
     def _hide(self, images: Tensor) -> Tensor:
+        """Return the images that the backbone gets."""
         return images
 
     def _to_map(self, features: Tensor, images: Tensor) -> Tensor:
+        """Return the backbone's features as a map (B, h, w, D)."""
         return features
 
 
@@ -123,11 +150,12 @@ class TokenEncoder(Encoder):
     def _token_features(self) -> int:
         return self.backbone.patch_embed.proj.out_channels
 
-    def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        if self._mask is None:
+    @staticmethod
+    def _put_mask_token(state: ForwardState, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if state.token_mask is None or state.mask_token is None:
             return output
-        mask = self._mask.flatten(1) if output.ndim == 3 else self._mask  # (B, N, D) or (B, h, w, D)
-        return torch.where(mask.unsqueeze(-1), self.mask_token.to(output.dtype), output)
+        mask = state.token_mask.flatten(1) if output.ndim == 3 else state.token_mask  # (B, N, D) or (B, h, w, D)
+        return torch.where(mask.unsqueeze(-1), state.mask_token.to(output.dtype), output)
 
     def _places(self, cells: Chosen) -> Chosen:
         return cells.after(getattr(self.backbone, "num_prefix_tokens", 0))
@@ -141,34 +169,27 @@ class TokenEncoder(Encoder):
 class VisibleEncoder(TokenEncoder):
     """ViT and DeiT that see visible patches only (MAE, arXiv 2111.06377 §3).
 
-    Hidden ones are left out after positions are added. In the feature map the mask token is in their places, for a head
-    that mixes cells and adds positions of its own. Every mask of a batch must leave as many visible.
+    Hidden patches are left out after positions are added. In the feature map the mask token takes their places, for a
+    head that mixes cells and adds its own positions. All masks of a batch must leave the same number visible.
     """
 
     needs_visible = True
 
     def __init__(self, backbone: Any):
         super().__init__(backbone)
-        backbone.norm_pre.register_forward_pre_hook(self._leave_out)
+        backbone.norm_pre.register_forward_pre_hook(partial(_leave_out, self._state, backbone.num_prefix_tokens))
 
     def save_work(self, *, visible_patches: bool, last_block: bool) -> None:
-        super().save_work(visible_patches=visible_patches, last_block=False)  # which has no hidden tokens here
+        super().save_work(visible_patches=visible_patches, last_block=False)  # it has no hidden tokens
 
     def _seen(self, mask: Tensor | None, visible: Chosen | None) -> Chosen | None:
         return choose(mask, count_visible(mask), hidden=False) if mask is not None and visible is None else visible
 
-    def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output
-
-    def _leave_out(self, _module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-        (tokens,) = inputs
-        visible, prefix = self._choice.patches, self.backbone.num_prefix_tokens
-        if visible is None:
-            return tokens
-        return torch.cat((tokens[:, :prefix], visible.of(tokens[:, prefix:])), dim=1)
+    def _token_mask(self, mask: Tensor) -> Tensor | None:
+        return None
 
     def _to_map(self, features: Tensor, images: Tensor) -> Tensor:
-        visible, mask = self._choice.patches, self._mask
+        visible, mask = self._state.patches, self._state.mask
         if visible is None or mask is None:
             return super()._to_map(features, images)
         seen = visible.put(features[:, self.backbone.num_prefix_tokens :], mask[0].numel())  # (B, N, D)
@@ -176,8 +197,20 @@ class VisibleEncoder(TokenEncoder):
         return torch.where(mask.unsqueeze(-1), self.mask_token.to(cells.dtype), cells)
 
 
+def _leave_out(state: ForwardState, prefix: int, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Drop hidden tokens, (B, prefix + N, D) → (B, prefix + n, D): a pre-hook. The first `prefix` tokens are kept."""
+    (tokens,) = inputs
+    if state.patches is None:
+        return tokens
+    return torch.cat((tokens[:, :prefix], state.patches.of(tokens[:, prefix:])), dim=1)
+
+
 def count_visible(mask: Tensor) -> int:
-    """How many patches each mask of (B, h, w) leaves visible. Waits for the device; `ValueError` where they differ."""
+    """Return how many patches each mask of (B, h, w) leaves visible. Waits for the device.
+
+    Raises:
+        UserError: the masks differ in their number.
+    """
     counts = (~mask).flatten(1).sum(1)
     least, most = int(counts.min()), int(counts.max())
     if least != most:
@@ -189,7 +222,7 @@ def count_visible(mask: Tensor) -> int:
 
 
 class SwinEncoder(TokenEncoder):
-    """Swin and SwinV2: as for plain transformers; the last stage's map is the feature map."""
+    """Swin and SwinV2: masked like plain transformers; the last stage's map is the feature map."""
 
     without_decay = frozenset({"mask_token"})
 
@@ -204,10 +237,10 @@ class SwinEncoder(TokenEncoder):
 class ConvEncoder(Encoder):
     """Convolutional nets, after A2MIM (arXiv 2205.13943).
 
-    A token in place of the patch embedding gains nothing here (SimMIM on ResNet-50: 79.9 against 79.8 supervised),
-    since a convolution mixes it with its neighbours at once. So the hidden pixels take the mean colour (0 after
-    normalisation), and the mask token enters where features are already local summaries: it replaces the hidden cells
-    of the third stage's output, at 16 pixels a cell.
+    A token in place of the patch embedding gains nothing (SimMIM on ResNet-50: 79.9 against 79.8 supervised), because
+    a convolution mixes it with its neighbours at once. So hidden pixels take the mean colour (0 after normalisation),
+    and the mask token replaces the hidden cells of the third stage's output, at 16 pixels a cell, where features are
+    local summaries already.
     """
 
     def __init__(self, backbone: Any, stage: str):
@@ -224,19 +257,22 @@ class ConvEncoder(Encoder):
         return self._stage["num_chs"]
 
     def _hide(self, images: Tensor) -> Tensor:
-        if self._mask is None:
+        mask = self._state.mask
+        if mask is None:
             return images
-        pixels = self._mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)
+        pixels = mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)
         images = torch.where(pixels.unsqueeze(1), 0.0, images)  # keeps channels last in memory, as pixels come
         if images.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
             # In fp32 on a CPU convolutions are slower so, and PyTorch's batch norm sums less exactly.
             images = images.contiguous()
         return images
 
-    def _put_mask_token(self, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        if self._mask is None:
+    @staticmethod
+    def _put_mask_token(state: ForwardState, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if state.token_mask is None or state.mask_token is None:
             return output
-        return torch.where(self._mask.unsqueeze(1), self.mask_token.to(output.dtype).view(1, -1, 1, 1), output)
+        token = state.mask_token.to(output.dtype).view(1, -1, 1, 1)
+        return torch.where(state.token_mask.unsqueeze(1), token, output)
 
     def _to_map(self, features: Tensor, images: Tensor) -> Tensor:
         return features.permute(0, 2, 3, 1)  # (B, D, h, w) → (B, h, w, D)

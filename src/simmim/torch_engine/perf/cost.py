@@ -35,8 +35,9 @@ from torch.utils.flop_counter import (
 from simmim.config.training import PretrainConfig
 from simmim.hardware.roofline import StepWork
 from simmim.method.schedules import CosineSchedule
+from simmim.torch_engine.models.family import find_blocks
 from simmim.torch_engine.perf.trial import random_batch
-from simmim.torch_engine.train.distributed import SHARDED_TOGETHER, World
+from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step
 from simmim.torch_engine.train.update import Update
@@ -123,10 +124,8 @@ class _Tape(TorchDispatchMode):
         super().__init__()
         self.parameters = sum(parameter.numel() for parameter in step.parameters())
         self.trained = sum(parameter.numel() for parameter in step.parameters() if parameter.requires_grad)
-        blocks = [module for module in step.modules() if type(module).__name__ in SHARDED_TOGETHER]
-        self.largest_block = max(
-            (sum(parameter.numel() for parameter in block.parameters()) for block in blocks), default=self.parameters
-        )
+        sizes = (sum(parameter.numel() for parameter in block.parameters()) for block in find_blocks(step))
+        self.largest_block = max(sizes, default=self.parameters)
         self._held: dict[int, int] = {}
         self._in_use = self._in_gradients = 0
         self.names: list[str] = []

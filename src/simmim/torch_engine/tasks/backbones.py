@@ -1,4 +1,4 @@
-"""The encoder of a task: where its weights come from, and how they fit a model that classifies or draws a pyramid."""
+"""Encoders of fine-tuning: find the pretrained weights and load them into a model for the task."""
 
 import dataclasses
 import json
@@ -13,22 +13,15 @@ from torch import Tensor, nn
 from simmim.config.tasks import FinetuneConfig
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.errors import UserError
-from simmim.torch_engine.models.encoders import FAMILIES, default_image_size, find_family
+from simmim.torch_engine.models.encoders import default_image_size
+from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
 from simmim.training.run_directory import Run
-
-_LAYER_DECAY = {
-    "vision_transformer": 0.65,
-    "deit": 0.65,
-    "beit": 0.65,
-    "swin_transformer": 0.8,
-    "swin_transformer_v2": 0.8,
-}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """An encoder to start from: its timm description, and its weights under timm's names unless from scratch."""
+    """An encoder to start from: its timm description, and its weights under timm's names (`None` for scratch)."""
 
     model: str
     model_args: dict[str, Any]
@@ -40,7 +33,7 @@ class Origin:
 
 
 def find_origin(config: FinetuneConfig) -> Origin:
-    """What `--from` names. One-line `ValueError` where there is no such encoder."""
+    """Find the encoder that `--from` names. Raises `UserError` if there is none."""
     assert config.init is not None
     if config.init == "scratch":
         size = default_image_size(config.model)
@@ -70,7 +63,7 @@ def _from_timm(name: str, config: FinetuneConfig) -> Origin:
     find_family(name)
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # the hub raises whatever its back ends do
+    except Exception as error:  # the hub passes on the errors of its back ends
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"--from timm:{name} has no weights here: {reason}") from error
     cfg: Any = model.pretrained_cfg
@@ -78,9 +71,8 @@ def _from_timm(name: str, config: FinetuneConfig) -> Origin:
     return Origin(name, config.model_args, (height, width), 3, cfg["mean"], cfg["std"], model.state_dict())
 
 
-def complete(config: FinetuneConfig, origin: Origin, **machine: Any) -> FinetuneConfig:
-    """The configuration with the encoder's facts and nothing left open but warm-up."""
-    family = _file_of(origin.model)
+def with_encoder_facts(config: FinetuneConfig, origin: Origin, **machine: Any) -> FinetuneConfig:
+    """Return the configuration with the encoder's facts filled in. Only the warm-up stays open."""
     mean, std = (config.mean, config.std) if isinstance(config.mean, tuple) else (origin.mean, origin.std)
     return dataclasses.replace(
         config,
@@ -90,20 +82,20 @@ def complete(config: FinetuneConfig, origin: Origin, **machine: Any) -> Finetune
         channels=origin.channels,
         mean=mean,
         std=std,
-        layer_decay=config.layer_decay or _LAYER_DECAY.get(family, 1.0),
+        layer_decay=config.layer_decay or find_family(origin.model).layer_decay,
         **machine,
     )
 
 
 def create_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, **head: Any) -> nn.Module:
-    """A timm module of the encoder for a task, with `weights` in it; `head` are arguments such as num_classes.
+    """Create the timm module of an encoder for a task and load `weights`. `head` gives arguments such as num_classes.
 
-    As in the official fine-tuning, a ViT pools the mean of its tokens and has a fresh norm after that, and a relative
-    bias that all blocks shared is copied to each (SimMIM, appendix A).
+    As in the official fine-tuning, a ViT averages its tokens and applies a new norm after that, and a relative bias
+    that all blocks share is copied to each block (SimMIM, appendix A).
     """
-    family = FAMILIES[_file_of(config.model)]
+    family = find_family(config.model)
     arguments: dict[str, Any] = dict(config.model_args)
-    if family.sized:
+    if family.takes_image_size:
         arguments["img_size"] = config.image_size
     arguments |= {"drop_path_rate": config.drop_path} | head
     if config.model_args.get("use_shared_rel_pos_bias"):
@@ -115,9 +107,9 @@ def create_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, *
 
 
 def load_backbone(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Weights of an encoder into a module that may have another head or size. `ValueError` where they misfit.
+    """Load weights of an encoder into a module that may have another head or size. Raises `UserError` on a misfit.
 
-    What only the task has keeps its fresh weights, and what only the encoder had is left out.
+    Parameters that only the task has keep their random values. Weights that only the encoder has are left out.
     """
     own = backbone.state_dict()
     kept = {name: tensor for name, tensor in weights.items() if name in own or name == SHARED_BIAS}
@@ -128,8 +120,3 @@ def load_backbone(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
         backbone.load_state_dict(fit_backbone(kept, backbone)[0])
     except ValueError as error:
         raise UserError(f"the encoder's weights do not fit {type(backbone).__name__}: {error}") from None
-
-
-def _file_of(model: str) -> str:
-    find_family(model)
-    return timm.models.model_entrypoint(model.split(".")[0]).__module__.rsplit(".", 1)[-1]

@@ -1,7 +1,7 @@
-"""Feature maps of several strides, which segmentation and detection need, from any encoder.
+"""Feature maps of several strides from any encoder, for segmentation and detection.
 
-Swin and convolutional nets have them: their last four stages. A plain ViT or BEiT has one map, from which ViTDet's
-simple feature pyramid (arXiv 2203.16527) makes four.
+The last four stages of a Swin or a convolutional net are such maps. A plain ViT or BEiT has one map, from which
+ViTDet's simple feature pyramid (arXiv 2203.16527) makes four.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `h w` cells of the encoder's last map, `D` its features.
 """
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from simmim.config.tasks import FinetuneConfig
 from simmim.errors import UserError
-from simmim.torch_engine.models.encoders import find_family
-from simmim.torch_engine.models.masked import TokenEncoder
+from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.tasks.backbones import create_backbone
 from simmim.training.plan import check_stride
 
@@ -22,7 +21,7 @@ from simmim.training.plan import check_stride
 class Pyramid(nn.Module):
     """Normalised images (B, C, H, W) → one map (B, channels[i], H / strides[i], W / strides[i]) a level, finest first.
 
-    `backbone` is a timm module under timm's names. What else is learned here is new to the task.
+    `backbone` is a timm module under timm's names. All other parameters are new to the task.
     """
 
     channels: tuple[int, ...]
@@ -33,7 +32,7 @@ class Pyramid(nn.Module):
         self.backbone: Any = backbone
 
     def drop_finest(self) -> None:
-        """Make no finest level from now on, nor learn for it."""
+        """Remove the finest level and its parameters."""
         self.channels, self.strides = self.channels[1:], self.strides[1:]
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -43,23 +42,21 @@ class Pyramid(nn.Module):
 class StagePyramid(Pyramid):
     """The last four stages of a Swin or a convolutional net.
 
-    A stage that ends without a norm gets one, as in Swin's and ConvNeXt's own segmentation and detection: the sums that
-    residual blocks pass on grow from stage to stage.
+    A stage that ends without a norm (`stage_norms`, from its family) gets one, as in Swin's and ConvNeXt's own
+    segmentation and detection, because the sums of residual blocks grow from stage to stage.
     """
 
-    def __init__(self, backbone: nn.Module):
+    def __init__(self, backbone: nn.Module, stage_norms: tuple[bool, ...]):
         super().__init__(backbone)
         stages = self.backbone.feature_info[-4:]
         self.channels = tuple(stage["num_chs"] for stage in stages)
         self.strides = tuple(stage["reduction"] for stage in stages)
-        kind = type(backbone).__name__
-        # A Swin's last stage has its own; a ConvNeXt's is in its classifier; ResNet and RegNet end in batch norms.
-        normed = (False, False, False, "ConvNeXt" not in kind) if "Swin" in kind or "ConvNeXt" in kind else (True,) * 4
         self.norms = nn.ModuleList(
-            nn.Identity() if done else LayerNorm2d(width) for done, width in zip(normed, self.channels, strict=True)
+            nn.Identity() if done else LayerNorm2d(width)
+            for done, width in zip(stage_norms, self.channels, strict=True)
         )
         for name, parameter in backbone.named_parameters():
-            if name.startswith("head."):  # without a gradient DDP would wait for it for ever
+            if name.startswith("head."):  # DDP would wait for its gradient for ever
                 parameter.requires_grad_(False)
 
     def drop_finest(self) -> None:
@@ -116,22 +113,23 @@ def _refine(width: int, channels: int) -> tuple[nn.Module, ...]:
 
 
 def create_pyramid(config: FinetuneConfig, weights: dict[str, Tensor] | None, *, channels: int = 256) -> Pyramid:
-    """The pyramid of the configuration's encoder, with `weights` (timm's names) in it.
+    """Create the pyramid of the configuration's encoder and load `weights` (timm's names).
 
-    `channels` is the width of a plain transformer's levels; an encoder with stages keeps their own. One-line
-    `ValueError` where image size, patch or weights do not fit. A level's side is rounded up where an odd number of
-    patches is halved.
+    `channels` is the width of a plain transformer's levels; an encoder with stages keeps its own widths. A level's
+    side is rounded up where an odd number of patches is halved.
+
+    Raises:
+        UserError: image size, patch or weights do not fit.
     """
     family = find_family(config.model)
     assert config.image_size is not None
-    plain = family.wrap is TokenEncoder
     if weights is not None and "norm.weight" not in weights:
-        # An encoder that was fine-tuned to classify has its last norm after the pooling: the nearest to one before.
+        # An encoder fine-tuned for classification has its last norm after pooling, the closest to one before it.
         weights = {name.replace("fc_norm.", "norm."): tensor for name, tensor in weights.items()}
     backbone: Any = create_backbone(config, weights, **dict(family.arguments) | {"num_classes": 0})
-    if not plain:
+    if family.stage_norms is not None:
         check_stride(config.image_size, backbone.feature_info[-1]["reduction"], config.model)
-        return StagePyramid(backbone)
+        return StagePyramid(backbone, family.stage_norms)
     patch = backbone.patch_embed.patch_size[0]
     check_stride(config.image_size, patch, config.model)
     if patch % 4:

@@ -47,7 +47,7 @@ def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
     Mean, std, precision and cluster centres must be set.
     """
     devices = len(topology_devices(topology))
-    config = complete(config)
+    config = with_model_sizes(config)
     assert config.image_size is not None
     if config.batch_size % (devices * config.accumulate_steps):
         raise UserError(
@@ -75,7 +75,7 @@ def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
     return report_of(lambda: compile_stablehlo(module, topology), facts)
 
 
-def complete(config: PretrainConfig) -> PretrainConfig:
+def with_model_sizes(config: PretrainConfig) -> PretrainConfig:
     """Fill in the sizes that follow from the model."""
     size = config.image_size or default_image_size(config.model)
     patch = sketch_encoder(config.model, size, config.model_args).patch_size

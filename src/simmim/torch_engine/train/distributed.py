@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from simmim.config.training import PretrainConfig, TrainingConfig
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores, cpu_has_bf16, cpu_name
+from simmim.torch_engine.models.family import blocks_to_shard
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl", "tpu": "cpu:gloo,tpu:tpu_dist"}
 
@@ -180,17 +181,6 @@ def _track_statistics(norm: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
         norm.num_batches_tracked.add_(1)
 
 
-# timm's blocks, each of which FSDP2 gathers for itself.
-SHARDED_TOGETHER = {
-    "Block",
-    "SwinTransformerBlock",
-    "SwinTransformerV2Block",
-    "ConvNeXtBlock",
-    "Bottleneck",
-    "BasicBlock",
-}
-
-
 def spread(model: nn.Module, world: World, *, shard: bool) -> nn.Module:
     """The model on every process: copied (DDP) or sharded (FSDP2). Batch norms see the whole batch on CUDA."""
     if world.size == 1:
@@ -199,9 +189,8 @@ def spread(model: nn.Module, world: World, *, shard: bool) -> nn.Module:
         # timm's conversion: PyTorch's would leave out the activation in timm's layers that join it to the norm.
         model = convert_sync_batchnorm(model)
     if shard:
-        for module in model.modules():
-            if type(module).__name__ in SHARDED_TOGETHER:
-                fully_shard(module)
+        for block in blocks_to_shard(model):
+            fully_shard(block)
         fully_shard(model)
         return model
     if world.device.type == "cuda":

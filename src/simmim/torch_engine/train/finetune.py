@@ -15,8 +15,8 @@ from simmim.data.labelled.detection import open_detection
 from simmim.data.labelled.segmentation import open_segmentation
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
-from simmim.torch_engine.models.savings import choose_attention, choose_products
-from simmim.torch_engine.tasks.backbones import complete, find_origin
+from simmim.torch_engine.models.kernels import choose_attention, choose_products
+from simmim.torch_engine.tasks.backbones import find_origin, with_encoder_facts
 from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep
 from simmim.torch_engine.tasks.classify import ClassifyTask
 from simmim.torch_engine.tasks.detect import DetectTask
@@ -71,7 +71,7 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
     data = open_data(config)
     with distributed.join(device) as world:
         distributed.check_world(config, world)
-        config = complete(
+        config = with_encoder_facts(
             config,
             origin,
             device=device,

@@ -8,7 +8,8 @@ import torch
 
 from simmim.config.training import PretrainConfig, validated
 from simmim.method.masks import upsample_mask
-from simmim.torch_engine.models.encoders import default_image_size, find_family, sketch_encoder
+from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
+from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.tasks.probe import KnnCheck
 from simmim.torch_engine.train import distributed

@@ -17,9 +17,10 @@ from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
 from simmim.torch_engine.models.heads import LinearHead
+from simmim.torch_engine.models.kernels import choose_attention, choose_products
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
-from simmim.torch_engine.models.savings import PLAIN, Savings, choose_attention, choose_products, count
+from simmim.torch_engine.models.savings import PLAIN, Savings, count
 from simmim.torch_engine.train.checkpoint import load_model_state
 from simmim.training.checkpoint_directory import newest_checkpoint
 from simmim.training.run_directory import Run, find_task_of, written_whole
