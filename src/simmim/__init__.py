@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simmim.config.training import PretrainConfig
+    from simmim.data.sources import register_source
     from simmim.torch_engine.train.storage import load_encoder, load_model
     from simmim.training.loop import Outcome
     from simmim.training.run_directory import Run
@@ -29,6 +30,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "register_source",
 ]
 
 # Loaded on first use, so that `import simmim` stays fast.
@@ -37,6 +39,7 @@ _HOMES = {
     "Run": "simmim.training.run_directory",
     "load_encoder": "simmim.torch_engine.train.storage",
     "load_model": "simmim.torch_engine.train.storage",
+    "register_source": "simmim.data.sources",
 }
 
 

@@ -94,6 +94,13 @@ def test_the_numbers_of_a_palette_are_the_classes_and_not_its_colours(tmp_path: 
     assert read_mask(tmp_path / "a.png").tolist() == numbers.tolist()
 
 
+@pytest.mark.parametrize("value", [70_000, -1])
+def test_class_numbers_beyond_16_bits_are_refused(tmp_path: Path, value: int) -> None:
+    Image.fromarray(np.full((2, 2), value, np.int32), mode="I").save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=f"a.tif has the value {value}; write class numbers from 0 to 65535"):
+        read_mask(tmp_path / "a.tif")
+
+
 def test_sixteen_bits_hold_more_than_255_classes(tmp_path: Path) -> None:
     numbers = np.array([[0, 300], [IGNORE, 65535]], np.uint16)
     write(tmp_path / "a.png", numbers)

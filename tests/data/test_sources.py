@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from simmim.data.decode import decode
-from simmim.data.sources import PathList, Subset, open_source, sniff
+from simmim.data.files import PathList
+from simmim.data.sources import Subset, open_source, register_source, sniff
 
 
 def names(data: Path | str) -> list[str]:
@@ -194,3 +195,14 @@ class TestHuggingFace:
         with pytest.raises(ValueError, match=r"\A[^\n]*\Z") as caught:
             open_source(f"hf:{saved}/{data}")
         assert str(caught.value).startswith(message.format(saved))
+
+
+@pytest.mark.parametrize(("scheme", "message"), [("demo", "is registered already"), ("s3://", "is not a word")])
+def test_a_scheme_that_cannot_be_registered_is_refused(scheme: str, message: str):
+    with pytest.raises(ValueError, match=message):
+        register_source(scheme, lambda rest: PathList([rest]))
+
+
+def test_an_unknown_scheme_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match="scheme lmdb of lmdb:faces is not known; use one of demo, hf"):
+        open_source("lmdb:faces")

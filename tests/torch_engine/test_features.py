@@ -9,7 +9,8 @@ import timm
 import torch
 
 from simmim.data.augment import CentreCrop, crop_resize
-from simmim.data.sources import ArrayImages, ImageSource, PathList
+from simmim.data.files import PathList
+from simmim.data.sources import ArrayImages, ImageSource
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.tasks.features import FeatureReader, PooledFeatures
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.pipeline import eval_images
-from simmim.data.sources import open_images, sniff
+from simmim.data.sources import open_files, sniff
 from simmim.errors import UserError
 from simmim.training.run_directory import written_whole
 
@@ -24,7 +24,7 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
         raise UserError(f"--out {out} is not a .png file; name one")
     if count < 1:
         raise UserError(f"count {count} is less than 1; the default is 8")
-    source = open_images(images)
+    source = open_files(images)
     if len(images) > 1:
         _check(images)
     step, config = load_run(run)

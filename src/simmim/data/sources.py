@@ -1,59 +1,61 @@
-"""Where unlabelled images come from: a folder, a list of paths, packed shards, a Hugging Face data set, the emoji in
-the package."""
+"""Sources of unlabelled images: the schemes that `--data` knows, and how to register another.
 
-import os
+Shapes: `N` images, `H W` pixels, `C` channels.
+"""
+
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from importlib import resources
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Raw, open_picture
-from simmim.data.names import Names
+from simmim.data.files import PathList, open_folder, open_list
+from simmim.data.hugging_face import open_hugging_face
 from simmim.data.packed.format import is_packed, open_packed
 from simmim.errors import UserError
 
-_SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
-SUFFIXES = tuple(_SUFFIXES.split())
-"""The files of a folder that are taken for images."""
-
-_LISTS = (".txt", ".lst", ".npz")  # files that hold or name many images
-_WHOLE = "whole"  # the one part of a Hugging Face set that has no splits
+_LISTS = (".txt", ".lst", ".npz")  # files that hold or list many images
 
 
 class ImageSource(Protocol):
-    """Images by number; `read` is called from several threads at once."""
+    """Images by number. `read` is called from several threads at once.
+
+    A source may have an attribute `defaults`, a `SourceDefaults`.
+    """
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """A path or an identity, as `bad_images.txt` lists it."""
+        """Return a path or an identity, as `bad_images.txt` lists it."""
         ...
 
     def read(self, index: int) -> Raw:
-        """The image as stored. An `OSError` or a `ValueError` says that this image cannot be had."""
+        """Return the image as stored. An `OSError` or `ValueError` marks this image as unreadable."""
         ...
 
 
-class PathList:
-    """Image files by path, relative to `root`."""
+@dataclass(frozen=True, kw_only=True)
+class SourceDefaults:
+    """How a source's images are read unless an option says otherwise. `None`: as for photographs."""
 
-    def __init__(self, names: Sequence[str | Path], root: str | Path = ""):
-        self._names = names
-        self._root = root
+    channels: int | None = None
+    dtype: Literal["uint8", "float32"] | None = None
+    """Dtype of the pixels, in 0..255 (default: float32 if any of the first images is deeper than 8 bits)."""
+    crop_scale: tuple[float, float] | None = None
+    """Range of a random crop's share of the image; with (1, 1) and the ratio (1, 1) images are seen whole."""
+    crop_ratio: tuple[float, float] | None = None
+    """Range of a random crop's width over its height, relative to those of the image size."""
+    flip: Literal["none", "horizontal", "both"] | None = None
 
-    def __len__(self) -> int:
-        return len(self._names)
 
-    def name(self, index: int) -> str:
-        return str(Path(self._root, self._names[index]))
-
-    def read(self, index: int) -> bytes:
-        return Path(self.name(index)).read_bytes()
+def defaults_of(source: ImageSource) -> SourceDefaults:
+    return getattr(source, "defaults", SourceDefaults())
 
 
 class Subset:
@@ -74,7 +76,7 @@ class Subset:
 
 
 class DemoImages:
-    """The emoji that come with the package, 64×64 RGB; names are `LABEL/CODEPOINT.webp`."""
+    """The emoji in the package, 64×64 RGB. Names are `LABEL/CODEPOINT.webp`."""
 
     def __init__(self):
         archive = resources.files("simmim.data") / "demo.zip"
@@ -111,54 +113,60 @@ class ArrayImages:
         return self._images[index]
 
 
-class HuggingFaceImages:
-    """The image column of a `datasets.Dataset`."""
+_SCHEMES: dict[str, Callable[[str], ImageSource]] = {"demo": lambda _: DemoImages(), "hf": open_hugging_face}
 
-    def __init__(self, dataset: Any, column: str):
-        import datasets
 
-        self._dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        self._column = column
+def register_source(scheme: str, open: Callable[[str], ImageSource]) -> None:
+    """Let `--data SCHEME:REST` (and `SCHEME` alone) open `open(REST)`.
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def name(self, index: int) -> str:
-        return f"{self._column} {index}"
-
-    def read(self, index: int) -> bytes:
-        stored = self._dataset[int(index)][self._column]
-        if stored is None:
-            raise BadImage("the data set holds no image here")
-        if stored["bytes"] is not None:
-            return stored["bytes"]
-        return Path(stored["path"]).read_bytes()
+    `open` raises `simmim.errors.UserError` where there is nothing to read. A package that is installed registers its
+    source for the command line by an entry point of the group `simmim.sources`, named like the scheme. Raises
+    `UserError` for a scheme that is taken or not a word.
+    """
+    if not scheme.isidentifier():
+        raise UserError(f"scheme {scheme!r} is not a word; use letters, digits and underscores")
+    if scheme in _SCHEMES and _SCHEMES[scheme] is not open:
+        raise UserError(f"scheme {scheme!r} is registered already; choose another name")
+    _SCHEMES[scheme] = open
 
 
 def open_source(data: str) -> ImageSource:
-    """The images that `--data` names: a folder, a .txt or .lst of paths, an .npz, what `simmim pack` wrote (also by a
-    URL of object storage), `hf:NAME_OR_PATH[:SPLIT]`, or `demo`.
+    """Open the images that `--data` names.
 
-    Raises a one-line `ValueError` where there is nothing to read.
+    That is a registered scheme (`demo`, `hf:NAME_OR_PATH[:SPLIT]`), a folder, a .txt or .lst of paths, an .npz, or a
+    directory that `simmim pack` wrote, also by a URL of object storage. Raises `UserError` if there is nothing to read.
     """
-    if data == "demo":
-        return DemoImages()
-    if data.startswith("hf:"):
-        return _open_hugging_face(data.removeprefix("hf:"))
+    scheme, _, rest = data.partition(":")
+    if open_scheme := _find_scheme(scheme):
+        return open_scheme(rest)
     path = Path(data).expanduser()
     if "://" in data or is_packed(path):
         return open_packed(data)
     if path.is_dir():
-        return _open_folder(path)
+        return open_folder(path)
+    suffix = path.suffix.lower()
+    if path.is_file() and suffix not in _LISTS:
+        raise UserError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
     if path.is_file():
-        return _open_arrays(path) if path.suffix.lower() == ".npz" else _open_list(path)
+        return _open_arrays(path) if suffix == ".npz" else open_list(path)
+    if rest and scheme.isidentifier():
+        raise UserError(
+            f"scheme {scheme} of {data} is not known; use one of {', '.join(_SCHEMES)}, or simmim.register_source"
+        )
     raise UserError(
         f"{data} does not exist; pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo"
     )
 
 
-def open_images(images: Sequence[str]) -> ImageSource:
-    """Several image files, or one thing that `open_source` takes; a one-line `ValueError` likewise."""
+def _find_scheme(name: str) -> Callable[[str], ImageSource] | None:
+    if name not in _SCHEMES and name.isidentifier():
+        for found in metadata.entry_points(group="simmim.sources", name=name):
+            register_source(name, found.load())
+    return _SCHEMES.get(name)
+
+
+def open_files(images: Sequence[str]) -> ImageSource:
+    """Open several image files, or whatever one thing `open_source` takes. Raises `UserError` likewise."""
     if not images:
         raise UserError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
     if len(images) == 1 and (not Path(images[0]).is_file() or Path(images[0]).suffix.lower() in _LISTS):
@@ -170,9 +178,10 @@ def open_images(images: Sequence[str]) -> ImageSource:
 
 
 def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
-    """The dtype that the images want, uint8 or (deeper than 8 bits) float32, from the first ones that can be read.
+    """Look at the first readable images: uint8, or float32 if any of them is deeper than 8 bits.
 
-    Raises a one-line `ValueError` where they don't have `channels` channels, or none can be read.
+    A dtype among the source's defaults decides instead. Raises `UserError` if most do not have `channels` channels, or
+    none can be read.
     """
     looked_at, deep, reason = 0, False, ""
     misfits: Counter[int] = Counter()
@@ -193,11 +202,11 @@ def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
     if 2 * misfits.total() > looked_at:  # fewer are bad images, counted and listed as such
         found = misfits.most_common(1)[0][0]
         raise UserError(f"images have {found} channels, not {channels}: pass --channels {found}")
-    return np.dtype(np.float32 if deep else np.uint8)
+    return np.dtype(defaults_of(source).dtype or (np.float32 if deep else np.uint8))
 
 
 def read_raw(source: ImageSource, index: int) -> Raw:
-    """The image as stored, or `BadImage` where it cannot be had."""
+    """Return the image as stored. Raises `BadImage` if it cannot be read."""
     try:
         return source.read(index)
     except OSError as error:
@@ -206,60 +215,6 @@ def read_raw(source: ImageSource, index: int) -> Raw:
         raise
     except ValueError as error:
         raise BadImage(" ".join(str(error).split())) from error
-
-
-def _open_folder(folder: Path) -> PathList:
-    try:
-        names = find_images(folder)
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
-    if not names:
-        raise UserError(f"folder {folder} holds no images; files read end in {', '.join(SUFFIXES)}")
-    return PathList(names, root=folder)
-
-
-def find_images(root: Path) -> Names:
-    """Image files in any depth, sorted, as paths relative to `root`; hidden files and folders are left out."""
-    return Names(_walk(root, "", set()))
-
-
-def _walk(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    status = Path(root, folder).stat()
-    if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
-        return
-    seen.add((status.st_dev, status.st_ino))
-    found: list[str] = []
-    with os.scandir(Path(root, folder)) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir(follow_symlinks=False):
-                found.append(entry.name)
-            elif entry.is_dir():
-                found.append(f"{entry.name}/")
-    found.sort()  # folders by their names with the slash: so whole paths are in order, without a list of all
-    for name in found:
-        if name.endswith("/"):
-            yield from _walk(root, folder + name, seen)
-        else:
-            yield folder + name
-
-
-def _open_list(path: Path) -> PathList:
-    if path.suffix.lower() not in _LISTS:
-        raise UserError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-        names = Names(name for line in lines if (name := line.strip()) and not name.startswith("#"))
-    if not names:
-        raise UserError(f"list {path} names no images; write one path a line")
-    source = PathList(names, root=path.parent)
-    first = min(len(source), 100)
-    if not any(Path(source.name(index)).is_file() for index in range(first)):
-        raise UserError(
-            f"none of the first {first} paths in {path} is a file, such as {source.name(0)}; "
-            "write paths relative to the list's folder"
-        )
-    return source
 
 
 def _open_arrays(path: Path) -> ArrayImages:
@@ -271,52 +226,10 @@ def _open_arrays(path: Path) -> ArrayImages:
 
 
 def read_npz(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    """Those of the arrays `names` that an .npz holds. One-line `ValueError` where it is none, or damaged."""
+    """Load those of the arrays `names` that an .npz holds. Raises `UserError` if it is damaged or no .npz."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names if name in arrays.files}
     except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as .npz ({reason}); write it with numpy.savez") from error
-
-
-def _open_hugging_face(name: str) -> HuggingFaceImages:
-    path, split = name, ""
-    if ":" in name and not Path(name).exists():
-        path, _, split = name.rpartition(":")
-    splits = load_hugging_face(path)
-    if split and list(splits) == [_WHOLE]:
-        raise UserError(f"data set hf:{path} has no splits; leave out :{split}")
-    split = split or ("train" if "train" in splits else next(iter(splits)))
-    if split not in splits:
-        raise UserError(f"data set hf:{path} has no split {split}; choose of {', '.join(map(str, splits))}")
-    return HuggingFaceImages(splits[split], image_column(splits[split], name))
-
-
-def load_hugging_face(path: str) -> dict[str, Any]:
-    """The splits of a data set, by a directory that `save_to_disk` wrote or what `load_dataset` takes."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"hf:{path} needs the library datasets; pip install simmim[data]") from error
-    saved = any(Path(path, file).exists() for file in ("state.json", "dataset_dict.json"))
-    try:
-        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
-    except Exception as error:  # it raises whatever its many back ends do
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"data set hf:{path} cannot be opened ({reason}); pass a name on the Hub or a folder"
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        return {str(split): part for split, part in loaded.items()}
-    return {_WHOLE: loaded}
-
-
-def image_column(dataset: Any, name: str) -> str:
-    """The column of a data set that holds images."""
-    import datasets
-
-    columns = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if not columns:
-        raise UserError(f"data set hf:{name} has no image column, only {', '.join(dataset.features)}; pass another")
-    return "image" if "image" in columns else columns[0]

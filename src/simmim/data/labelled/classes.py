@@ -13,20 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.data.files import SUFFIXES, PathList, find_images
+from simmim.data.hugging_face import HuggingFaceImages, image_column, load_hugging_face
 from simmim.data.packed.format import PackedImages, is_packed, open_packed
-from simmim.data.sources import (
-    SUFFIXES,
-    ArrayImages,
-    DemoImages,
-    HuggingFaceImages,
-    ImageSource,
-    PathList,
-    Subset,
-    find_images,
-    image_column,
-    load_hugging_face,
-    read_npz,
-)
+from simmim.data.sources import ArrayImages, DemoImages, ImageSource, Subset, read_npz
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys
 

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize, visible
 from simmim.data.decode import BadImage, open_picture
+from simmim.data.files import PathList
 from simmim.data.labelled.classes import evaluation_folder, hold_out
 from simmim.data.labelled.coco_json import CocoFile, read_coco
 from simmim.data.pipeline import Sample, load
-from simmim.data.sources import PathList, read_raw
+from simmim.data.sources import read_raw
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys
 

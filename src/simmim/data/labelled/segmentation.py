@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 
 from simmim.data.augment import Box
 from simmim.data.decode import BadImage, open_picture
+from simmim.data.files import SUFFIXES, PathList, find_images
 from simmim.data.labelled.classes import evaluation_folder, hold_out
-from simmim.data.sources import SUFFIXES, ImageSource, PathList, Subset, find_images, read_raw
+from simmim.data.sources import ImageSource, Subset, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import uniforms
 
 IGNORE = 255
+_HIGHEST = 65535  # class number of a mask
 
 Mask = NDArray[Any]
 """(H, W) class numbers, uint8 or uint16."""
@@ -151,6 +153,8 @@ def read_mask(path: Path) -> Mask:
         raise UserError(f"mask {path} cannot be read: {reason}; write it again as PNG") from error
     if mode not in ("1", "L", "P", "I;16", "I"):
         raise UserError(f"mask {path} holds {mode} colours; write one class number a pixel, of 8 or 16 bits")
+    if mode == "I" and (beyond := mask[(mask < 0) | (mask > _HIGHEST)]).size:
+        raise UserError(f"mask {path} has the value {beyond[0]}; write class numbers from 0 to {_HIGHEST}")
     return mask.astype(np.uint8 if mode in ("1", "L", "P") else np.uint16)
 
 

@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 from simmim.config.field_types import Count, Positive, Word
 from simmim.config.training import from_settings
 from simmim.data.decode import BadImage, decode
-from simmim.data.sources import ImageSource, open_images, read_raw
+from simmim.data.sources import ImageSource, open_files, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.torch_engine.tasks import classify, detect, segment
@@ -63,7 +63,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     assert task is not None
     if config.top is not None and task != "classify":
         raise UserError(f"--top is for classifiers, and {config.run} is fine-tuned for {task}; leave it out")
-    source = open_images(config.images)
+    source = open_files(config.images)
     predictor = PREDICTORS[task](directory, distributed.choose_device(config.device))
 
     def find(out: Path | None) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""Image files: in a folder of any depth, or listed in a text file."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from simmim.data.names import Names
+from simmim.errors import UserError
+
+_SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+SUFFIXES = tuple(_SUFFIXES.split())
+"""Suffixes of the files in a folder that count as images."""
+
+
+class PathList:
+    """Image files by path, relative to `root`; an `ImageSource`."""
+
+    def __init__(self, names: Sequence[str | Path], root: str | Path = ""):
+        self._names = names
+        self._root = root
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        return str(Path(self._root, self._names[index]))
+
+    def read(self, index: int) -> bytes:
+        return Path(self.name(index)).read_bytes()
+
+
+def open_folder(folder: Path) -> PathList:
+    """Open all images below a folder. Raises `UserError` if there are none or the folder cannot be listed."""
+    try:
+        names = find_images(folder)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
+    if not names:
+        raise UserError(f"folder {folder} holds no images; files read end in {', '.join(SUFFIXES)}")
+    return PathList(names, root=folder)
+
+
+def open_list(path: Path) -> PathList:
+    """Open the images of a text file: one path a line, relative to the file's folder; `#` begins a comment.
+
+    Raises `UserError` if it lists nothing or none of its first paths is a file.
+    """
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+        names = Names(name for line in lines if (name := line.strip()) and not name.startswith("#"))
+    if not names:
+        raise UserError(f"list {path} names no images; write one path a line")
+    source = PathList(names, root=path.parent)
+    first = min(len(source), 100)
+    if not any(Path(source.name(index)).is_file() for index in range(first)):
+        raise UserError(
+            f"none of the first {first} paths in {path} is a file, such as {source.name(0)}; "
+            "write paths relative to the list's folder"
+        )
+    return source
+
+
+def find_images(root: Path) -> Names:
+    """List image files in any depth, sorted, as paths relative to `root`. Hidden files and folders are left out."""
+    return Names(_walk(root, "", set()))
+
+
+def _walk(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    status = Path(root, folder).stat()
+    if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
+        return
+    seen.add((status.st_dev, status.st_ino))
+    found: list[str] = []
+    with os.scandir(Path(root, folder)) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir(follow_symlinks=False):
+                found.append(entry.name)
+            elif entry.is_dir():
+                found.append(f"{entry.name}/")
+    found.sort()  # folders sort by name with the slash, so whole paths are in order without a list of all
+    for name in found:
+        if name.endswith("/"):
+            yield from _walk(root, folder + name, seen)
+        else:
+            yield folder + name
