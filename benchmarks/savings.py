@@ -90,7 +90,7 @@ def measure(steps: dict[str, tuple[PretrainConfig, Savings]], rounds: int) -> di
         batches[name] = random_batch(config, config.batch_size, step.model.encoder.patch_size)
         tensors = {key: torch.from_numpy(array) for key, array in batches[name].items()}
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            step(**tensors).backward()
+            step(**tensors)["loss"].backward()
         step.zero_grad()
         figures[name] = {"flops": counter.get_total_flops(), "seconds": float("inf")}
     for turn in range(rounds + 1):

@@ -28,10 +28,8 @@ class Diary:
         self.bad = 0
         self.done: list[str] = []
         self.closed = False
+        self.components: dict[str, float] = {}
         self.signals: dict[int, list[int]] = {}
-
-    def resume(self) -> int:
-        return self.start
 
     def batches(self, start_step: int) -> Iterator[int]:
         try:
@@ -46,11 +44,12 @@ class Diary:
         self.bad = self.bad + 1 if step in self.bad_steps else 0
         for number in self.signals.get(step, []):
             os.kill(os.getpid(), number)
-        return 0.5, [math.nan if self.bad else float(step + 1), 1.0, float(self.bad)]
+        loss = math.nan if self.bad else float(step + 1)
+        return 0.5, {"loss": loss, "grad_norm": 1.0, "skipped_in_a_row": float(self.bad)} | self.components
 
-    def fetch(self, figures: Sequence[Any]) -> list[list[float]]:
+    def fetch(self, figures: Sequence[Any]) -> list[dict[str, float]]:
         self.done.append(f"fetch {len(figures)}")
-        return [list(each) for each in figures]
+        return list(figures)
 
     def save(self, done: int) -> None:
         self.done.append(f"save {done}")
@@ -62,7 +61,8 @@ class Diary:
 def loop(engine: Diary, out: Path, *, total: int = 10, save_every: int = 4, log_every: int = 3, **others: Any) -> Loop:
     config = PretrainConfig(out=str(out), log_every_steps=log_every, batch_size=2)
     out.mkdir(exist_ok=True)
-    return Loop(engine, Run(out), config, total_steps=total, steps_per_epoch=5, save_every_steps=save_every, **others)
+    steps = {"start": engine.start, "total_steps": total, "steps_per_epoch": 5, "save_every_steps": save_every}
+    return Loop(engine, Run(out), config, **steps, batches=engine.batches, **others)
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -113,6 +113,16 @@ def test_figures_of_events_are_in_their_steps_line_and_said(tmp_path: Path, caps
     assert found[10] == (1.0, 0.5)
     assert all(found[step] == (None, None) for step in found.keys() - {4, 8, 10})
     assert "step 8  val_loss 0.8000  knn 0.5000" in capsys.readouterr().err
+
+
+def test_the_components_of_a_loss_are_logged_and_shown_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Diary()
+    engine.components = {"loss/pixels": 0.25, "loss/teacher": 2.0}
+    loop(engine, tmp_path).fit()
+    assert [(row["loss/pixels"], row["loss/teacher"]) for row in rows(tmp_path)] == [(0.25, 2.0)] * 10
+    assert "loss 10.0000 (pixels 0.2500, teacher 2.0000)  lr" in capsys.readouterr().err
 
 
 def test_skipped_steps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

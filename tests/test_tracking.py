@@ -58,30 +58,58 @@ def test_tensorboard_holds_the_scalars_and_the_pictures(tmp_path):
     assert "reconstruction" in found
 
 
-@pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_a_hosted_tracker_gets_the_configuration_numbers_and_pictures(package, tmp_path, monkeypatch):
-    """With a stand-in for the package, which a test must not reach over the network."""
-    stand_in = """
+@pytest.fixture(params=["wandb", "trackio"])
+def stand_in(request, tmp_path, monkeypatch):
+    """Name of a package for which there is a stand-in: a test must not reach it over the network."""
+    package, text = (
+        request.param,
+        """
+from types import SimpleNamespace
+
 calls = []
-init = lambda **settings: calls.append(("init", settings))
+
+def init(**settings):
+    calls.append(("init", settings))
+    return SimpleNamespace(id="a1b2", name="run-a-2")
+
 log = lambda values, step: calls.append(("log", values, step))
 finish = lambda: calls.append(("finish",))
 Image = lambda pixels: pixels.shape
-"""
-    (tmp_path / f"{package}.py").write_text(stand_in)
+""",
+    )
+    (tmp_path / f"{package}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, package, raising=False)
+    yield package
+    sys.modules.pop(package, None)
+
+
+def test_a_hosted_tracker_gets_the_configuration_numbers_and_pictures(stand_in, tmp_path):
     run = Run(tmp_path / "run-a")
     run.path.mkdir()
-    *_, tracker = open_trackers(run, {"lr": "0.1"}, (package,), 0)
+    *_, tracker = open_trackers(run, {"lr": "0.1"}, (stand_in,), 0)
     tracker.scalars(2, {"loss": 0.5})
     tracker.picture(2, "reconstruction", np.zeros((8, 9, 3), np.uint8))
     tracker.close()
-    assert sys.modules.pop(package).calls == [
+    assert sys.modules[stand_in].calls == [
         ("init", {"project": "simmim", "name": "run-a", "config": {"lr": "0.1"}}),
         ("log", {"loss": 0.5}, 2),
         ("log", {"reconstruction": (8, 9, 3)}, 2),
         ("finish",),
+    ]
+
+
+def test_a_resumed_training_goes_on_with_its_run_of_a_hosted_tracker(stand_in, tmp_path):
+    run = Run(tmp_path / "run-a")
+    run.path.mkdir()
+    for start in (0, 5):
+        for tracker in open_trackers(run, {}, (stand_in,), start):
+            tracker.close()
+    same_run = {"wandb": {"id": "a1b2", "name": "run-a"}, "trackio": {"name": "run-a-2"}}[stand_in]
+    inits = [settings for name, *settings in sys.modules[stand_in].calls if name == "init"]
+    assert inits == [
+        [{"project": "simmim", "name": "run-a", "config": {}}],
+        [{"project": "simmim", "config": {}, "resume": "allow"} | same_run],
     ]
 
 

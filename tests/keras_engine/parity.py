@@ -102,8 +102,8 @@ def batches(config: PretrainConfig, patch: int, layers: int) -> list[dict[str, N
 
 def compare(backend: str, case: str) -> dict[str, Any]:
     from simmim.keras_engine import weights
-    from simmim.keras_engine.machine import open_machine
     from simmim.keras_engine.model import build_model
+    from simmim.keras_engine.pretrain import open_machine
 
     config = config_of(case)
     torch.manual_seed(0)

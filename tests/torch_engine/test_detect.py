@@ -169,7 +169,7 @@ def test_every_parameter_of_every_detector_learns(data: Path, tmp_path: Path, de
     made = task(config(data, kind, detector=detector, drop_path=0.1))
     step = made.build()
     [batch, _] = read_steps(made, step, tmp_path)
-    loss = step(**{name: torch.from_numpy(array) for name, array in batch.items()})
+    loss = step(**{name: torch.from_numpy(array) for name, array in batch.items()})["loss"]
     loss.backward()
     assert torch.isfinite(loss)
     # DDP would wait for ever for a gradient that never comes.
@@ -185,7 +185,7 @@ def test_a_batch_without_any_object_is_learned_from(data: Path, tmp_path: Path, 
     for name in ("boxes", "label", "mask"):
         if name in tensors:
             tensors[name] = tensors[name][:, :0]
-    loss = step(**tensors)
+    loss = step(**tensors)["loss"]
     loss.backward()
     assert torch.isfinite(loss)
     assert loss > 0

@@ -105,8 +105,10 @@ def test_attention_is_of_the_kind_that_is_fastest_on_the_cpu(
     from simmim.torch_engine.train import finetune
 
     trained = []
-    fit = finetune.Session.batches
-    monkeypatch.setattr(finetune.Session, "batches", lambda self, step: trained.append(self.step) or fit(self, step))
+    fit = finetune.FinetuneSession.batches
+    monkeypatch.setattr(
+        finetune.FinetuneSession, "batches", lambda self, step: trained.append(self.step) or fit(self, step)
+    )
     for precision in ("fp32", "bf16"):
         words = command(pretrained, tmp_path / precision)
         words[words.index("--precision") + 1], words[words.index("--steps") + 1] = precision, "1"

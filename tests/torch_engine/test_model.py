@@ -3,10 +3,11 @@
 Shapes: `B` images, `C` channels, `H W` pixels, `P` predicted values a cell.
 """
 
-from pathlib import Path
+from pathlib import dataclasses
 from typing import Any
 
 import numpy as np
+import Path
 import pytest
 import torch
 from torch.nn.functional import pixel_shuffle
@@ -109,6 +110,21 @@ def test_pictures_show_the_prediction_in_true_colours(target: str) -> None:
     assert panel is not None
     assert panel.dtype == np.uint8
     assert step.training
+
+
+def test_many_images_are_judged_in_parts_and_some_of_them_pictured() -> None:
+    config = tiny.config(batch_size=8)
+    step = build_step(config)
+    pixels = np.random.default_rng(0).integers(0, 256, (21, 64, 64, 3), dtype=np.uint8)
+    at_once = []
+    step.model.encoder.register_forward_pre_hook(lambda _, inputs: at_once.append(len(inputs[0])))
+    loss, panel = judge_and_draw(step, config, pixels)
+    whole, _ = judge_and_draw(step, dataclasses.replace(config, batch_size=64), pixels)
+    assert at_once == [8, 8, 5, 21]
+    assert loss == pytest.approx(whole, rel=1e-6)
+    _, expected = judge_and_draw(step, config, pixels[:PICTURED])
+    assert panel is not None and expected is not None
+    np.testing.assert_array_equal(panel, expected)
 
 
 def test_sine_positions_tell_all_cells_apart() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from simmim.config.training import PretrainConfig
+from simmim.errors import UserError
+from simmim.torch_engine.train.pretrain import pretrain
 from simmim.training.checkpoint_directory import checkpoint_path, newest_checkpoint
 from simmim.training.run_directory import Run
 
@@ -102,6 +105,22 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(whole: Finish
     assert f"checkpoint {damaged} is damaged ({shard.name} does not match its checksum)" in log
     assert "resumes    after step 15" in log
     assert_same_training(config, whole.config)
+
+
+def test_a_training_resumes_without_the_weights_that_it_began_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = tiny.config(out=str(tmp_path / "origin"), steps=1, val_images=0)
+    pretrain(origin)
+    whole = dataclasses.replace(origin, out=str(tmp_path / "whole"), steps=3, init_from=origin.out, save_every_steps=1)
+    pretrain(whole)
+    parts = dataclasses.replace(whole, out=str(tmp_path / "parts"))
+    worker.break_off(parts, 2, monkeypatch)
+    shutil.rmtree(tmp_path / "origin")
+    with pytest.raises(UserError, match="is not there"):
+        pretrain(dataclasses.replace(parts, out=str(tmp_path / "other")))
+    pretrain(parts)
+    tiny.assert_same(weights(parts), weights(whole))
 
 
 @pytest.mark.slow

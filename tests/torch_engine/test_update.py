@@ -28,7 +28,7 @@ def test_a_step_is_forward_backward_clip_and_adamw() -> None:
     for step in range(3):
         batch = tiny.batch(settings, seed=step)
         _, figures = update(step, batch)
-        loss = plain(**{name: torch.from_numpy(array) for name, array in batch.items()})
+        loss = plain(**{name: torch.from_numpy(array) for name, array in batch.items()})["loss"]
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         for group in optimizer.param_groups:

@@ -8,7 +8,7 @@ from simmim.data.decode import BadImage, open_picture
 from simmim.data.pipeline import eval_images
 from simmim.data.sources import open_files, sniff
 from simmim.errors import UserError
-from simmim.training.run_directory import written_whole
+from simmim.training.pictures import save_png
 
 
 def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, count: int = 8, seed: int = 0) -> Path:
@@ -17,7 +17,7 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
     `images` are files, or one thing that `--data` takes. One-line `ValueError` for a run without a checkpoint, images
     that cannot be read, or a target that shows no picture.
     """
-    from simmim.torch_engine.train.pretrain import judge_and_draw, save_png
+    from simmim.torch_engine.train.pretrain import judge_and_draw
     from simmim.torch_engine.train.storage import load_run
 
     if Path(out).suffix.lower() != ".png":
@@ -34,11 +34,10 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
         chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
     dtype = sniff(source, channels=config.channels)
     pixels = eval_images(source, chosen, size=config.image_size, channels=config.channels, dtype=dtype)
-    _, panel = judge_and_draw(step, config, pixels, seed)
+    _, panel = judge_and_draw(step, config, pixels, seed, pictures=count)
     if panel is None:
         raise UserError(f"target {config.target} of {run} shows no picture; reconstruct needs a target of pixels")
-    with written_whole(Path(out)) as path:
-        save_png(panel, path)
+    save_png(panel, Path(out))
     return Path(out)
 
 

@@ -37,7 +37,7 @@ class JaxMachine:
         single = f"{cpu_name()} ({cpu_cores()} cores)" if platform == "cpu" else kind
         self.name = f"{len(devices)} × {single}" if len(devices) > 1 else single
         self.devices = len(devices)
-        self.rank, self.processes = jax.process_index(), jax.process_count()
+        self.rank, self.size = jax.process_index(), jax.process_count()
         self._asked = 0
 
     @classmethod
@@ -69,13 +69,13 @@ class JaxMachine:
         return stepper
 
     def any(self, flag: bool) -> bool:
-        if self.processes == 1:
+        if self.size == 1:
             return flag
         self._asked += 1
         return self._asked % _ASK_EVERY == 0 and bool(multihost_utils.process_allgather(np.array(flag)).any())
 
-    def main_says(self, value: int) -> int:
-        return value if self.processes == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    def main_says(self, number: int) -> int:
+        return number if self.size == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
     @property
     def copied(self) -> NamedSharding:
@@ -123,12 +123,12 @@ class JaxStepper:
     def fetch(self, figures: Sequence[Any]) -> list[list[float]]:
         return [np.asarray(row).tolist() for row in jax.device_get(list(figures))]
 
-    def judge(self, batch: Batch) -> tuple[float, NDArray[np.float32]]:
+    def judge(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         assert self._state is not None
         copied = self._machine.copied
         placed = {name: _place(array, copied) for name, array in batch.items()}
-        loss, prediction = self._judge(self._state.parameters, self._state.statistics, placed)
-        return float(loss), np.asarray(prediction)
+        _, prediction, sums = self._judge(self._state.parameters, self._state.statistics, placed)
+        return np.asarray(sums), np.asarray(prediction)
 
     def read(self) -> State:
         assert self._state is not None
@@ -160,7 +160,7 @@ class JaxStepper:
         def judge(part: dict[str, Any], statistics: list[Any]) -> Gradients:
             def loss_of(parameters: list[Any]) -> tuple[Any, list[Any]]:
                 called: Any = self._model.stateless_call(parameters, statistics, part, training=True)
-                (loss, _), after = called
+                (loss, *_), after = called
                 return loss, after
 
             (loss, after), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.parameters)

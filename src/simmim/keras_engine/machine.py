@@ -1,4 +1,4 @@
-"""What runs the step: JAX or TensorFlow, on one device or many. The rest of the engine knows this protocol only."""
+"""Protocols of the machines that run the step: JAX or TensorFlow, on one device or many."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -23,8 +23,8 @@ class Machine(Protocol):
     devices: int
     """Of all processes together."""
     rank: int
-    """This process among `processes`."""
-    processes: int
+    size: int
+    """Processes that train together; `rank` is this one's number."""
 
     def building(self) -> AbstractContextManager[Any]:
         """Where models are built."""
@@ -33,11 +33,11 @@ class Machine(Protocol):
     def start(self, model: MaskedImageModel, config: PretrainConfig) -> "Stepper": ...
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any process; it may take some calls to be seen."""
+        """Return whether the flag is up on any process; it may take some calls to be seen."""
         ...
 
-    def main_says(self, value: int) -> int:
-        """The value of process 0, once all have come here."""
+    def main_says(self, number: int) -> int:
+        """Broadcast a number from rank 0, once all have come here."""
         ...
 
 
@@ -50,8 +50,11 @@ class Stepper(Protocol):
 
     def fetch(self, figures: Sequence[Any]) -> list[list[float]]: ...
 
-    def judge(self, batch: Batch) -> tuple[float, NDArray[np.float32]]:
-        """Loss and prediction (B, h, w, P) of the model in evaluation mode; each process gives the same batch."""
+    def judge(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the two sums of `Loss.sums`, (2,), and the prediction (B, h, w, P), in evaluation mode.
+
+        Every process gives the same batch.
+        """
         ...
 
     def read(self) -> State:
@@ -74,14 +77,3 @@ def first_state(model: MaskedImageModel) -> State:
         updates=np.float32(0),
         bad=np.float32(0),
     )
-
-
-def open_machine(backend: str, config: PretrainConfig) -> Machine:
-    """The machine of a backend. One-line `ValueError` for a device that is not here, or that cannot shard."""
-    if backend == "jax":
-        from simmim.keras_engine.jax_machine import JaxMachine
-
-        return JaxMachine.find(config.device)
-    from simmim.keras_engine.tensorflow_machine import TensorFlowMachine
-
-    return TensorFlowMachine.find(config.device)

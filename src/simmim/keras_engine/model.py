@@ -28,7 +28,7 @@ class MaskedImageModel(Module):
 
     Takes a batch from the input pipeline: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p) with
     True = hidden, drop_path (B, layers). Flips and normalises on the device, so that images cross to it as small
-    integers. Returns the loss, a scalar, and the prediction (B, h, w, P).
+    integers. Returns the loss, a scalar; the prediction (B, h, w, P); and the sums whose ratio is the loss, (2,).
     """
 
     def __init__(
@@ -49,14 +49,15 @@ class MaskedImageModel(Module):
         self.mean = np.array(mean, np.float32) * 255
         self.scale = np.float32(1) / (np.array(std, np.float32) * 255)
 
-    def call(self, batch: dict[str, Array], training: bool = False) -> tuple[Array, Array]:
+    def call(self, batch: dict[str, Array], training: bool = False) -> tuple[Array, Array, Array]:
         images = (ops.cast(batch["image"], "float32") - self.mean) * self.scale
         images = ops.where(batch["flip"][:, None, None, None], ops.flip(images, axis=2), images)
         features = self.encoder(images, batch["mask"], batch.get("drop_path"), training=training)
         prediction = ops.cast(self.head(features), "float32")
         target = self.target(ops, images, self.encoder.stride)
         weights = self.target.weights(ops, batch["mask"], self.encoder.patch_size, self.encoder.stride)
-        return self.loss(ops, prediction, target, weights), prediction
+        sums = self.loss.sums(ops, prediction, target, weights)
+        return self.loss.mean(*sums), prediction, ops.stack(sums)
 
     def has_weight_decay(self, variable: keras.Variable) -> bool:
         """As in the PyTorch engine: 1-D parameters, biases and the encoder's `without_decay` are exempt."""

@@ -1,7 +1,6 @@
 """Pretraining with the Keras engine: from a configuration to a run."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -9,17 +8,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.training import PretrainConfig, validated
+from simmim.data.pipeline import Reading
 from simmim.errors import UserError
-from simmim.keras_engine.machine import Machine, Stepper, open_machine
+from simmim.keras_engine.machine import Machine, Stepper
 from simmim.keras_engine.model import MaskedImageModel, architecture_of, build_model
 from simmim.keras_engine.optim import State
 from simmim.keras_engine.storage import initialize, save_encoder
 from simmim.keras_engine.trainer import KerasTrainer
 from simmim.method.masks import upsample_mask
-from simmim.training.loop import Event, Loop, Outcome
-from simmim.training.pictures import reconstruction_panel
+from simmim.training.loop import Outcome
+from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch, Plan, draw_masks, open_images
-from simmim.training.run_directory import Run, open_run, written_whole
+from simmim.training.run_directory import Run
+from simmim.training.session import PretrainSession, parts
+from simmim.training.trainer import find_start
 
 
 def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
@@ -41,22 +43,27 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         precision=choose_precision(config.precision, machine.device),
         compile=True if config.compile is None else config.compile,
     )
+    start = find_start(plan.config, machine)
     with machine.building():
         model = build_model(plan.config)  # before the run directory is made, since sizes may not fit
-        started_from = initialize(model, config.init_from) if config.init_from else None
-    if machine.rank == 0:
-        open_run(plan.config)
-    machine.main_says(0)
-    session = Session(plan, machine, model)
-    session.loop.introduce(session.introduce(started_from))
-    outcome = session.loop.fit()
-    bad_images = len(plan.bad_images(session.run))
-    session.loop.conclude(outcome, bad_images, lambda: [f"the encoder is {session.run.encoder}"])
-    return session.run, outcome
+        # A checkpoint holds all weights, so a resumed run does not need those that it began from.
+        origin = initialize(model, config.init_from) if config.init_from and not start else None
+    return KerasPretrainSession(plan, machine, start, model, origin).train()
+
+
+def open_machine(backend: str, config: PretrainConfig) -> Machine:
+    """Open the machine of a backend. Raises `UserError` for a device that is not here."""
+    if backend == "jax":
+        from simmim.keras_engine.jax_machine import JaxMachine
+
+        return JaxMachine.find(config.device)
+    from simmim.keras_engine.tensorflow_machine import TensorFlowMachine
+
+    return TensorFlowMachine.find(config.device)
 
 
 def check_options(config: PretrainConfig, backend: str, family: str) -> None:
-    """One-line `ValueError` for an option that this engine does not honour."""
+    """Raise `UserError` for an option that this engine does not honour."""
     refused = {
         "--precision fp16": (config.precision == "fp16", "use bf16, which needs no loss scale"),
         "--encode visible": (config.encode != "all", "use --engine torch"),
@@ -93,62 +100,36 @@ def choose_precision(wanted: str, device: str) -> str:
     return "fp32" if device == "cpu" else "bf16"
 
 
-class Session:
-    """One process's part in a pretraining: the model, and what happens as training goes."""
+class KerasPretrainSession(PretrainSession):
+    """A pretraining with Keras."""
 
-    def __init__(self, plan: Plan, machine: Machine, model: MaskedImageModel):
+    def __init__(self, plan: Plan, machine: Machine, start: int, model: MaskedImageModel, origin: str | None):
+        super().__init__(plan, machine, start)
         config = plan.config
-        assert config.out is not None
-        self.plan, self.config, self.machine, self.model = plan, config, machine, model
-        self.run = Run(Path(config.out))
-        self.stepper = machine.start(model, config)
+        self._machine, self._model, self._origin = machine, model, origin
+        self._stepper = machine.start(model, config)
         self.trainer = KerasTrainer(
-            model,
-            self.stepper,
-            machine,
-            plan.schedule,
-            self.batches,
-            run=self.run,
-            config=config,
-            on_save=self._save_encoder,
-        )
-        self.loop = Loop(
-            self.trainer,
-            self.run,
-            config,
-            total_steps=plan.total_steps,
-            steps_per_epoch=plan.steps_per_epoch,
-            save_every_steps=plan.save_every_steps,
-            events=[Event(every_steps=plan.picture_every_steps, call=self._show)] if config.val_images else [],
+            model, self._stepper, machine, plan.schedule, run=self.run, config=config, on_save=self._save_encoder
         )
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        encoder = self.model.encoder
-        bad_images, machine = self.plan.bad_images(self.run), self.machine
-        reading = self.plan.reading(bad_images, start_step=start_step, rank=machine.rank, world=machine.processes)
+    def read(self, reading: Reading) -> Iterator[Batch]:
+        encoder = self._model.encoder
         return self.plan.batches(reading, patch=encoder.patch_size, drop_path_layers=encoder.drop_paths.layers)
 
-    def _show(self, done: int) -> dict[str, float]:
-        """A reconstruction picture of the images kept aside, and their loss. The masks are always the same."""
-        loss, panel = judge_and_draw(self.stepper, self.model, self.config, self.plan.val_pixels())
-        if panel is not None and self.machine.rank == 0:
-            with written_whole(self.run.reconstructions / f"step-{done:08d}.png") as path:
-                save_png(panel, path)
-            self.loop.picture(done, "reconstruction", panel)
-        return {"val_loss": loss}
+    def judge(self) -> tuple[float, NDArray[np.uint8] | None]:
+        return judge_and_draw(self._stepper, self._model, self.plan.config, self.plan.val_pixels())
 
     def _save_encoder(self, state: State) -> None:
-        save_encoder(self.run.encoder, self.model, state, self.config)
+        save_encoder(self.run.encoder, self._model, state, self.plan.config)
 
-    def introduce(self, started_from: str | None) -> Iterator[str]:
-        """What will be done, for a person."""
-        config, machine = self.config, self.machine
-        yield f"model      {config.model}, {self.model.count_params() / 1e6:.1f} M parameters"
-        if started_from:
-            yield f"start      {started_from} from {config.init_from}"
+    def introduce(self) -> Iterator[str]:
+        config, machine = self.plan.config, self._machine
+        yield f"model      {config.model}, {self._model.count_params() / 1e6:.1f} M parameters"
+        if self._origin:
+            yield f"start      {self._origin} from {config.init_from}"
         yield (
-            f"device     {machine.name}, {config.precision}, Keras on {config.backend}, {machine.processes} "
-            f"process{'es' * (machine.processes > 1)}"
+            f"device     {machine.name}, {config.precision}, Keras on {config.backend}, {machine.size} "
+            f"process{'es' * (machine.size > 1)}"
         )
         yield from self.plan.describe()
 
@@ -156,19 +137,24 @@ class Session:
 def judge_and_draw(
     stepper: Stepper, model: MaskedImageModel, config: PretrainConfig, pixels: NDArray[Any], epoch: int = 0
 ) -> tuple[float, NDArray[np.uint8] | None]:
-    """Loss of images (B, H, W, C) in 0..255 under the masks of `epoch`, and their panel where the target shows one."""
+    """Return the loss of images (B, H, W, C) in 0..255 under the masks of `epoch`, and a panel of the first of them.
+
+    The loss is the mean over the hidden positions of all images, which go through the model in parts. The panel is
+    `None` where the target shows no picture.
+    """
     patch = model.encoder.patch_size
-    mask = draw_masks(config, epoch, np.arange(len(pixels)), patch)
-    loss, prediction = stepper.judge({"image": pixels, "flip": np.zeros(len(pixels), bool), "mask": mask})
-    images = (pixels.astype(np.float32) - model.mean) * model.scale
-    shown = model.target.to_pixels(np, prediction, images, model.encoder.stride)
-    if shown is None:
+    masks = draw_masks(config, epoch, np.arange(len(pixels)), patch)
+    sums, panels = [], []
+    for part in parts(len(pixels), config):
+        batch = {"image": pixels[part], "flip": np.zeros(len(pixels[part]), bool), "mask": masks[part]}
+        found, prediction = stepper.judge(batch)
+        sums.append(found)
+        if part.start < PICTURED:
+            images = (pixels[part].astype(np.float32) - model.mean) * model.scale
+            panels.append(model.target.to_pixels(np, prediction, images, model.encoder.stride))
+    loss = float(model.loss.mean(*np.sum(sums, axis=0)))
+    if panels[0] is None:
         return loss, None
-    colours = (shown / model.scale + model.mean) / 255
-    return loss, reconstruction_panel(pixels / np.float32(255), colours, upsample_mask(mask, patch))
-
-
-def save_png(pixels: NDArray[np.uint8], path: Path) -> None:
-    from PIL import Image
-
-    Image.fromarray(pixels).save(path, format="PNG")
+    colours = (np.concatenate(panels)[:PICTURED] / model.scale + model.mean) / 255
+    originals, hidden = pixels[:PICTURED] / np.float32(255), upsample_mask(masks[:PICTURED], patch)
+    return loss, reconstruction_panel(originals, colours, hidden)

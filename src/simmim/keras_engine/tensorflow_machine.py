@@ -27,7 +27,7 @@ class TensorFlowMachine:
     """A `simmim.keras_engine.machine.Machine` of one strategy. One process drives it, of a TPU slice too."""
 
     rank = 0
-    processes = 1
+    size = 1
 
     def __init__(self, strategy: tf.distribute.Strategy, device: str, name: str):
         self.strategy, self.device = strategy, device
@@ -74,8 +74,8 @@ class TensorFlowMachine:
     def any(self, flag: bool) -> bool:
         return flag
 
-    def main_says(self, value: int) -> int:
-        return value
+    def main_says(self, number: int) -> int:
+        return number
 
 
 def _strategy(devices: Sequence[Any]) -> tf.distribute.Strategy:
@@ -126,9 +126,9 @@ class TensorFlowStepper:
     def fetch(self, figures: Sequence[Any]) -> list[list[float]]:
         return [row.numpy().tolist() for row in figures]
 
-    def judge(self, batch: Batch) -> tuple[float, NDArray[np.float32]]:
-        loss, prediction = self._judge({name: tf.constant(array) for name, array in batch.items()})
-        return float(loss), prediction.numpy()
+    def judge(self, batch: Batch) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        _, prediction, sums = self._judge({name: tf.constant(array) for name, array in batch.items()})
+        return sums.numpy(), prediction.numpy()
 
     def read(self) -> State:
         return tf.nest.map_structure(lambda variable: variable.numpy(), self._variables)
@@ -174,7 +174,7 @@ class TensorFlowStepper:
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(state.parameters)
                 called: Any = self._model.stateless_call(state.parameters, statistics, part, training=True)
-                (loss, _), after = called
+                (loss, *_), after = called
             gradients = tape.gradient(loss, state.parameters)
             return Gradients(loss, [tf.convert_to_tensor(gradient) for gradient in gradients], after)
 

@@ -45,7 +45,10 @@ class Loss(ABC):
 
     def __call__(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> Array:
         """The mean error of the masked positions; arguments as for `sums`."""
-        total, count = self.sums(xp, prediction, target, weights)
+        return self.mean(*self.sums(xp, prediction, target, weights))
+
+    def mean(self, total: Array, count: Array) -> Array:
+        """Divide sums as `sums` gives them, or the sums over several parts of a batch."""
         return total / (count + _COUNT_FLOOR)
 
 

@@ -1,13 +1,13 @@
-"""The training loop that every task and engine shares: update, log, save, stop, resume.
+"""The training loop that every task and engine shares: update, log, save, stop.
 
-Losses stay on the device until the next line of progress fetches them, all at once.
+Figures stay on the device until the next line of progress fetches them, all at once.
 """
 
 import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -21,24 +21,22 @@ from simmim.training.tracking import Console, Tracker, open_trackers
 
 
 class Engine(Protocol):
-    """What the loop asks of an engine; every process calls these together."""
+    """Computing that the loop drives; all processes call these together. `simmim.training.trainer` implements most."""
 
     is_main: bool
     bad_limit: int
-    """Steps in a row that may fail to be finite."""
-
-    def resume(self) -> int:
-        """Load the newest state that verifies; returns the steps it holds, 0 for none."""
-        ...
-
-    def batches(self, start_step: int) -> Iterator[Any]: ...
+    """Number of consecutive non-finite steps that ends a run."""
 
     def update(self, step: int, batch: Any) -> tuple[float, Any]:
-        """Train on a batch; the learning rate, and the step's figures as the device holds them."""
+        """Train on a batch. Return the learning rate, and the step's figures as the device holds them."""
         ...
 
-    def fetch(self, figures: Sequence[Any]) -> list[list[float]]:
-        """Loss, gradient norm and count of steps in a row that were not finite, for each step's figures."""
+    def fetch(self, figures: Sequence[Any]) -> list[dict[str, float]]:
+        """Fetch the figures of several steps in one transfer, by name.
+
+        `loss`, `grad_norm` and `skipped_in_a_row` (consecutive non-finite steps) are always among them; a loss of
+        several components has `loss/COMPONENT` too.
+        """
         ...
 
     def save(self, done: int) -> None:
@@ -46,13 +44,13 @@ class Engine(Protocol):
         ...
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any process."""
+        """Return whether the flag is up on any process."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something to do after every so many steps and at the end. Called on every process."""
+    """Work to do every `every_steps` steps and at the end. Called on every process."""
 
     every_steps: int
     call: Callable[[int], dict[str, float]]  # steps done → figures to log
@@ -63,7 +61,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended: steps done, steps that were done when it began, and the signal that stopped it early."""
+    """End of a training: steps done, steps done before it started, and the signal that stopped it early, if any."""
 
     step: int
     start: int
@@ -71,7 +69,7 @@ class Outcome:
 
 
 class Loop:
-    """Trains to the end, or until SIGINT or SIGTERM; the last checkpoint holds all that was done."""
+    """Train from step `start` to the end, or until SIGINT or SIGTERM; the last checkpoint holds all that was done."""
 
     def __init__(
         self,
@@ -79,50 +77,31 @@ class Loop:
         run: Run,
         config: TrainingConfig,
         *,
+        start: int,
         total_steps: int,
         steps_per_epoch: int,
         save_every_steps: int,
+        batches: Callable[[int], Iterator[Any]],
         events: Sequence[Event] = (),
     ):
+        """Open the console. `batches(first_step)` yields a batch for each step from `first_step` on."""
         self._engine, self._run, self._config = engine, run, config
-        self._total, self._per_epoch, self._save_every = total_steps, steps_per_epoch, save_every_steps
-        self._events = events
+        self._start, self._total = start, total_steps
+        self._per_epoch, self._save_every = steps_per_epoch, save_every_steps
+        self._batches, self._events = batches, events
         self._trackers: list[Tracker] = []
         self._rows: list[tuple[int, float, Any]] = []  # step, learning rate, figures on the device
-        self.start = engine.resume()
-        self.console = Console(total=total_steps, start=self.start, enabled=engine.is_main)
-        self._clock = _Clock(self.start)
-
-    def introduce(self, lines: Iterable[str]) -> None:
-        """Say what will be done, before the first step."""
-        for line in lines:
-            self.console.say(line)
-        if 0 < self.start < self._total:
-            self.console.say(f"resumes    after step {self.start}")
-
-    def conclude(self, outcome: Outcome, bad_images: int, result: Callable[[], Iterable[str]]) -> None:
-        """Say how it ended, and the lines of `result` where it came to its end."""
-        say = self.console.say
-        if bad_images:
-            say(f"{bad_images} image{'s' * (bad_images > 1)} could not be read, as {self._run.bad_images} lists")
-        if outcome.stopped_by is not None:
-            say(f"stopped at step {outcome.step} of {self._total}; run the same command again to resume")
-            return
-        if outcome.start >= self._total:
-            say(f"finished already: {self._run.path} holds all {self._total} steps; --fresh starts again")
-        else:
-            say(f"done: {self._total} steps")
-        for line in result():
-            say(line)
+        self.console = Console(total=total_steps, start=start, enabled=engine.is_main)
+        self._clock = _Clock(start)
 
     def fit(self) -> Outcome:
         try:
-            if self.start >= self._total:
-                return Outcome(self.start, self.start)
+            if self._start >= self._total:
+                return Outcome(self._start, self._start)
             if self._engine.is_main:
-                drop_metrics_after(self._run.metrics, self.start)
+                drop_metrics_after(self._run.metrics, self._start)
                 values = {name: str(value) for name, value in vars(self._config).items()}
-                self._trackers = open_trackers(self._run, values, self._config.log, self.start)
+                self._trackers = open_trackers(self._run, values, self._config.log, self._start)
             with stop_requests() as stop:
                 return self._train(stop)
         finally:
@@ -135,9 +114,9 @@ class Loop:
             tracker.picture(step, name, pixels)
 
     def _train(self, stop: "StopRequests") -> Outcome:
-        self._clock = _Clock(self.start)
-        with contextlib.closing(self._engine.batches(self.start)) as batches:  # type: ignore[type-var]
-            for step in range(self.start, self._total):
+        self._clock = _Clock(self._start)
+        with contextlib.closing(self._batches(self._start)) as batches:  # type: ignore[type-var]
+            for step in range(self._start, self._total):
                 done = step + 1
                 self._rows.append((done, *self._engine.update(step, next(batches))))
                 stopping = self._engine.any(stop.signal is not None) and done < self._total
@@ -151,36 +130,36 @@ class Loop:
                     self._engine.save(done)
                     self._clock.restart(done)
                 if stopping:
-                    return Outcome(done, self.start, stop.signal or signal.SIGTERM)
-        return Outcome(self._total, self.start)
+                    return Outcome(done, self._start, stop.signal or signal.SIGTERM)
+        return Outcome(self._total, self._start)
 
     def _log(self, done: int, due: Sequence[Event]) -> None:
-        """Fetch the figures of the steps since the last line, in one transfer, add those of events; write and show."""
+        """Fetch the figures of the steps since the last line, add those of due events, then write and show them."""
         fetched = self._engine.fetch([figures for _, _, figures in self._rows])
         speed = self._clock.rate(done) * self._config.batch_size
         found: dict[str, float] = {}
         for event in due:
             found |= event.call(done)
         values: dict[str, float] = {}
-        for (step, lr, _), (loss, norm, bad) in zip(self._rows, fetched, strict=True):
-            epoch = step / self._per_epoch
-            values = {"epoch": epoch, "loss": loss, "lr": lr, "grad_norm": norm, "images_per_second": speed}
-            if bad:
-                values["skipped_in_a_row"] = bad
+        for (step, lr, _), figures in zip(self._rows, fetched, strict=True):
+            values = {"epoch": step / self._per_epoch, **figures, "lr": lr, "images_per_second": speed}
+            if not values["skipped_in_a_row"]:
+                del values["skipped_in_a_row"]
             if step == done:
                 values |= found
             self._track(step, values)
         self.console.progress(done, values)
         if found:
             self.console.say(f"step {done}  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
-        if skipped := sum(bad > 0 for _, _, bad in fetched):
+        skips = [figures["skipped_in_a_row"] for figures in fetched]
+        if skipped := sum(bad > 0 for bad in skips):
             self.console.say(
                 f"step {done}  {skipped} of the last {len(fetched)} steps skipped: loss or gradient not finite"
             )
         self._rows.clear()
         self._clock.restart(done)  # an event's time is no training time
         limit = self._engine.bad_limit
-        if any(bad >= limit for _, _, bad in fetched):
+        if any(bad >= limit for bad in skips):
             raise TrainingDivergedError(
                 f"loss or gradient was not finite for {limit} steps in a row, up to step {done}; they changed nothing "
                 "and the last checkpoint is intact; start again (--fresh) with a lower --lr or --precision fp32"
@@ -192,7 +171,7 @@ class Loop:
 
 
 class _Clock:
-    """Steps a second since it was last restarted."""
+    """Steps per second since the last restart."""
 
     def __init__(self, step: int):
         self.restart(step)
@@ -205,7 +184,7 @@ class _Clock:
 
 
 class StopRequests:
-    """SIGINT and SIGTERM, noted for the loop to see between steps; a second SIGINT stops at once."""
+    """SIGINT and SIGTERM, noted for the loop to check between steps; a second SIGINT stops at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

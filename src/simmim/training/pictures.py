@@ -5,14 +5,27 @@ Shapes: `B` images, `H W` pixels, `C` channels, `K` classes.
 
 import colorsys
 import math
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from simmim.training.run_directory import written_whole
 
 _HIDDEN = 0.5  # grey of a hidden pixel
 _GAP = 4  # pixels between pictures
 _CAPTION = 16
 _HIGH = 128  # the least height of a picture
+PICTURED = 16
+"""Validation images that a reconstruction panel shows at most."""
+
+
+def save_png(picture: NDArray[np.uint8], path: Path) -> None:
+    """Write a picture (H, W, 3) as PNG, whole or not at all."""
+    from PIL import Image
+
+    with written_whole(path) as aside:
+        Image.fromarray(picture).save(aside, format="PNG")
 
 
 def to_rgb(images: NDArray[np.floating]) -> NDArray[np.uint8]:

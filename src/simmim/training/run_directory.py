@@ -38,6 +38,11 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
         aside.write_text(json.dumps(value, indent=indent), encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, `{}` where there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
@@ -85,6 +90,11 @@ class Run:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def trackers(self) -> Path:
+        """Ids of the run at hosted trackers."""
+        return self.path / "trackers.json"
 
     @property
     def reconstructions(self) -> Path:

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: the console, metrics.jsonl, TensorBoard, and trackers on request."""
+"""Outlets of a run's numbers and pictures: the console, metrics.jsonl, TensorBoard, and hosted trackers."""
 
 import importlib
 import json
@@ -12,13 +12,13 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.training.run_directory import Run
+from simmim.training.run_directory import Run, read_json, write_json
 
 Item = TypeVar("Item")
 
 
 class Tracker(Protocol):
-    """Where numbers and pictures (H, W, 3) go; `step` counts the steps done."""
+    """Outlet of numbers and pictures (H, W, 3); `step` counts the steps done."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None: ...
@@ -61,12 +61,24 @@ class TensorBoard:
         self._writer.close()
 
 
+_RESUMED_BY = {"wandb": "id", "trackio": "name"}
+"""How each hosted tracker finds a run again: an argument of its `init`, and an attribute of what that returns."""
+
+
 class HostedTracker:
-    """Weights & Biases, or trackio, which has the same three calls."""
+    """Weights & Biases, or trackio, which has the same three calls.
+
+    `RUN/trackers.json` keeps the id of the tracker's run, so that a resumed training goes on with it.
+    """
 
     def __init__(self, package: str, run: Run, config: dict[str, Any]):
         self._module: Any = importlib.import_module(package)
-        self._module.init(project="simmim", name=run.path.name, config=config)
+        known = read_json(run.trackers)
+        settings = {"project": "simmim", "name": run.path.name, "config": config}
+        if package in known:
+            settings |= {_RESUMED_BY[package]: known[package], "resume": "allow"}
+        opened = self._module.init(**settings)
+        write_json(run.trackers, known | {package: getattr(opened, _RESUMED_BY[package])})
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._module.log(values, step=step)
@@ -115,7 +127,7 @@ class Console:
             return
         elapsed = time.monotonic() - self._begun
         left = elapsed / max(step - self._start, 1) * (self._total - step)
-        loss, speed = f"loss {values['loss']:.4f}", f"{values['images_per_second']:.1f} images/s  {duration(left)} left"
+        loss, speed = _losses(values), f"{values['images_per_second']:.1f} images/s  {duration(left)} left"
         if self._bar:
             self._bar.update(self._task, completed=step, description=f"{loss}  {speed}")
         else:
@@ -124,6 +136,13 @@ class Console:
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
+
+
+def _losses(values: dict[str, float]) -> str:
+    """Format the loss, and its components where it has several: `loss 0.2500 (pixels 0.2000, teacher 0.0500)`."""
+    prefix = "loss/"
+    parts = [f"{name.removeprefix(prefix)} {value:.4f}" for name, value in values.items() if name.startswith(prefix)]
+    return f"loss {values['loss']:.4f}" + (f" ({', '.join(parts)})" if parts else "")
 
 
 def progress(items: Iterable[Item], total: int, what: str, *, every_seconds: float = 10) -> Iterator[Item]:

@@ -44,10 +44,16 @@ class MaskedImageModel(nn.Module):
         return self.head(self.encoder(images, mask))
 
     def judge(self, prediction: Tensor, images: Tensor, mask: Tensor, hidden: Chosen | None = None) -> Tensor:
-        """The loss on hidden pixels, in fp32 whatever the prediction's precision.
+        """Return the loss on hidden pixels, in fp32 whatever the prediction's precision.
 
         The prediction is of all cells, (B, h, w, P), or of the `hidden` ones, (B, n, P).
         """
+        return self.loss.mean(*self.sums(prediction, images, mask, hidden))
+
+    def sums(
+        self, prediction: Tensor, images: Tensor, mask: Tensor, hidden: Chosen | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sums whose ratio is the loss, so that a batch can be judged in parts. Arguments as for `judge`."""
         stride = self.encoder.stride
         with torch.autocast(images.device.type, enabled=False):
             target = self.target(torch, images.float().permute(0, 2, 3, 1), stride)
@@ -55,7 +61,11 @@ class MaskedImageModel(nn.Module):
             if hidden is not None:  # a map of n × 1 cells
                 prediction = prediction.unsqueeze(2)
                 target, weights = (hidden.of(each.flatten(1, 2)).unsqueeze(2) for each in (target, weights))
-            return self.loss(torch, prediction.float(), target, weights)
+            return self.loss.sums(torch, prediction.float(), target, weights)
+
+    def show(self, prediction: Tensor, images: Tensor) -> Tensor | None:
+        """Return what a prediction (B, h, w, P) shows: (B, H, W, C) in normalised colours, or `None`."""
+        return self.target.to_pixels(torch, prediction.float(), images.permute(0, 2, 3, 1), self.encoder.stride)
 
 
 class PixelStep(nn.Module):
@@ -102,7 +112,7 @@ class PretrainStep(PixelStep):
         # A head that mixes cells needs them all.
         self._hidden = counts.hidden_cells if savings.hidden_cells and isinstance(model.head, CELL_BY_CELL) else None
 
-    def forward(self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None) -> dict[str, Tensor]:
         encoder = self.model.encoder
         encoder.drop_path_draws.uniform = drop_path
         images = self.prepare(image, flip)
@@ -113,7 +123,7 @@ class PretrainStep(PixelStep):
             factor = encoder.stride // encoder.patch_size
             hidden = choose(mask[:, ::factor, ::factor], self._hidden, hidden=True)
         prediction = self.model.head(encoder(images, mask, visible=visible, hidden=hidden))
-        return self.model.judge(prediction, images, mask, hidden)
+        return {"loss": self.model.judge(prediction, images, mask, hidden)}
 
 
 def build_model(config: PretrainConfig) -> MaskedImageModel:

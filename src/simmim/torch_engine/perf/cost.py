@@ -80,7 +80,7 @@ def count_flops(config: PretrainConfig) -> int:
         step._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # `to_empty` would mix the two kinds
         tensors = {name: shapes.from_tensor(torch.from_numpy(array)) for name, array in batch.items()}
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            step(**tensors).backward()
+            step(**tensors)["loss"].backward()
     return counter.get_total_flops()
 
 

@@ -22,7 +22,11 @@ from simmim.training.run_directory import write_json
 
 
 class TaskStep(PixelStep):
-    """What one step of a task trains: its forward takes a batch's tensors by name and returns the loss."""
+    """Module that one step of a task trains.
+
+    Its forward takes a batch's tensors by name and returns the losses by name, as `simmim.torch_engine.train.update`
+    takes them: `loss`, and `loss/COMPONENT` for each of several components.
+    """
 
     backbone: nn.Module
     draws: DropPathDraws

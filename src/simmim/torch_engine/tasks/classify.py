@@ -25,6 +25,7 @@ from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.metrics.classification import balanced_accuracy, class_table, confusion_matrix, top1
 from simmim.torch_engine.models.drop_path import route_drop_path
+from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.backbones import create_backbone
@@ -55,14 +56,14 @@ class ClassifyStep(TaskStep):
 
     def forward(
         self, image: Tensor, flip: Tensor, label: Tensor, mix: Tensor | None = None, drop_path: Tensor | None = None
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         self.draws.uniform = drop_path
         images = self.prepare(image, flip)
         if mix is not None:
             images = mix_images(images, mix)
         logits = self.backbone(images).float()
         shares = soft_labels(label, logits.shape[1], self.smoothing, mix) * self.class_weights
-        return -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        return {"loss": -(shares * logits.log_softmax(dim=1)).sum(dim=1).mean()}
 
     @torch.no_grad()
     def after_update(self, finite: Tensor) -> None:
@@ -175,20 +176,18 @@ class ClassifyTask:
         """Class probabilities (N, K) of the evaluation images that can be read, and their indices (N,)."""
         config = self.config
         assert config.image_size is not None
-        training = step.training
-        step.eval()
         probabilities, indices = [], []
-        for index, image in eval_batches(
-            self.data.val,
-            crop=CentreCrop(size=config.image_size, fraction=config.eval_crop),
-            channels=config.channels,
-            dtype=_DTYPE,
-            batch_size=max(config.batch_size, 64),
-            threads=config.workers or cpu_cores(),
-        ):
-            probabilities.append(classify(step.evaluated, step, image))
-            indices.append(index)
-        step.train(training)
+        with evaluating(step):
+            for index, image in eval_batches(
+                self.data.val,
+                crop=CentreCrop(size=config.image_size, fraction=config.eval_crop),
+                channels=config.channels,
+                dtype=_DTYPE,
+                batch_size=max(config.batch_size, 64),
+                threads=config.workers or cpu_cores(),
+            ):
+                probabilities.append(classify(step.evaluated, step, image))
+                indices.append(index)
         return np.concatenate(probabilities), np.concatenate(indices)
 
     def save(self, step: ClassifyStep, directory: Path) -> None:

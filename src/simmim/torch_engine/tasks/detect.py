@@ -21,11 +21,13 @@ from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import sample_keys
 from simmim.metrics.coco import average_precision
+from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detector, save_detector
 from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
+from simmim.training.pictures import save_png
 from simmim.training.plan import Batch, drop_path_numbers
-from simmim.training.run_directory import write_json, written_whole
+from simmim.training.run_directory import write_json
 
 _PICTURED = 8  # evaluation images in detections.png
 DRAWN_SCORE = 0.3  # what is found with less is not drawn
@@ -95,29 +97,26 @@ class DetectTask:
         table = {name: classes[number] for number, name in enumerate(self.data.classes, 1)}
         write_json(out / "per_class.json", table)
         chosen = np.linspace(0, len(found) - 1, _PICTURED).astype(int)
-        with written_whole(out / "detections.png") as path:
-            pairs = [self._pair(index, found[index]) for index in (list(found)[place] for place in np.unique(chosen))]
-            side_by_side(pairs, ("truth", "found")).save(path, format="png")
+        pairs = [self._pair(index, found[index]) for index in (list(found)[place] for place in np.unique(chosen))]
+        save_png(side_by_side(pairs, ("truth", "found")), out / "detections.png")
         return figures
 
     def _find(self, step: DetectStep) -> dict[int, Found]:
         """What is found in each evaluation image that can be read. `ValueError` where too many cannot."""
         config, val = self.config, self.data.val
-        training = step.training
-        step.eval()
         found: dict[int, Found] = {}
-        for index, image in eval_batches(
-            val,
-            crop=self.letterbox,
-            channels=config.channels,
-            dtype=np.uint8,
-            batch_size=config.batch_size,
-            threads=config.workers or cpu_cores(),
-            fill=ground(config),
-        ):
-            sizes = [(int(height), int(width)) for height, width in val.sizes[index]]
-            found |= zip(index.tolist(), step.find(image, sizes), strict=True)
-        step.train(training)
+        with evaluating(step):
+            for index, image in eval_batches(
+                val,
+                crop=self.letterbox,
+                channels=config.channels,
+                dtype=np.uint8,
+                batch_size=config.batch_size,
+                threads=config.workers or cpu_cores(),
+                fill=ground(config),
+            ):
+                sizes = [(int(height), int(width)) for height, width in val.sizes[index]]
+                found |= zip(index.tolist(), step.find(image, sizes), strict=True)
         bad = sorted(set(range(len(val))) - set(found))
         if len(bad) > config.max_bad_fraction * len(val):
             raise UserError(

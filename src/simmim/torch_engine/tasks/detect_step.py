@@ -43,7 +43,7 @@ class Found:
 
 
 class DetectStep(TaskStep):
-    """The sum of a detector's losses on a batch; and what it finds in images."""
+    """A detector's losses on a batch, and the objects that it finds in images."""
 
     def __init__(self, config: DetectConfig, classes: int, weights: dict[str, Tensor] | None):
         assert isinstance(config.mean, tuple)
@@ -73,7 +73,7 @@ class DetectStep(TaskStep):
         key: Tensor,
         mask: Tensor | None = None,
         drop_path: Tensor | None = None,
-    ) -> Tensor:
+    ) -> dict[str, Tensor]:
         """`boxes` (B, n, 4), `label` (B, n) from 1 on, 0 where there is no object, `mask` (B, n, H, W), `key` (B,)."""
         self.draws.uniform = drop_path
         self.keys.numbers = key.tolist()
@@ -89,7 +89,9 @@ class DetectStep(TaskStep):
             if mask is not None:
                 target["masks"] = mask[number, there]
             targets.append(target)
-        return sum(self.detector(self.prepare(image, flip), targets).values(), torch.zeros((), device=image.device))
+        losses = self.detector(self.prepare(image, flip), targets)
+        total = sum(losses.values(), torch.zeros((), device=image.device))
+        return {"loss": total} | {f"loss/{name.removeprefix('loss_')}": loss for name, loss in losses.items()}
 
     @torch.no_grad()
     def find(self, image: NDArray[Any], sizes: Sequence[tuple[int, int]]) -> list[Found]:

@@ -52,8 +52,8 @@ def draw_objects(
 
 def side_by_side(
     pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], captions: tuple[str, str]
-) -> Image.Image:
-    """Pairs of pictures in rows, two pairs a row, each picture in a tile of one size."""
+) -> NDArray[np.uint8]:
+    """Lay out pairs of pictures in rows, two pairs a row, each picture in a tile of one size: (rows, columns, 3)."""
     letterbox = Letterbox(size=(_TILE, _TILE))
     step, rows = _TILE + _GAP, math.ceil(len(pairs) / 2)
     canvas = Image.new("RGB", (4 * step - _GAP, _CAPTION + rows * step - _GAP), "white")
@@ -65,4 +65,4 @@ def side_by_side(
             tile = crop_resize(picture, letterbox.box(picture.shape[0], picture.shape[1]), letterbox.size, 255)
             place = ((2 * (number % 2) + side) * step, _CAPTION + number // 2 * step)
             canvas.paste(Image.fromarray(tile), place)
-    return canvas
+    return np.asarray(canvas)

@@ -20,6 +20,7 @@ from simmim.data.labelled.classes import LabelledImages, hold_out, open_labelled
 from simmim.data.sources import sniff
 from simmim.hardware.host import cpu_cores
 from simmim.metrics.classification import balanced_accuracy, knn_predict, top1
+from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep, PretrainStep
 from simmim.torch_engine.tasks.features import FeatureReader, Pool, PooledFeatures
 from simmim.torch_engine.train import distributed
@@ -229,8 +230,7 @@ class KnnCheck:
     def __call__(self, step: PretrainStep, config: PretrainConfig) -> dict[str, float]:
         """Figures of the encoder of `step`, for the complete configuration."""
         assert config.image_size is not None
-        encoder, training = step.model.encoder, step.training
-        step.eval()
+        encoder = step.model.encoder
         read = FeatureReader(
             # The encoder and not its backbone, in which the mask of the last training step still hangs.
             model=lambda images: encoder(images).float().mean(dim=(1, 2)),
@@ -243,7 +243,7 @@ class KnnCheck:
             workers=config.workers or cpu_cores(),
             max_bad_fraction=config.max_bad_fraction,
         )
-        features = Features.read(self._images, read)
-        step.train(training)
+        with evaluating(step):
+            features = Features.read(self._images, read)
         figures = features.judge(features.vote(min(NEIGHBOURS, len(features.train))))
         return {f"knn_{name}": value for name, value in figures.items()}

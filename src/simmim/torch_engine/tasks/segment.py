@@ -27,9 +27,9 @@ from simmim.metrics.classification import class_table, confusion_matrix, interse
 from simmim.torch_engine.tasks.augment import ColourJitter
 from simmim.torch_engine.tasks.base import TaskStep, save_model
 from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, build_step, to_picture, windows
-from simmim.training.pictures import class_panel
+from simmim.training.pictures import class_panel, save_png
 from simmim.training.plan import Batch, drop_path_numbers
-from simmim.training.run_directory import write_json, written_whole
+from simmim.training.run_directory import write_json
 
 # What of a configuration a saved model is built from again.
 _BUILT_FROM = ("model", "model_args", "image_size", "channels", "mean", "std", "evaluation", "decoder_channels")
@@ -112,7 +112,7 @@ class SegmentTask:
                 matrix += confusion_matrix(true[judged], predicted[judged], classes)
                 if index in drawn:
                     name = f"{index}-{Path(self.data.val.name(index)).stem}.png"
-                    _write_png(out / "overlays" / name, class_panel(to_picture(image), true, predicted, classes))
+                    save_png(class_panel(to_picture(image), true, predicted, classes), out / "overlays" / name)
         if not matrix.any():
             raise UserError(f"none of the {len(self.data.val)} images to evaluate on can be read")
         table, ious = class_table(matrix, self.data.classes, "pixels"), intersection_over_union(matrix)
@@ -139,10 +139,3 @@ def load_predictor(directory: Path, device: str) -> SegmentPredictor:
     step = build_step(config, None, len(classes))
     step.model.load_state_dict(load_file(directory / "model.safetensors"))
     return SegmentPredictor(step.eval().to(device), config, classes, np.dtype(facts["dtype"]))
-
-
-def _write_png(path: Path, picture: NDArray[np.uint8]) -> None:
-    from PIL import Image
-
-    with written_whole(path) as aside:
-        Image.fromarray(picture).save(aside, format="PNG")

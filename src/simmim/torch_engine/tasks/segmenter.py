@@ -22,6 +22,7 @@ from simmim.data.augment import crop_resize
 from simmim.data.labelled.segmentation import IGNORE, Mask, Windows
 from simmim.errors import UserError
 from simmim.torch_engine.models.drop_path import route_drop_path
+from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.pyramid import Pyramid, create_pyramid
 from simmim.torch_engine.train.update import DTYPES
@@ -62,14 +63,17 @@ class SegmentStep(TaskStep):
     def backbone(self) -> nn.Module:
         return self.model.pyramid.backbone
 
-    def forward(self, image: Tensor, flip: Tensor, label: Tensor, drop_path: Tensor | None = None) -> Tensor:
+    def forward(self, image: Tensor, flip: Tensor, label: Tensor, drop_path: Tensor | None = None) -> dict[str, Tensor]:
         self.draws.uniform = drop_path
         labels = label.long()  # (B, H, W)
         labels = torch.where(flip.view(-1, 1, 1), labels.flip(2), labels)
         scores = _enlarge(self.model(self.prepare(image, flip)).float(), labels.shape[1:])
         # Over all pixels, those without a class too: so an image weighs the same whatever others are in its batch.
         loss = functional.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
-        return loss + self.dice * dice_loss(scores, labels) if self.dice else loss
+        if not self.dice:
+            return {"loss": loss}
+        dice = dice_loss(scores, labels)
+        return {"loss": loss + self.dice * dice, "loss/cross_entropy": loss, "loss/dice": dice}
 
 
 def dice_loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -122,15 +126,13 @@ class SegmentPredictor(Predictor):
             for image, covering in zip(images, boxes, strict=True)
             for box in covering
         ]
-        training = self.step.training
-        self.step.eval()
         scores, masks = self._scores(crops), []
-        for image, covering in zip(images, boxes, strict=True):
-            total = torch.zeros(len(self.classes), *image.shape[:2], device=self.step.mean.device)
-            for (top, left, height, width), part in zip(covering, scores, strict=False):
-                total[:, top : top + height, left : left + width] += _enlarge(part[None], (height, width))[0]
-            masks.append(total.argmax(dim=0).cpu().numpy().astype(_mask_dtype(len(self.classes))))
-        self.step.train(training)
+        with evaluating(self.step):
+            for image, covering in zip(images, boxes, strict=True):
+                total = torch.zeros(len(self.classes), *image.shape[:2], device=self.step.mean.device)
+                for (top, left, height, width), part in zip(covering, scores, strict=False):
+                    total[:, top : top + height, left : left + width] += _enlarge(part[None], (height, width))[0]
+                masks.append(total.argmax(dim=0).cpu().numpy().astype(_mask_dtype(len(self.classes))))
         return masks
 
     def _scores(self, crops: list[NDArray[Any]]) -> Iterator[Tensor]:

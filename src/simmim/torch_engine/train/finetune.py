@@ -1,8 +1,6 @@
 """Fine-tuning with the PyTorch engine: one session for every task, on the loop that pretraining uses."""
 
-import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from simmim.config.training import validated
 from simmim.data.labelled.classes import open_labelled
 from simmim.data.labelled.detection import open_detection
 from simmim.data.labelled.segmentation import open_segmentation
+from simmim.data.pipeline import Reading
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.torch_engine.models.kernels import choose_attention, choose_products
@@ -25,9 +24,11 @@ from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_adamw
 from simmim.torch_engine.train.trainer import TorchTrainer
 from simmim.torch_engine.train.update import Update
-from simmim.training.loop import Event, Loop, Outcome
+from simmim.training.loop import Event, Outcome
 from simmim.training.plan import Batch
-from simmim.training.run_directory import Run, mark_task, open_run, write_json
+from simmim.training.run_directory import Run, mark_task, read_json, write_json
+from simmim.training.session import Session
+from simmim.training.trainer import find_start
 
 
 def open_classify(config: ClassifyConfig) -> Any:
@@ -83,26 +84,21 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
         task: Task = create_task(config, data, origin.weights)
         plan = TaskPlan.complete(config, task.train_count)
         torch.manual_seed(plan.config.seed)
-        step = task.build()
-        if world.is_main:
-            open_run(plan.config)
-        world.barrier()
-        session = Session(task, plan, world, step)
-        session.loop.introduce(session.introduce())
-        outcome = session.loop.fit()
-        session.loop.conclude(outcome, len(plan.bad_images(session.run)), session.result)
-        return session.run, outcome
+        start = find_start(plan.config, world)
+        step = task.build()  # before the run directory is made, since sizes may not fit
+        return FinetuneSession(task, plan, world, start, step).train()
 
 
-class Session:
-    """One process's part in a fine-tuning."""
+class FinetuneSession(Session):
+    """A fine-tuning for any task."""
 
-    def __init__(self, task: Task, plan: TaskPlan, world: distributed.World, step: TaskStep):
+    plan: TaskPlan
+    world: distributed.World
+
+    def __init__(self, task: Task, plan: TaskPlan, world: distributed.World, start: int, step: TaskStep):
+        super().__init__(plan, world, start)
         config = plan.config
-        assert config.out is not None
-        self.task, self.plan, self.config, self.world = task, plan, config, world
-        self.run = Run(Path(config.out))
-        self.step = step
+        self.task, self.step = task, step
         distributed.place(step, world.device)
         choose_attention(step.backbone, device=world.device.type, precision=config.precision)
         choose_products(step, device=world.device.type, precision=config.precision)
@@ -113,25 +109,17 @@ class Session:
         model = distributed.spread(step, world, shard=False)  # one process evaluates and writes the model
         optimizer = create_adamw(parameter_groups(step, config), betas=config.betas, device=world.device)
         update = Update(model, optimizer, plan.schedule, config=config, world=world, after=step.after_update)
-        trainer = TorchTrainer(update, self.batches, run=self.run, config=config, world=world, on_save=lambda: None)
-        every = max(1, round(config.eval_every_epochs * plan.steps_per_epoch))
-        self.loop = Loop(
-            trainer,
-            self.run,
-            config,
-            total_steps=plan.total_steps,
-            steps_per_epoch=plan.steps_per_epoch,
-            save_every_steps=plan.save_every_steps,
-            events=[Event(every_steps=every, call=self._evaluate)],
-        )
+        self.trainer = TorchTrainer(update, run=self.run, config=config, world=world)
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        bad_images = self.plan.bad_images(self.run)
-        reading = self.plan.reading(bad_images, start_step=start_step, rank=self.world.rank, world=self.world.size)
+    def read(self, reading: Reading) -> Iterator[Batch]:
         return self.task.batches(reading, self.step)
 
+    def events(self) -> list[Event]:
+        every = max(1, round(self.plan.config.eval_every_epochs * self.plan.steps_per_epoch))
+        return [Event(every_steps=every, call=self._evaluate)]
+
     def _evaluate(self, done: int) -> dict[str, float]:
-        """Figures on the evaluation images; the best model so far is kept."""
+        """Return figures on the evaluation images; keep the best model so far."""
         if not self.world.is_main:
             return {}
         figures = self.task.evaluate(self.step, self.run.path)
@@ -141,13 +129,12 @@ class Session:
         if not best or best["step"] > done or not figures[name] <= best[name]:
             best = {"step": done, **figures}
             self.task.save(self.step, self.run.model)
-            mark_task(self.run.model, self.config.task)
+            mark_task(self.run.model, self.plan.config.task)
         write_json(self.run.path / "metrics.json", {**figures, "step": done, "best": best})
         return figures
 
     def introduce(self) -> Iterator[str]:
-        """What will be done, for a person."""
-        config = self.config
+        config = self.plan.config
         parameters = sum(parameter.numel() for parameter in self.step.backbone.parameters())
         yield f"model      {config.model}, {parameters / 1e6:.1f} M parameters, from {config.init}"
         yield (
@@ -158,7 +145,6 @@ class Session:
         yield from self.plan.describe()
 
     def result(self) -> Iterator[str]:
-        """What came of it, for a person."""
         figures, name = read_figures(self.run), self.task.best_figure
         best = figures["best"]
         yield f"{name} {figures[name]:.4f} at the end, {best[name]:.4f} at best (step {best['step']})"
@@ -166,8 +152,8 @@ class Session:
 
 
 def read_figures(run: Run) -> dict[str, Any]:
-    path = run.path / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Return the figures of the last evaluation, and under `best` those of the model that is kept; `{}` before."""
+    return read_json(run.path / "metrics.json")
 
 
 def parameter_groups(step: TaskStep, config: FinetuneConfig) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from simmim.config.training import TrainingConfig
 from simmim.method.random_keys import sample_keys
 from simmim.method.schedules import Schedule
 from simmim.torch_engine.train.distributed import World, full_tensor, gradient_sync, local_part
+from simmim.training.trainer import FIGURES
 
 Batch = dict[str, Any]
 """Arrays, and tensors that the device has already."""
@@ -28,10 +29,12 @@ _GROW_EVERY = 2000
 
 
 class Update:
-    """Trains `model`, whose forward takes a batch's tensors by name and returns the loss (a scalar).
+    """Train `model`, whose forward takes a batch's tensors by name and returns its losses by name, all scalars.
 
-    `update(step, batch)` returns the learning rate and a tensor (3,) on the device: the loss, the gradient norm before
-    clipping, and the number of steps in a row, up to this one, that were not finite. Such a step changes nothing.
+    `loss` is the one to minimise; others, called `loss/COMPONENT`, are reported beside it. `update(step, batch)`
+    returns the learning rate and a tensor (F,) on the device, the figures that `names` lists: the loss, the gradient
+    norm before clipping, the number of consecutive steps, up to this one, that were not finite, and the components. A
+    step that is not finite changes nothing.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Update:
         self._scale = torch.full((), _FIRST_SCALE if fp16 else 1.0, device=world.device)
         self._good = torch.zeros((), device=world.device)  # steps in a row that were finite
         self._bad = torch.zeros((), device=world.device)  # … that were not
+        self.names: tuple[str, ...] = FIGURES
+        """Names of the figures, in order; those of components are known from the first update on."""
         # Finding fp16's loss scale may take a skip for each halving of the first one.
         self.bad_limit = 26 if fp16 else 10
 
@@ -81,7 +86,7 @@ class Update:
     def advance(self, batch: dict[str, Tensor]) -> Tensor:
         """The device's part of a call, at the learning rate that is set: a batch there → the figures."""
         statistics = [buffer.clone() for buffer in self._statistics]
-        loss = self._backward(batch)
+        loss, *components = self._backward(batch)
         norm = self._clip()
         finite = torch.isfinite(norm)
         self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]  # fused AdamW skips itself
@@ -95,7 +100,7 @@ class Update:
         if self._dtype == torch.float16:
             grown = torch.where(self._good % _GROW_EVERY == 0, self._scale * 2, self._scale)
             self._scale = torch.where(finite, grown, self._scale / 2)
-        return torch.stack((loss, norm, self._bad))
+        return torch.stack((loss, norm, self._bad, *components))
 
     def _to_device(self, batch: Batch) -> dict[str, Tensor]:
         device = self._world.device
@@ -108,19 +113,26 @@ class Update:
 
         return {name: send(value) for name, value in batch.items()}
 
-    def _backward(self, batch: dict[str, Tensor]) -> Tensor:
-        """Gradients of the mean loss over the batch, in `accumulate_steps` pieces; returns that loss."""
+    def _backward(self, batch: dict[str, Tensor]) -> list[Tensor]:
+        """Compute gradients of the mean loss over the batch, in `accumulate_steps` pieces.
+
+        Returns the mean loss and the means of its components.
+        """
         pieces = self._config.accumulate_steps
         split = {name: tensor.chunk(pieces) for name, tensor in batch.items()}
-        total = torch.zeros((), device=self._world.device)
+        totals: dict[str, Tensor] = {}
         for piece in range(pieces):
             with gradient_sync(self.model, enabled=piece == pieces - 1):
                 with torch.autocast(self._world.device.type, self._dtype, enabled=self._dtype != torch.float32):
-                    loss = self.model(**{name: parts[piece] for name, parts in split.items()}) / pieces
+                    losses = self.model(**{name: parts[piece] for name, parts in split.items()})
+                    loss = losses["loss"] / pieces
                 # An infinite L1 loss has finite gradients: poison them, so that every process skips this step.
                 (loss * torch.where(torch.isfinite(loss.detach()), self._scale, torch.nan)).backward()
-            total += loss.detach()
-        return total
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach() / pieces
+        components = [name for name in totals if name != "loss"]
+        self.names = (*FIGURES, *components)
+        return [totals[name] for name in ("loss", *components)]
 
     def _clip(self) -> Tensor:
         """Take the loss scale out of the gradients and clip them; returns their norm before."""

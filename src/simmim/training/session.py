@@ -1,0 +1,134 @@
+"""A training from its complete plan to its end, the same for every engine and task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.config.training import PretrainConfig
+from simmim.data.pipeline import Reading
+from simmim.training.loop import Event, Loop, Outcome
+from simmim.training.pictures import save_png
+from simmim.training.plan import Batch, Plan, TrainingPlan
+from simmim.training.run_directory import Run, open_run
+from simmim.training.trainer import Trainer, World
+
+
+class Session(ABC):
+    """One process's part in a training. A subclass builds the model and its `trainer`, and gives the parts that differ.
+
+    `start` is the number of steps that a checkpoint holds already (`simmim.training.trainer.find_start`).
+    """
+
+    trainer: Trainer
+    loop: Loop
+
+    def __init__(self, plan: TrainingPlan, world: World, start: int):
+        """Open the run directory. Raises `UserError` where it holds another run."""
+        assert plan.config.out is not None
+        self.plan, self.config, self.world, self.start = plan, plan.config, world, start
+        if world.rank == 0:
+            open_run(plan.config)
+        world.main_says(0)  # no process goes on before the directory is there
+        self.run = Run(Path(plan.config.out))
+
+    @abstractmethod
+    def read(self, reading: Reading) -> Iterator[Batch]:
+        """Yield the batches of this process."""
+
+    @abstractmethod
+    def introduce(self) -> Iterator[str]:
+        """Yield lines that tell the user what will be done."""
+
+    @abstractmethod
+    def result(self) -> Iterable[str]:
+        """Return lines that tell the user what a finished training gave."""
+
+    def events(self) -> list[Event]:
+        """Return the work to do between steps."""
+        return []
+
+    def train(self) -> tuple[Run, Outcome]:
+        """Resume, train to the end or to a signal, and tell the user about it."""
+        self.trainer.resume(self.start)
+        plan = self.plan
+        self.loop = Loop(
+            self.trainer,
+            self.run,
+            self.config,
+            start=self.start,
+            total_steps=plan.total_steps,
+            steps_per_epoch=plan.steps_per_epoch,
+            save_every_steps=plan.save_every_steps,
+            batches=self.batches,
+            events=self.events(),
+        )
+        for line in self.introduce():
+            self.loop.console.say(line)
+        if 0 < self.start < plan.total_steps:
+            self.loop.console.say(f"resumes    after step {self.start}")
+        outcome = self.loop.fit()
+        for line in self._conclude(outcome):
+            self.loop.console.say(line)
+        return self.run, outcome
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Yield a batch for each step from `start_step` on."""
+        bad_images, world = self.plan.bad_images(self.run), self.world
+        return self.read(self.plan.reading(bad_images, start_step=start_step, rank=world.rank, world=world.size))
+
+    def _conclude(self, outcome: Outcome) -> Iterator[str]:
+        bad_images, total = len(self.plan.bad_images(self.run)), self.plan.total_steps
+        if bad_images:
+            yield f"{bad_images} image{'s' * (bad_images > 1)} could not be read; {self.run.bad_images} lists them"
+        if outcome.stopped_by is not None:
+            yield f"stopped at step {outcome.step} of {total}; run the same command again to resume"
+            return
+        if outcome.start >= total:
+            yield f"finished already: {self.run.path} holds all {total} steps; --fresh starts again"
+        else:
+            yield f"done: {total} steps"
+        yield from self.result()
+
+
+def parts(count: int, config: PretrainConfig) -> list[slice]:
+    """Split `count` validation images into parts that fit in memory wherever a training step does.
+
+    Forward passes keep no activations, so a part may be larger than a piece of a step.
+    """
+    size = min(max(config.batch_size // config.accumulate_steps, 8), 64)
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+class PretrainSession(Session):
+    """A pretraining: reconstruction pictures and validation loss on the images kept aside."""
+
+    plan: Plan
+
+    @abstractmethod
+    def judge(self) -> tuple[float, NDArray[np.uint8] | None] | None:
+        """Return the loss of the validation images and their panel, if the target shows one.
+
+        Every process calls it; `None` where another process has the answer.
+        """
+
+    def events(self) -> list[Event]:
+        if not self.plan.config.val_images:
+            return []
+        return [Event(every_steps=self.plan.picture_every_steps, call=self._validate)]
+
+    def result(self) -> Iterable[str]:
+        return [f"the encoder is {self.run.encoder}"]
+
+    def _validate(self, done: int) -> dict[str, float]:
+        found: Any = self.judge()
+        if found is None:
+            return {}
+        loss, panel = found
+        if panel is not None and self.world.rank == 0:
+            save_png(panel, self.run.reconstructions / f"step-{done:08d}.png")
+            self.loop.picture(done, "reconstruction", panel)
+        return {"val_loss": loss}
