@@ -128,7 +128,9 @@ def record(run: Path) -> dict[str, Any]:
         "grad_norms": [row["grad_norm"] for row in rows],
         "learning_rates": [row["lr"] for row in rows],
     }
-    figures = {name: value for name, value in rows[-1].items() if name not in _EVERY_STEP}
+    # The components of a loss came after version 0.1, which wrote the records; the loss is their sum.
+    names = [name for name in rows[-1] if name not in _EVERY_STEP and not name.startswith("loss/")]
+    figures = {name: rows[-1][name] for name in names}
     if "val_loss" in figures:
         found["val_loss"] = figures.pop("val_loss")
     if figures:

@@ -3,7 +3,8 @@
 Shapes: `B` images, `C` channels, `H W` pixels, `P` predicted values a cell.
 """
 
-from pathlib import dataclasses
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from simmim.torch_engine.models.heads import sine_positions
 from simmim.torch_engine.models.masked_image_model import build_model, check_sizes
 from simmim.torch_engine.train.pretrain import judge_and_draw
 from simmim.torch_engine.train.storage import build_step
+from simmim.training.pictures import PICTURED
 
 from . import tiny
 
