@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import Path
 import pytest
 import torch
 from torch.nn.functional import pixel_shuffle
