@@ -99,7 +99,7 @@ def normalised(folder: Path, *, size: int) -> Batches:
     std = 255 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
     for batch in simmim_batches(folder, size=size):
         images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).float()
-        flip = torch.from_numpy(batch["flip"])
+        flip = torch.from_numpy(batch["flip"][:, 0])
         images[flip] = images[flip].flip(3)
         yield images.sub_(mean).div_(std)
 

@@ -133,9 +133,16 @@ def test_a_jittered_image_that_is_larger_than_its_box_shows_the_middle_of_an_obj
 
 
 def test_half_of_the_images_are_mirrored_anew_each_epoch():
-    first, second = (draw_flips(0, epoch, np.arange(10_000)) for epoch in range(2))
+    first, second = (draw_flips(0, epoch, np.arange(10_000), "horizontal") for epoch in range(2))
     assert abs(first.mean() - 0.5) < 0.025
     assert abs((first == second).mean() - 0.5) < 0.025
+
+
+def test_both_flips_are_drawn_apart_and_horizontal_ones_as_without_vertical_ones():
+    horizontal, both = (draw_flips(0, 0, np.arange(10_000), flip) for flip in ("horizontal", "both"))
+    assert (both[:, :1] == horizontal).all()
+    assert abs((both[:, 0] == both[:, 1]).mean() - 0.5) < 0.025
+    assert draw_flips(0, 0, np.arange(10), "none").shape == (10, 0)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_batch_has_the_documented_shapes_and_dtypes(tmp_path: Path):
     found = {name: (value.shape, value.dtype.name) for name, value in batch.items()}  # type: ignore[attr-defined]
     assert found == {
         "image": ((4, 8, 8, 3), "uint8"),
-        "flip": ((4,), "bool"),
+        "flip": ((4, 1), "bool"),
         "index": ((4,), "int64"),
         "epoch": ((4,), "int64"),
     }
@@ -187,7 +187,7 @@ def test_arrays_of_different_lengths_are_filled_up_with_zeros(tmp_path: Path):
 
 def test_flips_are_drawn_for_the_images_of_the_batch(tmp_path: Path):
     for batch in batches(Noise(10), tmp_path):
-        np.testing.assert_array_equal(batch["flip"], draw_flips(0, batch["epoch"], batch["index"]))
+        np.testing.assert_array_equal(batch["flip"], draw_flips(0, batch["epoch"], batch["index"], "horizontal"))
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ def train(machine: Machine, config: PretrainConfig) -> tuple[list[list[float]], 
         mask = rng.permuted(np.tile(np.arange(4) < 2, (config.batch_size, 1)), axis=1).reshape(-1, 2, 2)
         batch = {
             "image": rng.integers(0, 256, (config.batch_size, 64, 64, 3), dtype=np.uint8),
-            "flip": rng.random(config.batch_size) < 0.5,
+            "flip": rng.random((config.batch_size, 1)) < 0.5,
             "mask": np.repeat(np.repeat(mask, 2, 1), 2, 2),
             "drop_path": rng.random((config.batch_size, 2), dtype=np.float32),
         }

@@ -92,7 +92,7 @@ def batches(config: PretrainConfig, patch: int, layers: int) -> list[dict[str, N
     return [
         {
             "image": rng.integers(0, 256, (BATCH, *config.image_size, 3), dtype=np.uint8),
-            "flip": rng.random(BATCH) < 0.5,
+            "flip": rng.random((BATCH, 1)) < 0.5,
             "mask": draw_masks(config, step, np.arange(BATCH), patch),
         }
         | ({"drop_path": rng.random((BATCH, layers), dtype=np.float32)} if layers else {})

@@ -221,18 +221,24 @@ def test_batches_are_the_same_after_a_resume_and_among_processes(data: Path, tmp
         assert (together == whole[0][name]).all()
 
 
-def test_flipping_turns_image_boxes_and_masks_together(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flip", [[True, False], [False, True], [True, True]])
+def test_flipping_turns_image_boxes_and_masks_together(data: Path, tmp_path: Path, flip: list[bool]) -> None:
     made = task(config(data, "swin", detector="mask_rcnn"))
     step = made.build()
     [batch, _] = read_steps(made, step, tmp_path)
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
-    flipped = step(**tensors | {"flip": torch.ones(4, dtype=torch.bool)})
-    boxes = tensors["boxes"]
+    flipped = step(**tensors | {"flip": torch.tensor([flip] * 4)})
+    left, top, right, bottom = tensors["boxes"].unbind(-1)
+    if flip[0]:
+        left, right = 64 - right, 64 - left
+    if flip[1]:
+        top, bottom = 64 - bottom, 64 - top
+    axes = [axis for axis, turned in zip((-1, -2), flip, strict=True) if turned]
     turned = {
-        "image": tensors["image"].flip(2),
-        "mask": tensors["mask"].flip(3),
-        "boxes": torch.stack((64 - boxes[..., 2], boxes[..., 1], 64 - boxes[..., 0], boxes[..., 3]), dim=-1),
-        "flip": torch.zeros(4, dtype=torch.bool),
+        "image": tensors["image"].flip([axis - 1 for axis in axes]),
+        "mask": tensors["mask"].flip(axes),
+        "boxes": torch.stack((left, top, right, bottom), dim=-1),
+        "flip": torch.zeros(4, 0, dtype=torch.bool),
     }
     torch.testing.assert_close(flipped, step(**tensors | turned))
 

@@ -92,13 +92,15 @@ def test_the_loss_is_in_fp32_whatever_autocast_says() -> None:
 
 def test_a_batch_is_normalised_and_mirrored_as_asked() -> None:
     step = build_step(tiny.config())
-    image = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
-    images = step.prepare(image, torch.tensor([False, True]))
+    image = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    images = step.prepare(image, torch.tensor([[False, False], [True, False], [False, True], [True, True]]))
     normal = (image.permute(0, 3, 1, 2) / 255 - torch.tensor(tiny.MEAN).view(3, 1, 1)) / torch.tensor(tiny.STD).view(
         3, 1, 1
     )
     torch.testing.assert_close(images[0], normal[0])
     torch.testing.assert_close(images[1], normal[1].flip(2))
+    torch.testing.assert_close(images[2], normal[2].flip(1))
+    torch.testing.assert_close(images[3], normal[3].flip(1, 2))
 
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name != "hog"])

@@ -173,17 +173,18 @@ def test_batches_are_the_same_after_a_resume_and_among_processes(data: Path, tmp
             assert (together == array).all()
 
 
-def test_flipping_turns_image_and_label_together(data: Path) -> None:
+@pytest.mark.parametrize(("flip", "axes"), [([True, False], [2]), ([False, True], [1]), ([True, True], [1, 2])])
+def test_flipping_turns_image_and_label_together(data: Path, flip: list[bool], axes: list[int]) -> None:
     step = task(config(data)).build().eval()
     image, label = torch.randint(0, 256, (2, 32, 32, 3)), torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
-    flipped = step(image, torch.tensor([True, True]), label)
-    torch.testing.assert_close(flipped, step(image.flip(2), torch.tensor([False, False]), label.flip(2)))
+    flipped = step(image, torch.tensor([flip, flip]), label)
+    torch.testing.assert_close(flipped, step(image.flip(axes), torch.zeros(2, 0, dtype=torch.bool), label.flip(axes)))
 
 
 def test_the_loss_is_pytorchs_and_pixels_without_class_add_nothing(data: Path) -> None:
     step = task(config(data)).build().eval()
     image, label = torch.randint(0, 256, (2, 32, 32, 3)), torch.randint(0, 3, (2, 32, 32))
-    stay = torch.tensor([False, False])
+    stay = torch.tensor([[False], [False]])
     scores = functional.interpolate(step.model(step.normalize(image)), (32, 32), mode="bilinear")
     torch.testing.assert_close(step(image, stay, label)["loss"], functional.cross_entropy(scores, label))
     label[:, :16] = 255
@@ -215,7 +216,7 @@ def test_dice_is_added_to_the_loss_with_its_weight(data: Path) -> None:
     torch.manual_seed(0)
     step = task(config(data, dice=0.5)).build().eval()
     image, label = torch.randint(0, 256, (2, 32, 32, 3)), torch.randint(0, 3, (2, 32, 32))
-    stay = torch.tensor([False, False])
+    stay = torch.tensor([[False], [False]])
     scores = functional.interpolate(step.model(step.normalize(image)), (32, 32), mode="bilinear")
     expected = functional.cross_entropy(scores, label) + 0.5 * dice_loss(scores, label)
     torch.testing.assert_close(step(image, stay, label)["loss"], expected)

@@ -110,7 +110,7 @@ def batch(settings: PretrainConfig, *, seed: int = 0, broken: bool = False) -> B
     if broken:
         image[0, 0, 0, 0] = np.nan
     inside = build_model(settings).encoder
-    numbers = {"image": image, "flip": draw.random(B) < 0.5}
+    numbers = {"image": image, "flip": draw.random((B, 1)) < 0.5}
     keys = np.arange(B, dtype=np.uint64) + np.uint64(1000 * seed)
     masks = settings.mask_strategy(inside.patch_size)
     numbers["mask"] = upsample_mask(masks(keys, (H, W)), masks.cell // inside.patch_size)

@@ -1,5 +1,6 @@
 """Types of configuration fields: how a value is written on the command line, and what range it has."""
 
+import math
 import tomllib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
@@ -39,6 +40,27 @@ def parse_model_args(value: Any) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             arguments[name] = text
     return arguments
+
+
+def parse_range(value: Any) -> tuple[float, float] | None:
+    """Parse a range of positive numbers: `(0.67, 1.0)`, `["0.67", "1"]`, or `0.08` for (0.08, 1)."""
+    if value is None:
+        return None
+    try:
+        low, high = map(float, (value, 1.0) if isinstance(value, (str, int, float)) else value)
+    except (TypeError, ValueError):
+        raise UserError(f"{value!r} is not two numbers; write MIN MAX") from None
+    if not 0 < low <= high < math.inf:
+        raise UserError(f"{low:g} {high:g} is not a range of positive numbers; write the smaller first")
+    return low, high
+
+
+def parse_shares(value: Any) -> tuple[float, float] | None:
+    """Parse a range (`parse_range`) that ends at 1 at most."""
+    found = parse_range(value)
+    if found and found[1] > 1:
+        raise UserError(f"{found[0]:g} {found[1]:g} is not within 0..1; write shares of the image's area")
+    return found
 
 
 def _in_lists(value: Any) -> Any:
@@ -108,6 +130,19 @@ NotNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[Positive | None, one_word(int, "INT"), HINT]
 Word = Annotated[str | None, one_word(str, "STR", nothing="none"), HINT]
+Flip = Literal["none", "horizontal", "both"]
+"""How images are mirrored at random: not at all, left to right, or that and upside down, independently."""
+_RANGE: Any = PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="MIN MAX",
+    instance_from_str=lambda words: parse_range(words[0] if len(words) == 1 else words),
+    is_instance=lambda value: True,
+    str_from_instance=lambda value: [f"{number:g}" for number in value or ()],
+)
+Shares = Annotated[tuple[float, float], BeforeValidator(parse_shares), _RANGE, HINT]
+"""A range within 0..1."""
+SharesIfAny = Annotated[tuple[float, float] | None, BeforeValidator(parse_shares), _RANGE, HINT]
+RangeIfAny = Annotated[tuple[float, float] | None, BeforeValidator(parse_range), _RANGE, HINT]
 Colour = Annotated[
     tuple[float, ...] | Literal["measure"] | None,
     PrimitiveConstructorSpec(

@@ -10,10 +10,12 @@ from simmim.config.field_types import (
     HINT,
     NONE_WORD,
     Count,
+    Flip,
     NotNegativeReal,
     Positive,
     PositiveReal,
     Share,
+    Shares,
     Word,
     one_word,
 )
@@ -31,6 +33,8 @@ class FinetuneConfig(TrainingConfig):
     """Names of the data's classes in the order of their numbers, found when it is opened."""
     init: Annotated[str | None, one_word(str, "RUN|scratch|timm:NAME", nothing="none"), arg(name="from"), HINT] = None
     """Where the encoder's weights come from: a run, nowhere (scratch), or timm's own. Required."""
+    flip: Flip = "horizontal"
+    """How images are mirrored at random, with their labels; both is upside down too."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share of the images to evaluate on, where the data has no val or test folder."""
     layer_decay: Annotated[float | None, Field(gt=0, le=1), one_word(float, "FLOAT"), HINT] = None
@@ -63,8 +67,8 @@ class ClassifyConfig(FinetuneConfig):
     """Seed of the choice of those images."""
     class_weights: Literal["none", "balanced"] = "none"
     """Weigh classes alike in the loss, however many images they have."""
-    crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.08
-    """Smallest share of an image that a random crop shows."""
+    crop_scale: Shares = (0.08, 1.0)
+    """Range of a random crop's share of the image; one number is the smallest share."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Share of the short side that evaluation crops: 224 of 256."""
     rand_augment: Annotated[float, Field(ge=0, le=10)] = 9.0

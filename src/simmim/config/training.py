@@ -24,13 +24,16 @@ from simmim.config.field_types import (
     NONE_WORD,
     Colour,
     Count,
+    Flip,
     ImageSize,
     ModelArgs,
     NotNegative,
     NotNegativeReal,
     Positive,
     PositiveReal,
+    RangeIfAny,
     Share,
+    SharesIfAny,
     Word,
     YesNo,
     one_word,
@@ -61,6 +64,8 @@ class TrainingConfig:
     """Mean of each channel in units of 1 = white (default: ImageNet's for 8-bit RGB, else measured)."""
     std: Colour = None
     """Standard deviation of each channel (default: as for the mean)."""
+    flip: Annotated[Flip | None, one_word(str, "none|horizontal|both"), HINT] = None
+    """How images are mirrored at random; both is upside down too (default: horizontal, or as the source declares)."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Share of images that may be unreadable before the run is failed."""
     workers: Count = None
@@ -126,6 +131,10 @@ Settings = TypeVar("Settings")
 class PretrainConfig(TrainingConfig):
     """Masked image modelling on unlabelled images (SimMIM, arXiv 2111.09886)."""
 
+    crop_scale: SharesIfAny = None
+    """Range of a random crop's share of the image (default: 0.67 1, or as the source declares)."""
+    crop_ratio: RangeIfAny = None
+    """Range of its width over its height, relative to the image size (default: 0.75 1.333, or as the source says)."""
     decode: Literal["cpu", "gpu"] = "cpu"
     """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG, for few CPU cores beside it."""
     readers: Literal["threads", "processes"] = "threads"

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from simmim.config.field_types import Flip
 from simmim.errors import UserError
 from simmim.method.random_keys import draws, sample_keys, uniforms
 
+FLIP_AXES: dict[Flip, int] = {"none": 0, "horizontal": 1, "both": 2}
 _SHARP = 1.1
 """A side that shrinks by less is only interpolated: there is no aliasing to be seen."""
 
@@ -136,9 +138,12 @@ def _begin(draw: float, length: int, part: int, within: int | None) -> int:
     return first + int(draw * (last - first + 1))
 
 
-def draw_flips(seed: int, epoch: ArrayLike, index: ArrayLike) -> NDArray[np.bool_]:
-    """Which images (B,) are mirrored, half of them."""
-    return uniforms(sample_keys(seed, epoch, index, stream="flip"), 1)[:, 0] < 0.5
+def draw_flips(seed: int, epoch: ArrayLike, index: ArrayLike, flip: Flip) -> NDArray[np.bool_]:
+    """Draw which images to mirror, each way half of them: (B, 0) for none, (B, 1) for horizontal, (B, 2) for both.
+
+    The first column mirrors left to right, the second upside down.
+    """
+    return uniforms(sample_keys(seed, epoch, index, stream="flip"), FLIP_AXES[flip]) < 0.5
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:

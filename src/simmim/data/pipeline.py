@@ -6,6 +6,7 @@ from the seed alone, so that any step can be the first, and the processes of a r
 Shapes: `B` images, `H W` pixels, `C` channels; a size is (H, W).
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from simmim.data.augment import Box, CentreCrop, Letterbox, RandomResizedCrop, crop_resize, reduction
+from simmim.config.field_types import Flip
+from simmim.data.augment import Box, CentreCrop, Letterbox, RandomResizedCrop, crop_resize, draw_flips, reduction
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, Picture, Raw, open_picture
 from simmim.data.readers.processes import stream_from_processes
@@ -46,6 +48,11 @@ class Reading:
     processes: bool = False
     """Have `threads` processes of one thread each, for `train_batches` without augmentation."""
     bad_images: BadImages
+    flip: Flip = "horizontal"
+
+    def draw_flips(self, batch: Batch) -> NDArray[np.bool_]:
+        """Draw which images of a batch to mirror: (B, axes)."""
+        return draw_flips(self.seed, batch["epoch"], batch["index"], self.flip)
 
 
 def load(
@@ -174,7 +181,9 @@ def read_ahead(loader: Loader, reading: Reading) -> Iterator[Batch]:
     batch_size, world = reading.batch_size, reading.world
     first, end = reading.start_step * batch_size + reading.rank, reading.total_steps * batch_size
     read = stream_from_processes if reading.processes else stream
-    return read(loader, range(first, end, world), batch_size // world, reading.threads, reading.seed)
+    with contextlib.closing(read(loader, range(first, end, world), batch_size // world, reading.threads)) as batches:  # type: ignore[type-var]
+        for batch in batches:
+            yield {**batch, "flip": reading.draw_flips(batch)}
 
 
 def eval_images(

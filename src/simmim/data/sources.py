@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.config.field_types import Flip
 from simmim.data.decode import BadImage, Raw, open_picture
 from simmim.data.files import PathList, open_folder, open_list
 from simmim.data.hugging_face import open_hugging_face
@@ -51,7 +52,7 @@ class SourceDefaults:
     """Range of a random crop's share of the image; with (1, 1) and the ratio (1, 1) images are seen whole."""
     crop_ratio: tuple[float, float] | None = None
     """Range of a random crop's width over its height, relative to those of the image size."""
-    flip: Literal["none", "horizontal", "both"] | None = None
+    flip: Flip | None = None
 
 
 def defaults_of(source: ImageSource) -> SourceDefaults:

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 
 from simmim.config.training import PretrainConfig
+from simmim.data.augment import FLIP_AXES
 from simmim.hardware.tpu_compiler import (
     EFFORTS,
     CompilerReport,
@@ -88,7 +89,7 @@ def sketch_batch(config: PretrainConfig, model: MaskedImageModel, count: int) ->
     patch, layers = model.encoder.patch_size, model.encoder.drop_paths.layers
     shapes = {
         "image": ((H, W, config.channels), np.uint8),
-        "flip": ((), np.bool_),
+        "flip": ((FLIP_AXES[config.flip or "horizontal"],), np.bool_),
         "mask": ((H // patch, W // patch), np.bool_),
     }
     if layers:

@@ -26,7 +26,7 @@ _ENCODERS = {"vit": TokenEncoder, "beit": TokenEncoder, "swin": SwinEncoder, "re
 class MaskedImageModel(Module):
     """Encoder + head + target + loss (SimMIM §3).
 
-    Takes a batch from the input pipeline: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p) with
+    Takes a batch from the input pipeline: image (B, H, W, C) in 0..255, flip (B, axes), mask (B, H/p, W/p) with
     True = hidden, drop_path (B, layers). Flips and normalises on the device, so that images cross to it as small
     integers. Returns the loss, a scalar; the prediction (B, h, w, P); and the sums whose ratio is the loss, (2,).
     """
@@ -51,7 +51,8 @@ class MaskedImageModel(Module):
 
     def call(self, batch: dict[str, Array], training: bool = False) -> tuple[Array, Array, Array]:
         images = (ops.cast(batch["image"], "float32") - self.mean) * self.scale
-        images = ops.where(batch["flip"][:, None, None, None], ops.flip(images, axis=2), images)
+        for column, axis in zip(range(batch["flip"].shape[1]), (2, 1), strict=False):
+            images = ops.where(batch["flip"][:, column, None, None, None], ops.flip(images, axis=axis), images)
         features = self.encoder(images, batch["mask"], batch.get("drop_path"), training=training)
         prediction = ops.cast(self.head(features), "float32")
         target = self.target(ops, images, self.encoder.stride)

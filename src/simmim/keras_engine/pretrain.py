@@ -146,7 +146,7 @@ def judge_and_draw(
     masks = draw_masks(config, epoch, np.arange(len(pixels)), patch)
     sums, panels = [], []
     for part in parts(len(pixels), config):
-        batch = {"image": pixels[part], "flip": np.zeros(len(pixels[part]), bool), "mask": masks[part]}
+        batch = {"image": pixels[part], "flip": np.zeros((len(pixels[part]), 0), bool), "mask": masks[part]}
         found, prediction = stepper.judge(batch)
         sums.append(found)
         if part.start < PICTURED:

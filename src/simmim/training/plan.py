@@ -6,7 +6,7 @@ Shapes: `B` images, `C` channels, `H W` pixels.
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
 from simmim.data.pipeline import Reading, eval_images, train_batches
 from simmim.data.readers.device_jpegs import Decode, device_batches
-from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.data.sources import ImageSource, SourceDefaults, Subset, defaults_of, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
@@ -43,13 +43,18 @@ class Images:
     train: ImageSource
     val: ImageSource
     dtype: np.dtype[Any]
+    channels: int = 3
+    defaults: SourceDefaults = field(default_factory=SourceDefaults)
 
 
 def open_images(config: PretrainConfig) -> Images:
     """Find the images and keep `val_images` of them aside, drawn by the seed. One-line `ValueError`s."""
     assert config.data is not None
     source = open_source(config.data)
-    dtype = sniff(source, channels=config.channels)
+    defaults, channels = defaults_of(source), config.channels
+    if defaults.channels and defaults.channels not in (1, 3) and channels == type(config).channels:
+        channels = defaults.channels  # the default number cannot be had
+    dtype = sniff(source, channels=channels)
     order = np.argsort(sample_keys(config.seed, 0, np.arange(len(source)), stream="split"))
     val, train = np.sort(order[: config.val_images]), np.sort(order[config.val_images :])
     if not len(train):
@@ -62,7 +67,7 @@ def open_images(config: PretrainConfig) -> Images:
             f"batch size {config.batch_size} is more than the {len(train)} images to train on "
             f"({len(val)} are kept aside); use --batch-size {len(train)} or less"
         )
-    return Images(Subset(source, train), Subset(source, val), dtype)
+    return Images(Subset(source, train), Subset(source, val), dtype, channels, defaults)
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,7 @@ class TrainingPlan:
             world=world,
             threads=self.config.workers or reading_cores(),
             bad_images=bad_images,
+            flip=self.config.flip or "horizontal",
         )
 
 
@@ -155,8 +161,17 @@ class Plan(TrainingPlan):
         `patch` is the side of the encoder's patches, in pixels; `machine` gives at least image_size, device, precision
         and compile.
         """
+        config = dataclasses.replace(config, channels=images.channels)
         cell = config.mask_strategy(patch).cell
-        changes = {"workers": config.workers or reading_cores(), "mask_cell": cell, **machine}
+        declared = images.defaults
+        changes = {
+            "flip": config.flip or declared.flip or "horizontal",
+            "crop_scale": config.crop_scale or declared.crop_scale or RandomResizedCrop.scale,
+            "crop_ratio": config.crop_ratio or declared.crop_ratio or RandomResizedCrop.ratio,
+            "workers": config.workers or reading_cores(),
+            "mask_cell": cell,
+            **machine,
+        }
         if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
             changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         elif not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
@@ -188,13 +203,18 @@ class Plan(TrainingPlan):
     def batches(
         self, reading: Reading, *, patch: int, drop_path_layers: int, decode: Decode | None = None
     ) -> Iterator[Batch]:
-        """The batches of a reading: image (B, H, W, C) in 0..255, flip (B,), mask (B, H/p, W/p).
+        """The batches of a reading: image (B, H, W, C) in 0..255, flip (B, axes), mask (B, H/p, W/p).
 
         With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
         With `decode` images are what it returns, and are on its device.
         """
         config = self.config
-        views: dict[str, Any] = {"crop": RandomResizedCrop(size=self.size), "channels": config.channels}
+        crop = RandomResizedCrop(
+            size=self.size,
+            scale=config.crop_scale or RandomResizedCrop.scale,
+            ratio=config.crop_ratio or RandomResizedCrop.ratio,
+        )
+        views: dict[str, Any] = {"crop": crop, "channels": config.channels}
         if decode is None:
             views |= {"dtype": self.images.dtype, "antialias": config.antialias}
             batches = train_batches(self.images.train, reading, **views)

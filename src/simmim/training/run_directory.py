@@ -1,6 +1,7 @@
 """The run directory (docs/architecture.md): what a training writes, and how the same command finds it again."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import tempfile
@@ -14,6 +15,9 @@ from typing import Any, TypeVar
 
 from simmim.config.training import TrainingConfig, changed_fields, read_toml, to_toml
 from simmim.errors import UserError
+
+_V0_1 = {"flip": "horizontal", "crop_scale": (0.67, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
+"""Values of version 0.1 for fields that it did not have."""
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -111,7 +115,9 @@ class Run:
     def read_config(self, kind: type[Config]) -> Config:
         if not self.config.is_file():
             raise UserError(f"{self.path} is not a run: it has no config.toml; give the --out directory of a training")
-        return read_toml(self.config, kind)
+        config = read_toml(self.config, kind)
+        missing = {name: value for name, value in _V0_1.items() if getattr(config, name, value) is None}
+        return dataclasses.replace(config, **missing)
 
 
 _TASK = "task.json"  # beside a fine-tuned model, so that its directory can be used alone

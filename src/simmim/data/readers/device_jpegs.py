@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.augment import Box, RandomResizedCrop, draw_flips, reduction
+from simmim.data.augment import Box, RandomResizedCrop, reduction
 from simmim.data.decode import Picture, Raw, open_picture
 from simmim.data.pipeline import Reading, open_loader, read_ahead, show
 from simmim.data.readers.threads import Batch, Rows, Sample
@@ -70,7 +70,7 @@ def device_batches(
 
     for batch in read_ahead(loader, reading):
         batch["image"] = decode(batch["image"], batch.pop("jpeg"), partial(fill, batch))
-        batch["flip"] = draw_flips(reading.seed, batch["epoch"], batch["index"])
+        batch["flip"] = reading.draw_flips(batch)  # anew: an image may have been replaced
         yield batch
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.augment import draw_flips
 from simmim.data.readers.threads import Batch, Loader, Rows
 from simmim.errors import UserError
 
@@ -28,7 +27,7 @@ _MOST = 32
 """Images of a piece; to hand one over takes 0.2 ms."""
 
 
-def stream_from_processes(loader: Loader, positions: range, size: int, processes: int, seed: int) -> Iterator[Batch]:
+def stream_from_processes(loader: Loader, positions: range, size: int, processes: int) -> Iterator[Batch]:
     """`stream`, for a loader with rows, by processes of one thread each. Close the iterator to end them."""
     work = _Work(loader, positions, size, together=min(_MOST, -(-size // processes)))
     readers = [_Reader(work, range(first, work.pieces, processes)) for first in range(min(processes, work.pieces))]
@@ -38,7 +37,7 @@ def stream_from_processes(loader: Loader, positions: range, size: int, processes
             index, epoch = np.empty(size, np.int64), np.empty(size, np.int64)
             for number, places in enumerate(work.places, batch * len(work.places)):
                 index[places], epoch[places] = readers[number % processes].fetch(image[places])
-            yield {"image": image, "flip": draw_flips(seed, epoch, index), "index": index, "epoch": epoch}
+            yield {"image": image, "index": index, "epoch": epoch}
     finally:
         for reader in readers:
             reader.close()

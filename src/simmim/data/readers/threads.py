@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simmim.data.augment import draw_flips
 from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.decode import BadImage
 from simmim.data.sources import ImageSource
@@ -23,8 +22,12 @@ from simmim.method.random_keys import sample_keys
 Sample = dict[str, Any]
 """What is read of one image: "image" (H, W, C), unless it is written into a row, and whatever a task has beside it."""
 Batch = dict[str, Any]
-"""One process's part of a step: the samples' arrays stacked, as "image" (B, H, W, C), and flip (B,): which images the
-engine is to mirror; index (B,): the images' numbers in the source; epoch (B,): counted from 0."""
+"""One rank's part of a step: the samples' arrays stacked, such as image (B, H, W, C), and
+
+- flip (B, axes): which images the engine mirrors, left to right and upside down
+- index (B,): the images' numbers in the source
+- epoch (B,): counted from 0
+"""
 Read = Callable[[int, int, NDArray[Any] | None], Sample]
 """Epoch and index of an image, and where to write it if that is known → what is read of it."""
 
@@ -108,7 +111,7 @@ class Order:
             return int(self._orders[epoch][place])
 
 
-def stream(loader: Loader, positions: range, size: int, threads: int, seed: int) -> Iterator[Batch]:
+def stream(loader: Loader, positions: range, size: int, threads: int) -> Iterator[Batch]:
     """The batches of `size` images at these positions. Close the iterator to stop its threads."""
 
     def piece(number: int) -> list[_Element]:
@@ -124,7 +127,7 @@ def stream(loader: Loader, positions: range, size: int, threads: int, seed: int)
             arrays["image"] = loader.rows.take(next(numbers))
         else:
             arrays = {name: _stack([sample[name] for sample in samples]) for name in samples[0]}
-        return {**arrays, "flip": draw_flips(seed, epoch, index), "index": index, "epoch": epoch}
+        return {**arrays, "index": index, "epoch": epoch}
 
     numbers = itertools.count()  # of the batches, which Grain makes in their order
     grain = _import_grain()

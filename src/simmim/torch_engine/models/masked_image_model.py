@@ -68,6 +68,13 @@ class MaskedImageModel(nn.Module):
         return self.target.to_pixels(torch, prediction.float(), images.permute(0, 2, 3, 1), self.encoder.stride)
 
 
+def mirror(values: Tensor, flip: Tensor) -> Tensor:
+    """Mirror maps (B, …, H, W) left to right by the first column of `flip` (B, axes), upside down by the second."""
+    for chosen, axis in zip(flip.unbind(1), (-1, -2), strict=False):
+        values = torch.where(chosen.view(-1, *[1] * (values.ndim - 1)), values.flip(axis), values)
+    return values
+
+
 class PixelStep(nn.Module):
     """What one step trains: a batch as the input pipeline delivers it → the loss.
 
@@ -87,9 +94,8 @@ class PixelStep(nn.Module):
         return (image.permute(0, 3, 1, 2).float() - self.mean) * self.scale
 
     def prepare(self, image: Tensor, flip: Tensor) -> Tensor:
-        """Normalised, and those of `flip` (B,) mirrored."""
-        images = self.normalize(image)
-        return torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+        """Normalise images (B, H, W, C) and mirror them as `flip` (B, axes) says: (B, C, H, W)."""
+        return mirror(self.normalize(image), flip)
 
 
 class PretrainStep(PixelStep):

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from simmim.config.training import PretrainConfig
+from simmim.data.augment import FLIP_AXES
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.method.schedules import CosineSchedule
 from simmim.torch_engine.models.masked_image_model import PretrainStep
@@ -37,7 +38,7 @@ def random_batch(config: PretrainConfig, size: int, patch: int, drop_path_layers
     rng, index = np.random.default_rng(0), np.arange(size)
     batch: Batch = {
         "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
-        "flip": rng.random(size) < 0.5,
+        "flip": rng.random((size, FLIP_AXES[config.flip or "horizontal"])) < 0.5,
         "mask": draw_masks(config, 0, index, patch),
     }
     if drop_path_layers:

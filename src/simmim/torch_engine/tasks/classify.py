@@ -126,7 +126,7 @@ class ClassifyTask:
         images = train_batches(
             self.data.train,
             reading,
-            crop=RandomResizedCrop(size=config.image_size, scale=(config.crop_scale, 1.0)),
+            crop=RandomResizedCrop(size=config.image_size, scale=config.crop_scale),
             channels=config.channels,
             dtype=_DTYPE,
             augment=self._augment(),

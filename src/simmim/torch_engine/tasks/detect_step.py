@@ -20,6 +20,7 @@ from simmim.config.tasks import DetectConfig
 from simmim.config.training import from_settings
 from simmim.data.labelled.detection import boxes_in_image
 from simmim.torch_engine.models.drop_path import route_drop_path
+from simmim.torch_engine.models.masked_image_model import mirror
 from simmim.torch_engine.tasks.base import TaskStep, save_model
 from simmim.torch_engine.tasks.detectors import SampleKeys, create_detector, first_label
 from simmim.torch_engine.tasks.pyramid import create_pyramid
@@ -77,12 +78,9 @@ class DetectStep(TaskStep):
         """`boxes` (B, n, 4), `label` (B, n) from 1 on, 0 where there is no object, `mask` (B, n, H, W), `key` (B,)."""
         self.draws.uniform = drop_path
         self.keys.numbers = key.tolist()
-        mirrored = torch.stack(
-            (self.size[1] - boxes[..., 2], boxes[..., 1], self.size[1] - boxes[..., 0], boxes[..., 3]), dim=-1
-        )
-        boxes = torch.where(flip.view(-1, 1, 1), mirrored, boxes)
+        boxes = mirror_boxes(boxes, flip, self.size)
         if mask is not None:
-            mask = torch.where(flip.view(-1, 1, 1, 1), mask.flip(3), mask)
+            mask = mirror(mask, flip)
         targets = []
         for number, there in enumerate(label > 0):
             target = {"boxes": boxes[number, there], "labels": label[number, there] - 1 + self.first_label}
@@ -110,6 +108,16 @@ class DetectStep(TaskStep):
             masks = (paste_masks_in_image(shapes, torch.from_numpy(boxes[kept]), (height, width))[:, 0] >= 0.5).numpy()
         labels = found["labels"].cpu().numpy() - self.first_label
         return Found(clipped[kept], labels[kept], found["scores"].double().cpu().numpy()[kept], masks)
+
+
+def mirror_boxes(boxes: Tensor, flip: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mirror boxes (B, n, 4) in images of `size` (H, W) as `mirror` does their pixels."""
+    for chosen, axis in zip(flip.unbind(1), (0, 1), strict=False):
+        mirrored = boxes.clone()
+        mirrored[..., axis] = size[1 - axis] - boxes[..., axis + 2]
+        mirrored[..., axis + 2] = size[1 - axis] - boxes[..., axis]
+        boxes = torch.where(chosen.view(-1, 1, 1), mirrored, boxes)
+    return boxes
 
 
 def save_detector(step: DetectStep, config: DetectConfig, classes: Sequence[str], directory: Path) -> None:

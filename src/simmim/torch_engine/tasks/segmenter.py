@@ -23,6 +23,7 @@ from simmim.data.labelled.segmentation import IGNORE, Mask, Windows
 from simmim.errors import UserError
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.evaluating import evaluating
+from simmim.torch_engine.models.masked_image_model import mirror
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.pyramid import Pyramid, create_pyramid
 from simmim.torch_engine.train.update import DTYPES
@@ -65,8 +66,7 @@ class SegmentStep(TaskStep):
 
     def forward(self, image: Tensor, flip: Tensor, label: Tensor, drop_path: Tensor | None = None) -> dict[str, Tensor]:
         self.draws.uniform = drop_path
-        labels = label.long()  # (B, H, W)
-        labels = torch.where(flip.view(-1, 1, 1), labels.flip(2), labels)
+        labels = mirror(label.long(), flip)  # (B, H, W)
         scores = _enlarge(self.model(self.prepare(image, flip)).float(), labels.shape[1:])
         # Over all pixels, those without a class too: so an image weighs the same whatever others are in its batch.
         loss = functional.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum") / labels.numel()
