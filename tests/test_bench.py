@@ -86,7 +86,7 @@ def test_a_person_is_told_each_figure_the_limit_and_what_to_try(printed):
     figures = printed.figures
     starts = [line.split(maxsplit=1)[0] for line in describe(figures).splitlines()]
     assert [word for word in starts if word.isalpha()] == [
-        "machine", "step", "memory", "input", "both", "limit", "try", "profile",
+        "machine", "step", "kernels", "memory", "input", "both", "limit", "try", "profile",
     ]  # fmt: skip
     assert f"try      {figures['limit']['suggestion']}" in describe(figures).splitlines()
 

@@ -60,7 +60,7 @@ def test_a_discarded_model_frees_its_memory_without_the_garbage_collector(kind: 
     gc.disable()
     try:
         step = build_step(settings)
-        step(**batch).backward()
+        step(**batch)["loss"].backward()
         parameters = [weakref.ref(parameter) for parameter in step.parameters()]
         del step
         assert [ref for ref in parameters if ref() is not None] == []

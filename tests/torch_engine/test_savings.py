@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from simmim.config.training import PretrainConfig
-from simmim.hardware.host import cpu_name
 from simmim.method.masks import RandomMask
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.models.savings import PLAIN, Chosen, Counts, Savings, choose, count
@@ -127,19 +126,6 @@ def test_the_model_of_a_saving_step_still_gives_every_feature_and_prediction() -
     torch.testing.assert_close(step.model.encoder(images), plain.model.encoder(images))
     mine, theirs = (judge_and_draw(each, settings, pixels.numpy()) for each in (step, plain))
     assert mine[0] == pytest.approx(theirs[0])
-
-
-@pytest.mark.skipif("AMD" not in cpu_name(), reason="oneDNN's products are taken on AMD's processors only")
-def test_products_in_fp32_are_those_of_onednn() -> None:
-    settings = tiny.config("vit")
-    batch = {name: torch.from_numpy(array) for name, array in tiny.batch(settings).items()}
-    calls = {}
-    for name, savings in (("plain", PLAIN), ("products", dataclasses.replace(PLAIN, products=True))):
-        with torch.profiler.profile() as profile:
-            build_step(settings, savings)(**batch)["loss"].backward()
-        calls[name] = sum(row.count for row in profile.key_averages() if row.key == "mkldnn::_linear_pointwise")
-    layers = 4 * settings.model_args["depth"]
-    assert (calls["plain"], calls["products"]) == (0, 2 * layers)  # forward, and the gradient of what went in
 
 
 def test_a_copy_of_a_step_follows_its_own_mask() -> None:

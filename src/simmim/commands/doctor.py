@@ -23,7 +23,7 @@ _OPTIONAL = {
 
 
 def examine() -> dict[str, str]:
-    """Findings by name, one line each. Takes one training step of a very small model on each device that it finds."""
+    """Return findings by name, one line each. Tries a very small training step on each device, and times kernels."""
     bf16 = "bf16 in hardware" if cpu_has_bf16() else "no bf16, so fp32 is used"
     findings = {
         "simmim": _version("simmim") or "not installed as a package",
@@ -33,13 +33,14 @@ def examine() -> dict[str, str]:
         "compiler": _compiler(),
     }
     try:
+        from simmim.torch_engine.perf.kernel_choice import try_kernels
         from simmim.torch_engine.perf.trial import try_devices
         from simmim.torch_engine.train.distributed import describe_cuda
     except ImportError as error:
         findings["training"] = f"does not work: {error}; install simmim again"
     else:
         findings["cuda"] = describe_cuda()
-        findings |= try_devices()
+        findings |= try_devices() | try_kernels()
     findings["tpu"] = describe_tpu()
     findings["compiling for TPUs"] = try_compiler()
     findings |= {name: _version(name) or "MISSING; install simmim again" for name in _required()}

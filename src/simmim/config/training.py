@@ -45,6 +45,18 @@ from simmim.method.targets import TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """CPU kernels that compute the same result in different ways. `auto` measures which is faster here."""
+
+    linear: Literal["auto", "default", "onednn"] = "auto"
+    """Linear layers in fp32: PyTorch's default library, or oneDNN."""
+    attention: Literal["auto", "fused", "products"] = "auto"
+    """Attention: PyTorch's fused kernel, or two matrix products and a softmax."""
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
+    """Images of convolutional nets in memory: by pixels, or by channels."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What every training has: data, optimiser, accelerator, checkpoints."""
 
@@ -110,6 +122,8 @@ class TrainingConfig:
     """Compile the step with torch.compile (default: on CUDA and TPU only)."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    kernels: Kernels = Kernels()
+    """CPU kernels (default: the faster ones, by a short measurement; a resumed run keeps its own)."""
 
     save_every_steps: Count = None
     """Steps between checkpoints (default: one epoch, at least 100 steps)."""
@@ -195,8 +209,8 @@ HEAD_FEATURES = 32
 # What may differ when a run is resumed: where and how it runs and is watched, never what is learned.
 OPERATIONAL = {
     "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
-    "shard", "plain_step", "decode", "readers", "save_every_steps", "keep", "fresh", "log_every_steps", "log",
-    "picture_every_steps", "probe", "probe_every_epochs",
+    "shard", "plain_step", "kernels", "decode", "readers", "save_every_steps", "keep", "fresh", "log_every_steps",
+    "log", "picture_every_steps", "probe", "probe_every_epochs",
 }  # fmt: skip
 
 

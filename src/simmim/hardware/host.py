@@ -56,3 +56,18 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="ascii").strip()
     except OSError:
         return ""
+
+
+def user_cache() -> Path:
+    """Return the directory for files that may be deleted at any time: `SIMMIM_CACHE`, or as this platform has it.
+
+    It may not exist.
+    """
+    if own := os.environ.get("SIMMIM_CACHE"):
+        return Path(own)
+    windows, given = os.environ.get("LOCALAPPDATA"), os.environ.get("XDG_CACHE_HOME")
+    if platform.system() == "Windows" and windows:
+        return Path(windows, "simmim", "Cache")
+    if platform.system() == "Darwin":
+        return Path("~/Library/Caches/simmim").expanduser()
+    return Path(given or "~/.cache", "simmim").expanduser()

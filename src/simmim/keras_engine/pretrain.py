@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.config.training import PretrainConfig, validated
+from simmim.config.training import Kernels, PretrainConfig, validated
 from simmim.data.pipeline import Reading
 from simmim.errors import UserError
 from simmim.keras_engine.machine import Machine, Stepper
@@ -73,6 +73,7 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
         "--probe": (config.probe is not None, "use simmim probe on the run, or --engine torch"),
         "--plain-step": (config.plain_step, "leave it out: a step of this engine is always the plain one"),
         "--no-compile": (config.compile is False and backend == "jax", "leave it out: JAX's step is always compiled"),
+        "--kernels": (config.kernels != Kernels(), "leave it out: XLA has kernels of its own"),
         "--shard": (config.shard and backend != "jax", "use --backend jax"),
         "--checkpoint-activations": (
             config.checkpoint_activations and (backend != "jax" or family == "resnet"),

@@ -1,6 +1,7 @@
-"""Kernels that compute the same in different ways: attention and linear layers on the CPU."""
+"""CPU kernels that compute the same result in different ways: set the ways that a configuration names."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -9,35 +10,81 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+from simmim.config.training import Kernels
 from simmim.hardware.host import cpu_name
 from simmim.torch_engine.models.savings import replace_class
 
-# The CPU's fused attention is slow in bf16: forward and backward take twice as long as two products and a softmax for
-# 197 tokens (ViT at 224), as long for about 2300. Beyond this many, N × N scores cost more memory than they save time.
+# Beyond this many tokens, N × N scores cost more memory than two products save time.
 _UNFUSED_TOKENS = 1100
 
 
-def choose_attention(backbone: nn.Module, *, device: str, precision: str) -> None:
-    """Take the attention kernel that is fastest on the device, of those that timm's modules know."""
+def allowed_kernels(backbone: nn.Module, precision: str) -> dict[str, tuple[str, ...]]:
+    """Return the kernels that suit a timm module on the CPU, by field of `Kernels`; PyTorch's usual kernel first."""
+    ways: dict[str, tuple[str, ...]] = {"linear": ("default",), "attention": ("fused",)}
+    if precision == "fp32" and has_onednn() and _linear_layers(backbone):
+        ways["linear"] = ("default", "onednn")
     embed: Any = getattr(backbone, "patch_embed", None)
-    if device == "cpu" and precision != "fp32" and embed is not None and embed.num_patches <= _UNFUSED_TOKENS:
-        for module in backbone.modules():
-            if getattr(module, "fused_attn", False):
-                module.fused_attn = False  # type: ignore[assignment]
+    if embed is not None and embed.num_patches <= _UNFUSED_TOKENS and _fused_attention(backbone):
+        ways["attention"] = ("fused", "products")
+    ways["memory_format"] = ("channels_last",) if embed is not None else ("channels_last", "contiguous")
+    return ways
 
 
-def choose_products(model: nn.Module, *, device: str, precision: str) -> None:
-    """On AMD's processors let oneDNN do the linear layers' products in fp32: PyTorch's usual choice, MKL, is slower."""
-    if device == "cpu" and precision == "fp32" and _onednn_product() is not None:
-        for module in model.modules():
-            if type(module) is nn.Linear:
-                replace_class(module, OneDnnLinear)
+def kernels_of_rules(kernels: Kernels, backbone: nn.Module, precision: str, *, pretraining: bool) -> Kernels:
+    """Return `kernels` with each `auto` replaced by the choice of version 0.1, which measured nothing.
+
+    Runs that recorded no kernels resume with these, to the bit.
+    """
+    ways, fp32 = allowed_kernels(backbone, precision), precision == "fp32"
+    wanted = {
+        "linear": "onednn" if "AMD" in cpu_name() else "default",
+        "attention": "fused" if fp32 else "products",
+        # Batch norms sum less exactly in fp32 with channels last.
+        "memory_format": "contiguous" if fp32 and pretraining else "channels_last",
+    }
+    found = {name: way if way in ways[name] else ways[name][0] for name, way in wanted.items()}
+    return fill_kernels(kernels, found)
+
+
+def fill_kernels(kernels: Kernels, found: Mapping[str, str]) -> Kernels:
+    """Return `kernels` with the choices that were found in place of `auto`."""
+    changes: dict[str, Any] = {name: way for name, way in found.items() if getattr(kernels, name) == "auto"}
+    return dataclasses.replace(kernels, **changes)
+
+
+def set_kernels(model: nn.Module, backbone: nn.Module, kernels: Kernels) -> None:
+    """Let `model`, which contains the timm module `backbone`, use these kernels on the CPU; `auto` changes nothing."""
+    if kernels.attention == "products":
+        for module in _fused_attention(backbone):
+            module.fused_attn = False
+    if kernels.linear == "onednn":
+        for module in _linear_layers(model):
+            replace_class(module, OneDnnLinear)
+    if kernels.memory_format == "contiguous":
+        stem = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+        stem.register_forward_pre_hook(_make_contiguous)
+
+
+def has_onednn() -> bool:
+    """Return whether this PyTorch can compute linear layers by oneDNN."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _linear_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module) is nn.Linear]
+
+
+def _fused_attention(backbone: nn.Module) -> list[Any]:
+    return [module for module in backbone.modules() if getattr(module, "fused_attn", False)]
+
+
+def _make_contiguous(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give images in the order channels, rows, columns in memory: a pre-hook."""
+    return inputs[0].contiguous(), *inputs[1:]
 
 
 @cache
-def _onednn_product() -> Callable[..., Tensor] | None:
-    if "AMD" not in cpu_name() or not torch.backends.mkldnn.is_available():
-        return None
+def _onednn_product() -> Callable[..., Tensor]:
     product = torch.ops.mkldnn._linear_pointwise
 
     @register_flop_formula(product)
@@ -60,7 +107,7 @@ class OneDnnLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """`F.linear` of rows by oneDNN, but for the weight's gradient, in which MKL is as fast."""
+    """`F.linear` of rows by oneDNN, except for the gradient of the weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,6 +126,4 @@ class _Product(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product = _onednn_product()
-    assert product is not None
-    return product(x, weight, bias, "none", [], "")
+    return _onednn_product()(x, weight, bias, "none", [], "")

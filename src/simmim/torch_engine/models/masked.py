@@ -261,11 +261,7 @@ class ConvEncoder(Encoder):
         if mask is None:
             return images
         pixels = mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)
-        images = torch.where(pixels.unsqueeze(1), 0.0, images)  # keeps channels last in memory, as pixels come
-        if images.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            # In fp32 on a CPU convolutions are slower so, and PyTorch's batch norm sums less exactly.
-            images = images.contiguous()
-        return images
+        return torch.where(pixels.unsqueeze(1), 0.0, images)  # channels last in memory, as pixels come
 
     @staticmethod
     def _put_mask_token(state: ForwardState, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

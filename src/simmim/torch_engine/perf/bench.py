@@ -19,6 +19,7 @@ from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.perf import profiling
+from simmim.torch_engine.perf.kernel_choice import KINDS, choose_kernels, describe_times, measure_kernels
 from simmim.torch_engine.perf.limits import compare, judge
 from simmim.torch_engine.perf.measure import Trial, measure_end_to_end, measure_input, measure_step
 from simmim.torch_engine.train import distributed
@@ -90,6 +91,11 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "antialias": training.antialias,
     }
     with distributed.join(device) as world:
+        plan = plan.replace(kernels=choose_kernels(plan.config, world.main_says))
+        figures["kernels"] = {
+            name: {"seconds": seconds, "chosen": getattr(plan.config.kernels, name)}
+            for name, seconds in measure_kernels(plan.config).items()
+        }
         trial = Trial(plan, world)
         _say("step")
         figures["step"] = measure_step(trial, config.seconds)
@@ -185,6 +191,8 @@ def describe(figures: dict[str, Any]) -> str:
     ]
     if "share_of_shared" in whole:
         lines.insert(6, f"         {whole['share_of_shared']:.0%} of what step and input can reach on the same cores")
+    for name, row in figures["kernels"].items():
+        lines.insert(3, f"kernels  {KINDS[name]}: {describe_times(row['seconds'], row['chosen'])}")
     if "profile" in figures:
         lines.append(profiling.describe(figures["profile"]))
     return "\n".join(lines)

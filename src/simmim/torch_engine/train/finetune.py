@@ -1,5 +1,6 @@
 """Fine-tuning with the PyTorch engine: one session for every task, on the loop that pretraining uses."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,8 @@ from simmim.data.labelled.segmentation import open_segmentation
 from simmim.data.pipeline import Reading
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
-from simmim.torch_engine.models.kernels import choose_attention, choose_products
+from simmim.torch_engine.models.kernels import set_kernels
+from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.tasks.backbones import find_origin, with_encoder_facts
 from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep
 from simmim.torch_engine.tasks.classify import ClassifyTask
@@ -81,6 +83,7 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
             workers=config.workers or reading_cores(),
             classes=tuple(data.classes),
         )
+        config = dataclasses.replace(config, kernels=choose_kernels(config, world.main_says))
         task: Task = create_task(config, data, origin.weights)
         plan = TaskPlan.complete(config, task.train_count)
         torch.manual_seed(plan.config.seed)
@@ -100,8 +103,8 @@ class FinetuneSession(Session):
         config = plan.config
         self.task, self.step = task, step
         distributed.place(step, world.device)
-        choose_attention(step.backbone, device=world.device.type, precision=config.precision)
-        choose_products(step, device=world.device.type, precision=config.precision)
+        if world.device.type == "cpu":
+            set_kernels(step, step.backbone, config.kernels)
         if config.checkpoint_activations:
             step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
         if config.compile:

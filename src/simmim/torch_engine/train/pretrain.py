@@ -14,6 +14,7 @@ from simmim.torch_engine.models.encoders import default_image_size, sketch_encod
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.masked_image_model import PretrainStep
+from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.tasks.probe import KnnCheck
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder, read_batches
@@ -49,6 +50,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
             precision=distributed.choose_precision(config.precision, device),
             compile=device != "cpu" if config.compile is None else config.compile,
         )
+        plan = plan.replace(kernels=choose_kernels(plan.config, world.main_says))
         decoder = open_decoder(plan, world.device)
         start = find_start(plan.config, world)
         torch.manual_seed(config.seed)

@@ -1,5 +1,6 @@
 """What a run keeps of a model, in and out: the encoder for other tools, the whole model for ours."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
 from simmim.torch_engine.models.heads import LinearHead
-from simmim.torch_engine.models.kernels import choose_attention, choose_products
+from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
 from simmim.torch_engine.models.savings import PLAIN, Savings, count
@@ -112,10 +113,14 @@ def build_step(config: PretrainConfig, savings: Savings | None = None) -> Pretra
     model = build_model(config)
     patch, stride = model.encoder.patch_size, model.encoder.stride
     counts = count(config.mask_strategy(), config.image_size, patch=patch, stride=stride)
-    if savings.attention:
-        choose_attention(model.encoder.backbone, device=config.device, precision=config.precision)
-    if savings.products:
-        choose_products(model, device=config.device, precision=config.precision)
+    if config.device == "cpu":
+        backbone = model.encoder.backbone
+        kernels = kernels_of_rules(config.kernels, backbone, config.precision, pretraining=True)
+        if not savings.attention:
+            kernels = dataclasses.replace(kernels, attention="fused")
+        if not savings.products:
+            kernels = dataclasses.replace(kernels, linear="default")
+        set_kernels(model, backbone, kernels)
     return PretrainStep(model, config.mean, config.std, counts=counts, savings=savings)
 
 
