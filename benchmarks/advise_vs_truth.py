@@ -21,7 +21,7 @@ from results import machine, save
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.hardware.accelerators import read_facts
 from simmim.hardware.roofline import StepWork, fit_rates
 from simmim.torch_engine.perf.cost import measure_work

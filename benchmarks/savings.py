@@ -17,7 +17,8 @@ from results import machine, save
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.validation import from_settings
 from simmim.torch_engine.models.savings import PLAIN, Savings
 from simmim.torch_engine.perf.trial import random_batch, update_of
 from simmim.torch_engine.train.distributed import World
@@ -77,7 +78,8 @@ def variants(case: str, batch: int, *, tiny: bool) -> dict[str, tuple[PretrainCo
         config = settings(case, batch, tiny=tiny)
         return {name: (config, savings) for name, savings in VARIANTS.items()}
     config = settings(case.removeprefix("methods "), batch, tiny=tiny)
-    return {name: (dataclasses.replace(config, **changes), Savings()) for name, changes in METHODS[case].items()}
+    changed = {name: from_settings(PretrainConfig, vars(config) | changes) for name, changes in METHODS[case].items()}
+    return {name: (config, Savings()) for name, config in changed.items()}
 
 
 def measure(steps: dict[str, tuple[PretrainConfig, Savings]], rounds: int) -> dict[str, dict[str, float]]:

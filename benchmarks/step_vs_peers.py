@@ -27,7 +27,7 @@ from results import machine, save
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.interop.weight_names import to_transformers
 from simmim.method.targets import patchify
 from simmim.torch_engine.interop.export import arrays

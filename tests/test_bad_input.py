@@ -97,16 +97,16 @@ BAD_OPTIONS = {
     "--model swin_tiny_patch4_window7_224 --model-args --image-size 80": "image size 80 is not a multiple of the "
     "stride 32 of swin_tiny_patch4_window7_224; use 64 or 96",
     # masks, targets and losses
-    "--mask-ratio 0": "mask ratio 0.0 is not above 0; the default is 0.6",
-    "--mask-ratio 1": "mask ratio 1.0 is not below 1; the default is 0.6",
-    "--mask-ratio 1.2": "mask ratio 1.2 is not below 1; the default is 0.6",
-    "--mask-ratio most": "--mask-ratio 'most' is not a number; see `simmim pretrain --help`",
+    "--mask-ratio 0": "mask ratio 0.0 is not between 0 and 1; use for example 0.6",
+    "--mask-ratio 1": "mask ratio 1.0 is not between 0 and 1; use for example 0.6",
+    "--mask-ratio 1.2": "mask ratio 1.2 is not between 0 and 1; use for example 0.6",
+    "--mask-ratio most": "--mask.ratio 'most' is not a number; see `simmim pretrain --help`",
     "--mask stripes": "mask 'stripes' is not known; choose from random, block, grid, square, uniform",
     "--target pixel": "target 'pixel' is not known; choose from pixels, normalized, local_normalized, clusters, hog",
     "--loss l3": "loss 'l3' is not known; choose from l1, mse, smooth_l1, cross_entropy",
     "--target clusters": "loss l1 makes no sense for target clusters; use cross_entropy",
     "--loss cross_entropy": "loss cross_entropy makes no sense for target pixels; use l1 or mse or smooth_l1",
-    "--head big": "--head 'big' is not known; choose from linear, mlp, transformer",
+    "--head big": "head 'big' is not known; choose from linear, mlp, transformer",
     # data
     "--data nowhere": "nowhere does not exist; "
     "pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo",
@@ -163,14 +163,14 @@ BAD_OPTIONS = {
     "--log mlflow": "--log 'mlflow' is not known; choose from wandb, trackio",
     # the command line itself
     "--recipe huge": f"recipe 'huge' is not known; choose from {', '.join(RECIPES)}",
-    "--maskratio 0.5": "option --maskratio is not known; did you mean --mask-ratio?",
+    "--maskratio 0.5": "option --maskratio is not known; did you mean --mask?",
     "--learning-rate 1": "option --learning-rate is not known; see `simmim pretrain --help`",
     "--compile maybe": "'maybe' belongs to no option; see `simmim pretrain --help`",
     # configuration files
     "--config nowhere.toml": "configuration nowhere.toml cannot be read: No such file or directory; give a TOML file",
     "--config broken.toml": "configuration broken.toml is not TOML: Unclosed array (at end of document); compare it "
     "with a RUN/config.toml",
-    "--config unknown.toml": "unknown.toml: configuration field 'mask_rato' is not known; did you mean mask_ratio?",
+    "--config unknown.toml": "unknown.toml: configuration field 'mask_rato' is not known; did you mean mask?",
     "--config type.toml": "type.toml: batch size 'many' is not a whole number; the default is 64",
     "--config unknown.toml --recipe demo": "--recipe and --config both give the defaults; use one of them",
 }
@@ -228,7 +228,8 @@ def run(here):
 
 def test_a_run_with_another_configuration_is_refused_naming_the_fields(run, capsys):
     assert error_of(tiny("--out finished --mask-ratio 0.5 --seed 1"), capsys) == (
-        "finished holds a run with another configuration (seed 0 → 1, mask_ratio 0.6 → 0.5); "
+        "finished holds a run with another configuration (seed 0 → 1, mask random ratio=0.6 cell=16 → random ratio=0.5 "
+        "cell=16); "
         "repeat its command to resume it, give another --out, or start again with --fresh"
     )
 

@@ -10,7 +10,7 @@ import timm
 from PIL import Image
 
 from simmim.cli import main
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.data.sources import open_source
 from simmim.torch_engine.perf.bench import BenchConfig, describe, plan_of
 from simmim.torch_engine.perf.cost import count_flops

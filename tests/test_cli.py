@@ -9,7 +9,7 @@ from simmim import cli
 from simmim.cli import COMMANDS, main
 from simmim.config.cli_errors import one_line
 from simmim.config.pretrain_recipes import RECIPES
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import TrainingDivergedError
 
 
@@ -43,14 +43,14 @@ def test_the_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "Share of cells that is hidden. (default: 0.6)" in text
+    assert "Share of cells to hide, between 0 and 1. (default: 0.6)" in text
     assert "(default: None)" not in text
 
 
 def test_options_reach_the_configuration(asked):
     run("pretrain --data a --out b --image-size 96x160 --mask-ratio 0.5 --steps 7 --no-compile --mean 0.1 0.2 0.3")
     config = asked[0]
-    assert (config.data, config.out, config.image_size, config.mask_ratio) == ("a", "b", (96, 160), 0.5)
+    assert (config.data, config.out, config.image_size, config.mask.ratio) == ("a", "b", (96, 160), 0.5)
     assert (config.steps, config.compile, config.mean) == (7, False, (0.1, 0.2, 0.3))
 
 
@@ -69,7 +69,7 @@ def test_a_configuration_file_gives_the_defaults_that_options_change(asked, tmp_
     (tmp_path / "a.toml").write_text('mask_ratio = 0.5\nout = "old"\nfresh = true\nsteps = 9\n')
     run(f"pretrain --config {tmp_path}/a.toml --lr 1e-3 --steps auto")
     config = asked[0]
-    assert (config.mask_ratio, config.lr, config.steps) == (0.5, 1e-3, None)
+    assert (config.mask.ratio, config.lr, config.steps) == (0.5, 1e-3, None)
     assert (config.out, config.fresh) == (None, False)  # whose run it was is no default
 
 

@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simmim.config.field_types import parse_image_size, parse_model_args
-from simmim.config.training import PretrainConfig, changed_fields, from_settings, read_toml, to_toml, validated
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import changed_fields, read_toml, to_toml
+from simmim.config.validation import from_settings, validated
+from simmim.method.heads import TransformerHead
+from simmim.method.masks import BlockMask, RandomMask
+from simmim.method.targets import ClusterTarget
 
 SOURCES = Path(__file__).parents[1] / "src/simmim"
 
@@ -38,7 +43,9 @@ def test_a_configuration_survives_toml(tmp_path):
         mean=(0.1, 0.2, 0.3),
         std=(1.0, 1.0, 1.0),
         milestones=(3.0, 5.0),
-        cluster_centres=((0.0, 1.0, 2.0), (3.0, 4.0, 5.0)),
+        mask=BlockMask(ratio=0.4, min_cells=4),
+        target=ClusterTarget(centres=((0.0, 1.0, 2.0), (3.0, 4.0, 5.0))),
+        head=TransformerHead(width=64),
         clip_grad=None,
         compile=False,
     )
@@ -48,7 +55,7 @@ def test_a_configuration_survives_toml(tmp_path):
 
 @given(st.floats(0.001, 0.999), st.floats(1e-9, 1e3), st.integers(-(2**63), 2**63 - 1))
 def test_numbers_survive_toml_exactly(tmp_path_factory, ratio, lr, seed):
-    config = PretrainConfig(mask_ratio=ratio, lr=lr, seed=seed)
+    config = PretrainConfig(mask=RandomMask(ratio=ratio), lr=lr, seed=seed)
     path = tmp_path_factory.mktemp("toml") / "config.toml"
     path.write_text(to_toml(config))
     assert read_toml(path, PretrainConfig) == config
@@ -65,14 +72,14 @@ def test_tuples_among_the_models_arguments_are_lists_as_in_toml():
 
 
 def test_a_frozen_configuration_is_checked_again_when_it_enters():
-    broken = dataclasses.replace(PretrainConfig(data="a", out="b"), mask_ratio=2.0)
-    with pytest.raises(ValueError, match=r"^mask ratio 2\.0 is not below 1; the default is 0\.6$"):
+    broken = dataclasses.replace(PretrainConfig(data="a", out="b"), drop_path=2.0)
+    with pytest.raises(ValueError, match=r"^drop path 2\.0 is not below 1; the default is 0\.0$"):
         validated(broken)
 
 
 def test_what_is_learned_counts_as_a_change_and_how_it_runs_does_not():
     old = PretrainConfig(out="a", lr=1e-3, workers=1, device="cpu")
-    new = PretrainConfig(out="b", lr=1e-4, workers=2, device="cuda", mask="block")
+    new = PretrainConfig(out="b", lr=1e-4, workers=2, device="cuda", mask=BlockMask())
     assert changed_fields(old, new) == ["lr", "mask"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import simmim
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import TrainingDivergedError
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.run_directory import Run

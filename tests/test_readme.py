@@ -10,8 +10,9 @@ from PIL import Image
 
 import simmim
 from simmim.cli import main
+from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import find_task
-from simmim.config.training import PretrainConfig, from_settings
+from simmim.config.validation import from_settings
 
 README = Path(__file__).parents[1] / "README.md"
 TESTED = [README, README.parent / "docs" / "finetuning.md"]

@@ -1,7 +1,6 @@
 """Recipes against the papers' configurations (../shared/reference/README.md has the table of SimMIM's)."""
 
 import dataclasses
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from simmim.cli import main
 from simmim.config.finetune_recipes import FINETUNE_RECIPES
 from simmim.config.pretrain_recipes import RECIPES, find_recipe
-from simmim.config.training import PretrainConfig, from_settings, to_toml, validated
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import parse_toml, to_toml
+from simmim.config.validation import validated
 from simmim.data.sources import open_source
+from simmim.method.heads import LinearHead
+from simmim.method.losses import L1Loss
+from simmim.method.masks import RandomMask
+from simmim.method.targets import LocallyNormalizedTarget, PixelTarget
 from simmim.torch_engine.models.masked_image_model import build_model
 from simmim.training.plan import Images, Plan
 
 # Typed off the table of the official configurations, not off the code. Rates are for a batch of 512.
 ALL = {
-    "mask": "random",
-    "mask_ratio": 0.6,
-    "mask_cell": 32,
-    "target": "pixels",
-    "loss": "l1",
-    "head": "linear",
+    "mask": RandomMask(ratio=0.6, cell=32),
+    "target": PixelTarget(),
+    "loss": L1Loss(),
+    "head": LinearHead(),
     "batch_size": 16 * 128,
     "betas": (0.9, 0.999),
     "weight_decay": 0.05,
@@ -71,7 +74,7 @@ OFFICIAL: dict[str, dict[str, Any]] = {
         "drop_path": 0.1,
     },
     "simmim-swinv2-b-800ep": EPOCHS_800
-    | {"model": "swinv2_base_window12_192", "target": "local_normalized", "drop_path": 0.1},
+    | {"model": "swinv2_base_window12_192", "target": LocallyNormalizedTarget(), "drop_path": 0.1},
 }
 # What a recipe leaves alone, since it does not change what is learned or is the user's: defaults.
 FREE = {field.name for field in dataclasses.fields(PretrainConfig)} - set(ALL) - set(EPOCHS_800) - {"model", "min_lr"}
@@ -96,7 +99,7 @@ SIZES = {
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_recipe_equals_the_official_configuration_field_by_field(name: str) -> None:
     expected = ALL | OFFICIAL[name]
-    found = dataclasses.asdict(find_recipe(name))
+    found = vars(find_recipe(name))
     assert {field: found[field] for field in expected} == expected
 
 
@@ -122,8 +125,8 @@ def test_learning_rates_at_batch_2048_are_four_times_the_base() -> None:
 def test_official_recipe_hides_the_paper_s_number_of_cells(name: str, masked: int, cells: int) -> None:
     recipe = find_recipe(name)
     assert recipe.image_size is not None
-    rows, columns = recipe.mask_strategy().grid(recipe.image_size)
-    assert (recipe.mask_strategy().masked_cells(recipe.image_size), rows * columns) == (masked, cells)
+    rows, columns = recipe.mask.grid(recipe.image_size)
+    assert (recipe.mask.masked_cells(recipe.image_size), rows * columns) == (masked, cells)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -148,7 +151,7 @@ def test_recipe_builds_the_model_of_its_paper(name: str) -> None:
 def test_recipe_is_a_valid_configuration_that_toml_keeps(name: str) -> None:
     recipe = dataclasses.replace(find_recipe(name), data="demo", out="runs/x")
     assert validated(recipe) == recipe
-    assert from_settings(PretrainConfig, tomllib.loads(to_toml(recipe))) == recipe
+    assert parse_toml(to_toml(recipe), PretrainConfig) == recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -173,7 +176,7 @@ def test_recipes_command_lists_every_recipe_with_its_first_line(capsys: pytest.C
 
 def test_recipes_command_shows_a_recipe_as_toml_that_pretrain_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", "simmim-vit-b-800ep"]) == 0
-    shown = from_settings(PretrainConfig, tomllib.loads(capsys.readouterr().out))
+    shown = parse_toml(capsys.readouterr().out, PretrainConfig)
     assert shown == find_recipe("simmim-vit-b-800ep")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.training.run_directory import Run, drop_metrics_after, open_run, written_whole
 
 

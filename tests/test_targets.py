@@ -11,7 +11,6 @@ from torch.nn import functional
 
 from simmim.method.colour_clusters import fit_colour_clusters
 from simmim.method.targets import (
-    TARGETS,
     ClusterTarget,
     HogTarget,
     LocallyNormalizedTarget,
@@ -289,7 +288,7 @@ def test_hog_shows_no_picture(photos: np.ndarray) -> None:
 )
 def test_a_stride_that_does_not_suit_the_target_is_refused(target: Target, pixels: int) -> None:
     message = (
-        f"^feature stride 14 is not a multiple of the {pixels} pixels of target {target.name}; "
+        f"^feature stride 14 is not a multiple of the {pixels} pixels of target {target.kind}; "
         f"use a model of stride {2 * pixels} or {4 * pixels}, or another target$"
     )
     with pytest.raises(ValueError, match=message):
@@ -298,6 +297,6 @@ def test_a_stride_that_does_not_suit_the_target_is_refused(target: Target, pixel
 
 @pytest.mark.parametrize("target", EVERY_TARGET, ids=repr)
 def test_targets_are_values_known_by_their_name(target: Target) -> None:
-    assert TARGETS[target.name] is type(target)
+    assert Target.kinds[target.kind] is type(target)
     assert replace(target) == target
     assert hash(replace(target)) == hash(target)

@@ -8,6 +8,8 @@ import pytest
 from simmim.commands import tpu_check
 from simmim.commands.tpu_check import TpuCheckConfig, check_machine, complete, describe, largest
 from simmim.hardware.tpu_compiler import CompilerReport, _program, sizes
+from simmim.method.losses import CrossEntropyLoss
+from simmim.method.targets import ClusterTarget
 
 GIB = 2**30
 
@@ -108,10 +110,10 @@ def test_json_has_what_follows_from_the_rest() -> None:
 
 
 def test_a_check_needs_neither_images_nor_a_place() -> None:
-    config = complete(TpuCheckConfig(target="clusters", loss="cross_entropy", channels=2))
+    config = complete(TpuCheckConfig(target=ClusterTarget(), loss=CrossEntropyLoss(), channels=2))
     assert (config.precision, config.mean) == ("bf16", (0.5, 0.5))
-    assert config.cluster_centres is not None
-    assert len(config.cluster_centres) == config.clusters
+    assert isinstance(config.target, ClusterTarget)
+    assert config.target.centres == ((0.5, 0.5),) * 128
 
 
 def test_another_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

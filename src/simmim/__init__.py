@@ -13,8 +13,9 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simmim.config.training import PretrainConfig
+    from simmim.config.pretraining import PretrainConfig
     from simmim.data.sources import register_source
+    from simmim.errors import UserError
     from simmim.torch_engine.train.storage import load_encoder, load_model
     from simmim.training.loop import Outcome
     from simmim.training.run_directory import Run
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PretrainConfig",
     "Run",
+    "UserError",
     "__version__",
     "finetune",
     "load_encoder",
@@ -35,8 +37,9 @@ __all__ = [
 
 # Loaded on first use, so that `import simmim` stays fast.
 _HOMES = {
-    "PretrainConfig": "simmim.config.training",
+    "PretrainConfig": "simmim.config.pretraining",
     "Run": "simmim.training.run_directory",
+    "UserError": "simmim.errors",
     "load_encoder": "simmim.torch_engine.train.storage",
     "load_model": "simmim.torch_engine.train.storage",
     "register_source": "simmim.data.sources",
@@ -56,7 +59,8 @@ def pretrain(**settings: Any) -> "Run":
     `out` that holds a run with another configuration; once all is saved, `KeyboardInterrupt` if Ctrl-C stopped it, and
     `SystemExit` if another signal did.
     """
-    from simmim.config.training import PretrainConfig, from_settings
+    from simmim.config.pretraining import PretrainConfig
+    from simmim.config.validation import from_settings
     from simmim.engines import pretrain
 
     return _run_of(*pretrain(from_settings(PretrainConfig, settings)))
@@ -70,7 +74,7 @@ def finetune(task: str, **settings: Any) -> "Run":
     `pretrain` does.
     """
     from simmim.config.tasks import find_task
-    from simmim.config.training import from_settings
+    from simmim.config.validation import from_settings
     from simmim.torch_engine.train.finetune import finetune
 
     return _run_of(*finetune(from_settings(find_task(task), settings)))
@@ -91,7 +95,7 @@ def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
     Returns top1 and balanced_accuracy, in [0, 1], and on how many images and classes they stand. Raises a one-line
     `ValueError` for a run without encoder, or images that cannot be read or do not fit.
     """
-    from simmim.config.training import from_settings
+    from simmim.config.validation import from_settings
     from simmim.torch_engine.tasks.probe import ProbeConfig, probe
 
     return probe(from_settings(ProbeConfig, {"run": run, "data": data, **settings}))
@@ -113,7 +117,7 @@ def predict(
     too, and each image has a "picture" there and from segmentation a "mask", a PNG of class numbers. Raises a one-line
     `ValueError` for a run without a fine-tuned model, or where no image can be read.
     """
-    from simmim.config.training import from_settings
+    from simmim.config.validation import from_settings
     from simmim.torch_engine.tasks.predict import PredictConfig, predict
 
     several = (images,) if isinstance(images, (str, PathLike)) else images

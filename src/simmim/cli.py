@@ -17,7 +17,8 @@ from simmim.config import cli_errors
 from simmim.errors import TrainingDivergedError, UserError
 
 if TYPE_CHECKING:
-    from simmim.config.training import PretrainConfig, TrainingConfig
+    from simmim.config.pretraining import PretrainConfig
+    from simmim.config.training import TrainingConfig
 
 Arguments = TypeVar("Arguments")
 Config = TypeVar("Config", bound="TrainingConfig")
@@ -26,7 +27,7 @@ Config = TypeVar("Config", bound="TrainingConfig")
 def pretrain(argv: list[str]) -> int:
     """Pretrain a backbone on unlabelled images, or resume"""
     from simmim.config.pretrain_recipes import find_recipe
-    from simmim.config.training import PretrainConfig
+    from simmim.config.pretraining import PretrainConfig
 
     return _pretrain(parse_with_defaults(PretrainConfig, "pretrain", argv, find_recipe))
 
@@ -199,7 +200,7 @@ def recipes(argv: list[str]) -> int:
     from simmim.config.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
     from simmim.config.pretrain_recipes import RECIPES, find_recipe
     from simmim.config.tasks import FinetuneConfig
-    from simmim.config.training import to_toml
+    from simmim.config.toml import to_toml
 
     @dataclass(frozen=True, kw_only=True)
     class Command:
@@ -275,7 +276,8 @@ def parse(kind: type[Arguments], command: str, argv: list[str], default: Argumen
 def parse_with_defaults(kind: type[Config], command: str, argv: list[str], find: Callable[[str], Config]) -> Config:
     """As `parse`, where a recipe, which `find` finds by its name, or a file may give the defaults."""
     from simmim.config.field_types import Word
-    from simmim.config.training import read_toml
+    from simmim.config.strategies import take_kinds, with_strategy_options, without_options
+    from simmim.config.toml import read_toml
 
     @dataclass(frozen=True, kw_only=True)
     class Command(kind):
@@ -284,6 +286,7 @@ def parse_with_defaults(kind: type[Config], command: str, argv: list[str], find:
         config: Word = None
         """Take the defaults from this file, such as RUN/config.toml."""
 
+    argv = cli_errors.today(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")
     first.add_argument("--config", nargs="?")
@@ -295,8 +298,10 @@ def parse_with_defaults(kind: type[Config], command: str, argv: list[str], find:
         defaults = find(sources["recipe"])
     if sources["config"]:
         defaults = dataclasses.replace(read_toml(sources["config"], kind), out=None, fresh=False)
-    found = parse(Command, command, argv, Command(**vars(defaults), **sources))
-    return kind(**{field.name: getattr(found, field.name) for field in dataclasses.fields(kind)})
+    defaults = take_kinds(defaults, argv)
+    default = with_strategy_options(Command, defaults, **sources)
+    found = parse(type(default), command, argv, default)
+    return kind(**without_options(found, defaults))
 
 
 def usage() -> str:

@@ -1,6 +1,6 @@
 """Which engine does it. The engines do not know each other; each is loaded when it is asked for."""
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.training.loop import Outcome
 from simmim.training.run_directory import Run
 

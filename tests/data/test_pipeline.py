@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.data.augment import CentreCrop, RandomResizedCrop, draw_flips
 from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.pipeline import Batch, Reading, eval_images, load, sample_batches, train_batches
 from simmim.data.sources import ArrayImages
 from simmim.data.statistics import measure_mean_std
+from simmim.method.masks import RandomMask
 from simmim.method.random_keys import sample_key
 from simmim.training.plan import Images, Plan
 
@@ -162,7 +163,7 @@ def test_a_plan_leaves_out_antialiasing_where_it_is_told_to(tmp_path: Path, read
     images, found = Images(train=source, val=source, dtype=np.dtype(np.uint8)), {}
     for antialias in (True, False):
         how = {"readers": readers, "antialias": antialias}
-        plan = Plan(PretrainConfig(image_size=(4, 4), mask_cell=1, batch_size=4, steps=1, **how), images)
+        plan = Plan(PretrainConfig(image_size=(4, 4), mask=RandomMask(cell=1), batch_size=4, steps=1, **how), images)
         crop = RandomResizedCrop(size=(4, 4))
         [expected] = batches(source, tmp_path, total_steps=1, crop=crop, antialias=antialias)
         whole = plan.reading(BadImages(tmp_path / "bad_images.txt", total=4), start_step=0, rank=0, world=1)

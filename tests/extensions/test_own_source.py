@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import simmim
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.data.sources import SourceDefaults
 
 

@@ -11,7 +11,7 @@ from simmim.hardware.tpu_compiler import ENVIRONMENT, topology_devices
 
 os.environ.update(ENVIRONMENT)
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.keras_engine import compile_step, use_backend
 
 VIT = {"model": "vit_tiny_patch16_224", "model_args": {"depth": 1, "embed_dim": 96}}

@@ -16,7 +16,7 @@ if BACKEND == "jax":
 
 import numpy as np  # noqa: E402
 
-from simmim.config.training import PretrainConfig  # noqa: E402
+from simmim.config.pretraining import PretrainConfig  # noqa: E402
 from simmim.keras_engine import use_backend  # noqa: E402
 
 use_backend(BACKEND)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.validation import from_settings
 from simmim.keras_engine import use_backend
 from simmim.method.schedules import CosineSchedule
 from simmim.torch_engine.train.distributed import World
@@ -71,18 +72,21 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config_of(case: str) -> PretrainConfig:
-    return PretrainConfig(
-        data="none",
-        out="none",
-        image_size=(64, 96),
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.3, 0.4),
-        batch_size=BATCH,
-        drop_path=0.2,
-        precision="fp32",
-        device="cpu",
-        clip_grad=1.0,
-        **{"compile": True, **CASES[case]},
+    return from_settings(
+        PretrainConfig,
+        dict(
+            data="none",
+            out="none",
+            image_size=(64, 96),
+            mean=(0.5, 0.4, 0.3),
+            std=(0.2, 0.3, 0.4),
+            batch_size=BATCH,
+            drop_path=0.2,
+            precision="fp32",
+            device="cpu",
+            clip_grad=1.0,
+            **{"compile": True, **CASES[case]},
+        ),
     )
 
 

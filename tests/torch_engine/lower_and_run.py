@@ -24,7 +24,8 @@ from jax._src.lib.mlir import ir
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from simmim.config.field_types import parse_model_args
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.validation import from_settings
 from simmim.torch_engine.perf.trial import random_batch, update_of
 from simmim.torch_engine.tpu.lower import lower, with_model_sizes
 from simmim.torch_engine.train.distributed import World
@@ -58,17 +59,20 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
 
 def main(model: str, words: list[str]) -> dict[str, float]:
     visible = "visible" in words
-    config = PretrainConfig(
-        model=model,
-        model_args=parse_model_args(word for word in words if word != "visible"),
-        image_size=(64, 64),
-        mask_cell=16 if visible or model.startswith("vit") else None,
-        **(VISIBLE if visible else {}),  # type: ignore[arg-type]
-        batch_size=4,
-        precision="fp32",
-        drop_path=0.2,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.25, 0.2, 0.3),
+    config = from_settings(
+        PretrainConfig,
+        dict(
+            model=model,
+            model_args=parse_model_args(word for word in words if word != "visible"),
+            image_size=(64, 64),
+            mask_cell=16 if visible or model.startswith("vit") else None,
+            **(VISIBLE if visible else {}),  # type: ignore[arg-type]
+            batch_size=4,
+            precision="fp32",
+            drop_path=0.2,
+            mean=(0.5, 0.4, 0.3),
+            std=(0.25, 0.2, 0.3),
+        ),
     )
     config = with_model_sizes(config)
     torch.manual_seed(0)

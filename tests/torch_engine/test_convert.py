@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simmim.cli import main
+from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import ClassifyConfig
-from simmim.config.training import PretrainConfig
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.pickles import read_pickle
 from simmim.interop.weight_names import to_official_simmim, to_transformers
+from simmim.method.losses import L1Loss
+from simmim.method.masks import RandomMask
+from simmim.method.targets import LocallyNormalizedTarget, PixelTarget
 from simmim.torch_engine.interop.convert import ConvertConfig, convert
 from simmim.torch_engine.models.encoders import create_backbone
 from simmim.torch_engine.tasks import backbones
@@ -116,13 +119,7 @@ def test_a_model_that_is_given_keeps_the_image_size_that_came_with_the_weights(t
 
 def test_official_method_is_in_the_configuration(official: tuple[Path, Path]) -> None:
     config = Run(official[1]).read_config(PretrainConfig)
-    assert (config.mask, config.mask_cell, config.mask_ratio, config.target, config.loss) == (
-        "random",
-        32,
-        0.6,
-        "pixels",
-        "l1",
-    )
+    assert (config.mask, config.target, config.loss) == (RandomMask(ratio=0.6, cell=32), PixelTarget(), L1Loss())
 
 
 def test_a_converted_run_is_reconstructed_started_from_and_not_resumed(
@@ -193,7 +190,11 @@ def test_an_official_swinv2_has_its_window_and_normalised_target(tmp_path: Path)
     run = Run(converted(tmp_path / "a.pth", tmp_path / "run"))
     found = run.read_config(PretrainConfig)
     assert found.model_args["window_size"] == 4
-    assert (found.target, found.mask_cell, found.mask_ratio, found.drop_path) == ("local_normalized", 16, 0.5, 0.1)
+    assert (found.target, found.mask, found.drop_path) == (
+        LocallyNormalizedTarget(),
+        RandomMask(cell=16, ratio=0.5),
+        0.1,
+    )
     tiny.assert_same(load_model(run.path).state_dict(), {k: torch.from_numpy(v) for k, v in state.items()})
 
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.distributed import World, check_tpu_launch, check_world, choose_device, spread
 from simmim.torch_engine.train.optim import create_optimizer

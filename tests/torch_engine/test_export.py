@@ -15,7 +15,8 @@ from torch import Tensor
 
 from simmim.cli import main
 from simmim.commands.export import export
-from simmim.config.training import PretrainConfig, to_toml
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import to_toml
 from simmim.interop.pickles import read_pickle
 from simmim.interop.weight_names import from_official_simmim, from_transformers
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel
@@ -188,7 +189,7 @@ def test_image_processor_of_the_export_normalises_as_the_run(tmp_path: Path) -> 
             {},
             "Transformers' BeitModel has no place for all of {run}: the head would be lost",
         ),
-        ("vit", {"head": "mlp"}, "the MLPHead (only a linear head has a place) would be lost"),
+        ("vit", {"head": "mlp"}, "the MLPDecoder (only a linear head has a place) would be lost"),
         ("vit", {"target": "hog"}, "the head for target hog (only one for pixels has a place) would be lost"),
         ("resnet18", {}, "(which has no ResNet) has no place for all of {run}: the mask token, the head would be lost"),
         ("vit", {"image_size": (64, 96)}, "whose models reconstruct square images"),
@@ -249,7 +250,7 @@ def test_official_export_has_the_official_names(kind: str, folder: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("setting", "lost"), [({"head": "mlp"}, "the MLPHead"), ({"target": "hog"}, "the head for target hog")]
+    ("setting", "lost"), [({"head": "mlp"}, "the MLPDecoder"), ({"target": "hog"}, "the head for target hog")]
 )
 def test_official_export_without_its_head_is_refused_unless_allowed(
     setting: dict[str, Any], lost: str, tmp_path: Path

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.torch_engine.train import distributed, jpegs
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.pretrain import pretrain

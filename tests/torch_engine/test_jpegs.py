@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from simmim.config.training import PretrainConfig, validated
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.validation import validated
 from simmim.data import TooManyBadImages
 from simmim.torch_engine.train import jpegs
 from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from simmim.config.training import Kernels, PretrainConfig, read_toml
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import read_toml
+from simmim.config.training import Kernels
 from simmim.torch_engine.models.kernels import has_onednn
 from simmim.torch_engine.models.savings import Savings
 from simmim.torch_engine.perf import kernel_choice

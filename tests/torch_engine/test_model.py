@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import pixel_shuffle
 
 import simmim
-from simmim.config.training import PretrainConfig
-from simmim.method.targets import TARGETS
+from simmim.config.pretraining import PretrainConfig
+from simmim.method.targets import Target
 from simmim.torch_engine.models.heads import sine_positions
 from simmim.torch_engine.models.masked_image_model import build_model, check_sizes
 from simmim.torch_engine.train.pretrain import judge_and_draw
@@ -23,7 +23,7 @@ from simmim.training.pictures import PICTURED
 
 from . import tiny
 
-PAIRS = [(target, loss) for target, kind in TARGETS.items() for loss in kind.losses]
+PAIRS = [(target, loss) for target, kind in Target.kinds.items() for loss in kind.losses]
 CENTRES = tuple(map(tuple, np.random.default_rng(0).normal(size=(8, 3)).tolist()))
 
 
@@ -74,7 +74,7 @@ def test_the_prediction_is_the_pixel_shuffle_of_the_heads_output() -> None:
 @pytest.mark.parametrize("target", ["clusters", "hog"])
 @torch.no_grad()
 def test_targets_that_are_no_pixels_return_the_raw_prediction(target: str) -> None:
-    model = build_model(settings(target, TARGETS[target].losses[0])).eval()
+    model = build_model(settings(target, Target.kinds[target].losses[0])).eval()
     _, prediction = model(torch.randn(2, 3, 64, 64), tiny.masks(2, (64, 64), 16))
     assert prediction.shape == (2, 4, 4, model.target.channels(3, 16))
 
@@ -103,9 +103,9 @@ def test_a_batch_is_normalised_and_mirrored_as_asked() -> None:
     torch.testing.assert_close(images[3], normal[3].flip(1, 2))
 
 
-@pytest.mark.parametrize("target", [name for name in TARGETS if name != "hog"])
+@pytest.mark.parametrize("target", [name for name in Target.kinds if name != "hog"])
 def test_pictures_show_the_prediction_in_true_colours(target: str) -> None:
-    config = settings(target, TARGETS[target].losses[0])
+    config = settings(target, Target.kinds[target].losses[0])
     step = build_step(config)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     loss, panel = judge_and_draw(step, config, pixels)
@@ -138,13 +138,13 @@ def test_sine_positions_tell_all_cells_apart() -> None:
 
 @pytest.mark.parametrize(("patch", "cell"), [(4, 32), (14, 28), (16, 32), (20, 40), (48, 48)])
 def test_the_cell_is_whole_patches_next_to_the_paper_s_32_pixels(patch: int, cell: int) -> None:
-    assert tiny.config().mask_strategy(patch).cell == cell
+    assert tiny.config().mask.for_patch(patch).cell == cell
 
 
 def test_a_model_of_patch_14_is_trained_with_cells_of_28_pixels(tmp_path: Path) -> None:
     settings = {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 14}
     run = simmim.pretrain(data="demo", out=str(tmp_path / "run"), model_args=settings, image_size=56, steps=1)
-    assert "mask_cell = 28\n" in run.config.read_text(encoding="utf-8")
+    assert "cell = 28\n" in run.config.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from PIL import Image
 import simmim
 from simmim.cli import main
 from simmim.config.tasks import ClassifyConfig
-from simmim.config.training import read_toml
+from simmim.config.toml import read_toml
 from simmim.data.labelled.classes import open_labelled
 from simmim.torch_engine.tasks import predict as module
 from simmim.torch_engine.tasks.base import Predictor

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from simmim.method.losses import L1Loss
 from simmim.method.targets import PixelTarget
 from simmim.torch_engine.models.encoders import create_encoder
-from simmim.torch_engine.models.heads import LinearHead
+from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel
 from simmim.torch_engine.train.optim import create_optimizer, has_weight_decay
 
@@ -88,7 +88,7 @@ def official(request: pytest.FixtureRequest) -> Official:
     reader = SimpleNamespace(Unpickler=PlainUnpickler, __name__="reader")
     saved = torch.load(folder / "official_pretrain.pth", weights_only=False, pickle_module=reader)["model"]
     encoder = create_encoder(name, image_size=size, model_args=arguments)
-    head = LinearHead(encoder.num_features, 3 * encoder.stride**2)
+    head = LinearDecoder(encoder.num_features, 3 * encoder.stride**2)
     model = MaskedImageModel(encoder, head, PixelTarget(), L1Loss())
     weights = {our_name(entry): tensor for entry, tensor in saved.items()}
     weights["head.weight"] = weights["head.weight"].flatten(1)  # a 1 × 1 convolution

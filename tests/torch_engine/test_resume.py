@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.torch_engine.train.pretrain import pretrain
 from simmim.training.checkpoint_directory import checkpoint_path, newest_checkpoint

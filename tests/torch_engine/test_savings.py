@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.method.masks import RandomMask
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.models.savings import PLAIN, Chosen, Counts, Savings, choose, count

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from simmim.cli import main
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.torch_engine.models.encoders import create_encoder
 from simmim.torch_engine.models.masked_image_model import build_model
 from simmim.torch_engine.models.savings import PLAIN, Savings

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.validation import from_settings
 from simmim.method.masks import RandomMask, upsample_mask
 from simmim.method.schedules import MultiStepSchedule
 from simmim.torch_engine.models.encoders import create_encoder
@@ -82,7 +83,7 @@ def config(kind: str = "vit", **settings: Any) -> PretrainConfig:
         "compile": False,
         "workers": 1,
     }
-    return PretrainConfig(**(complete | settings))
+    return from_settings(PretrainConfig, complete | settings)
 
 
 def update(settings: PretrainConfig, *, lr: float = 1e-3, world: World = CPU) -> Update:
@@ -112,7 +113,8 @@ def batch(settings: PretrainConfig, *, seed: int = 0, broken: bool = False) -> B
     inside = build_model(settings).encoder
     numbers = {"image": image, "flip": draw.random((B, 1)) < 0.5}
     keys = np.arange(B, dtype=np.uint64) + np.uint64(1000 * seed)
-    masks = settings.mask_strategy(inside.patch_size)
+    masks = settings.mask.for_patch(inside.patch_size)
+    assert masks.cell is not None
     numbers["mask"] = upsample_mask(masks(keys, (H, W)), masks.cell // inside.patch_size)
     if layers := inside.drop_path_draws.layers:
         numbers["drop_path"] = draw.random((B, layers), dtype=np.float32)

@@ -21,7 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from simmim.config.training import PretrainConfig, to_toml
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import to_toml
 from simmim.torch_engine.train.pretrain import pretrain as run_pretraining
 from simmim.torch_engine.train.storage import load_model
 from simmim.training.loop import Loop

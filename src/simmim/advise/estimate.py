@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from simmim.advise.request import Option, Range, Request
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.strategies import parse_strategy
 from simmim.errors import UserError
 from simmim.hardware.accelerators import Accelerator, Facts, read_facts
 from simmim.hardware.roofline import Rates, StepWork, fit_rates
+from simmim.method.heads import Head
 
 Measure = Callable[[PretrainConfig], StepWork]
 OWN = "this-machine"
@@ -251,7 +253,7 @@ def config_of(request: Request) -> PretrainConfig:
         model_args=request.model_args,
         image_size=size,
         channels=request.channels,
-        head=request.head,
+        head=parse_strategy(Head, request.head),
         mean=colour,
         std=colour,
     )

@@ -13,7 +13,7 @@ from typing import Any
 from simmim.advise.estimate import Estimator, Measure, config_of
 from simmim.advise.request import Option, Request
 from simmim.commands.tpu_check import TpuCheckConfig, tpu_check
-from simmim.config.training import from_settings
+from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.hardware.accelerators import read_facts
 from simmim.hardware.tpu_compiler import CompilerReport

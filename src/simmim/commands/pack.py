@@ -17,7 +17,7 @@ from pydantic import Field
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import HINT, Count, Positive, one_word
-from simmim.config.training import from_settings
+from simmim.config.validation import from_settings
 from simmim.data import BadImage, BadImages, ImageSource, PathList, open_source
 from simmim.data.decode import open_picture
 from simmim.data.packed.format import (

@@ -36,7 +36,7 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
     pixels = eval_images(source, chosen, size=config.image_size, channels=config.channels, dtype=dtype)
     _, panel = judge_and_draw(step, config, pixels, seed, pictures=count)
     if panel is None:
-        raise UserError(f"target {config.target} of {run} shows no picture; reconstruct needs a target of pixels")
+        raise UserError(f"target {config.target.kind} of {run} shows no picture; reconstruct needs a target of pixels")
     save_png(panel, Path(out))
     return Path(out)
 

@@ -12,14 +12,16 @@ import os
 import platform
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from simmim.config.field_types import Word
-from simmim.config.training import PretrainConfig, from_settings, to_toml, validated
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import parse_toml, to_toml
+from simmim.config.validation import from_settings, validated
 from simmim.errors import UserError
 from simmim.hardware.tpu_compiler import ENVIRONMENT, CompilerReport
+from simmim.method.targets import ClusterTarget, Target
 
 # What a compile needs, by engine and backend, and the extra that installs it.
 _NEEDED = {
@@ -99,12 +101,15 @@ def complete(config: TpuCheckConfig) -> TpuCheckConfig:
     """Checked, and with whatever a training takes from its images or its machine."""
     config = validated(dataclasses.replace(config, data=config.data or "none", out=config.out or "none"))
     colour = (0.5,) * config.channels
+    target: Target = config.target
+    if isinstance(target, ClusterTarget):
+        target = dataclasses.replace(target, centres=(colour,) * target.clusters)
     return dataclasses.replace(
         config,
         mean=colour,
         std=colour,
         precision="bf16" if config.precision == "auto" else config.precision,
-        cluster_centres=(colour,) * config.clusters if config.target == "clusters" else None,
+        target=target,
     )
 
 
@@ -134,7 +139,7 @@ def _compile(config: TpuCheckConfig) -> CompilerReport:
 
 def _compile_here() -> None:
     """The new process: a configuration as TOML comes in, a report or an error as JSON goes out."""
-    config = from_settings(TpuCheckConfig, tomllib.loads(sys.stdin.read()))
+    config = parse_toml(sys.stdin.read(), TpuCheckConfig)
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     try:

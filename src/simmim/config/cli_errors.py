@@ -13,6 +13,10 @@ Arguments = TypeVar("Arguments")
 # What tyro says, once its box is one line, and what we say. What is not here passes as it is, such as another tyro's
 # other words.
 _REWRITES = (
+    (
+        r"Unrecognized options: --(mask|target|loss|head)\.([\w-]+).*",
+        r"--\1.\2 is no setting of this \1; choose another --\1, or leave it out",
+    ),
     (r"Unrecognized options: (-[^, ]+).* meant: (--[\w-]+).*", r"option \1 is not known; did you mean \2?"),
     (r"Unrecognized options: (-[^, ]+).*", r"option \1 is not known"),
     (r"Unrecognized options: (.*)", r"'\1' belongs to no option"),
@@ -25,8 +29,26 @@ _REWRITES = (
     ),
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: ('.*')", r"\1 \2 is not a whole number"),
     (r"Error parsing (\S+): could not convert string to float: ('.*')", r"\1 \2 is not a number"),
+    (r"Error parsing (?:mask|target|loss|head): (.*)", r"\1"),  # a strategy's own rule
     (r"Error parsing (\S+): (.*)", r"\1 \2"),
 )
+
+
+_WORDS = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
+# Options of version 0.1, and what they are called now.
+_OLD_NAMES = {
+    "--mask-ratio": "--mask.ratio",
+    "--mask-cell": "--mask.cell",
+    "--clusters": "--target.clusters",
+    "--decoder-depth": "--head.depth",
+    "--decoder-width": "--head.width",
+}
+
+
+def today(argv: Sequence[str]) -> list[str]:
+    """Replace option names of version 0.1 by today's."""
+    parts = [word.partition("=") for word in argv]
+    return [_OLD_NAMES.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def parse(
@@ -35,8 +57,7 @@ def parse(
     """A command's arguments as a `kind`; `--help` prints and exits. Raises a one-line `ValueError`."""
     import tyro
 
-    words = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
-    args = [word for given in argv for word in words.get(given, [given])]
+    args = [word for given in today(argv) for word in _WORDS.get(given, [given])]
     box = io.StringIO()
     extra: dict[str, Any] = {} if default is None else {"default": default}
     try:

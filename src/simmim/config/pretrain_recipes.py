@@ -8,8 +8,12 @@ images each at a time, and every choice of K and M trains alike (but for batch n
 from collections.abc import Callable
 from dataclasses import replace
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
+from simmim.method.heads import LinearHead, TransformerHead
+from simmim.method.losses import L1Loss, MSELoss
+from simmim.method.masks import RandomMask, UniformMask
+from simmim.method.targets import HogTarget, LocallyNormalizedTarget, NormalizedTarget, PixelTarget
 
 Recipe = Callable[[], PretrainConfig]
 RECIPES: dict[str, Recipe] = {}
@@ -31,12 +35,10 @@ def find_recipe(name: str) -> PretrainConfig:
 # --val-images 8 has both, at the price of 8 images.
 _SIMMIM = PretrainConfig(
     image_size=(192, 192),
-    mask="random",
-    mask_ratio=0.6,
-    mask_cell=32,
-    target="pixels",
-    loss="l1",
-    head="linear",
+    mask=RandomMask(ratio=0.6, cell=32),
+    target=PixelTarget(),
+    loss=L1Loss(),
+    head=LinearHead(),
     batch_size=2048,
     warmup_epochs=10.0,
     weight_decay=0.05,
@@ -47,10 +49,9 @@ _SIMMIM = PretrainConfig(
 _SIMMIM_800 = replace(_SIMMIM, epochs=800.0, lr=1e-4, warmup_lr=5e-7, schedule="multistep", milestones=(700.0,))
 # MAE's optimiser, which FastMIM took over. Its 1.5e-4 is for a batch of 256, and its gradients are not clipped.
 _MAE = PretrainConfig(
-    mask_ratio=0.75,
-    mask_cell=16,
-    head="transformer",
-    loss="mse",
+    mask=RandomMask(ratio=0.75, cell=16),
+    head=TransformerHead(),
+    loss=MSELoss(),
     batch_size=4096,
     epochs=800.0,
     lr=3e-4,
@@ -78,8 +79,7 @@ def demo() -> PretrainConfig:
         model="vit_tiny_patch16_224",
         model_args={"patch_size": 8, "depth": 6},
         image_size=(64, 64),
-        mask_cell=8,
-        mask_ratio=0.4,
+        mask=RandomMask(ratio=0.4, cell=8),
         batch_size=32,
         epochs=30.0,
         lr=1.2e-2,
@@ -226,7 +226,7 @@ def simmim_swinv2_b_800ep() -> PretrainConfig:
     Fewer devices: 2048 images a step are 8 × 256; add --accumulate-steps 8 for one device with 256 at a time.
     Not reproduced here.
     """
-    return replace(_SIMMIM_800, model="swinv2_base_window12_192", target="local_normalized", drop_path=0.1)
+    return replace(_SIMMIM_800, model="swinv2_base_window12_192", target=LocallyNormalizedTarget(), drop_path=0.1)
 
 
 @recipe
@@ -275,9 +275,8 @@ def mae_like_vit_b() -> PretrainConfig:
         model="vit_base_patch16_224",
         image_size=(224, 224),
         encode="visible",
-        decoder_depth=8,
-        decoder_width=512,
-        target="normalized",
+        head=TransformerHead(depth=8, width=512),
+        target=NormalizedTarget(),
         warmup_epochs=40.0,
     )
 
@@ -302,11 +301,10 @@ def um_mae_swin_t() -> PretrainConfig:
         model="swin_tiny_patch4_window7_224",
         model_args={"window_size": 8},
         image_size=(256, 256),
-        mask="uniform",
-        mask_ratio=0.8125,
+        mask=UniformMask(ratio=0.8125, cell=16),
         encode="visible",
-        decoder_width=512,
-        target="normalized",
+        head=TransformerHead(width=512),
+        target=NormalizedTarget(),
         epochs=200.0,
         warmup_epochs=10.0,
     )
@@ -327,4 +325,4 @@ def fast_vit_b_128() -> PretrainConfig:
     Fewer devices: 4096 images a step are 8 × 512; add --accumulate-steps 8 for one device with 512 at a time.
     Not reproduced here.
     """
-    return replace(_MAE, model="vit_base_patch16_224", image_size=(128, 128), target="hog", warmup_epochs=20.0)
+    return replace(_MAE, model="vit_base_patch16_224", image_size=(128, 128), target=HogTarget(), warmup_epochs=20.0)

@@ -1,23 +1,14 @@
-"""Configurations: frozen dataclasses, checked once where they enter, TOML in and out.
+"""Configuration of every training: a frozen dataclass, checked once where it enters.
 
 A field that the user left open is `None`; the engine resolves every `None` before it writes `RUN/config.toml`, so that
 `simmim pretrain --config RUN/config.toml --out NEW` repeats the run.
 """
 
-import dataclasses
-import difflib
 import importlib.util
-import os
-import tomllib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-import pydantic
-import tomli_w
 from pydantic import Field
-from tyro.conf import Suppress, arg
 
 from simmim.config.field_types import (
     HINT,
@@ -27,21 +18,15 @@ from simmim.config.field_types import (
     Flip,
     ImageSize,
     ModelArgs,
-    NotNegative,
     NotNegativeReal,
     Positive,
     PositiveReal,
-    RangeIfAny,
     Share,
-    SharesIfAny,
     Word,
     YesNo,
     one_word,
 )
 from simmim.errors import UserError
-from simmim.method.losses import LOSSES, check_pair
-from simmim.method.masks import MASKS, MaskStrategy
-from simmim.method.targets import TARGETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,230 +121,37 @@ class TrainingConfig:
     log: Annotated[tuple[Literal["wandb", "trackio"], ...], HINT] = ()
     """Further trackers, which must be installed."""
 
-
-Config = TypeVar("Config", bound=TrainingConfig)
-Settings = TypeVar("Settings")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
-    """Masked image modelling on unlabelled images (SimMIM, arXiv 2111.09886)."""
-
-    crop_scale: SharesIfAny = None
-    """Range of a random crop's share of the image (default: 0.67 1, or as the source declares)."""
-    crop_ratio: RangeIfAny = None
-    """Range of its width over its height, relative to the image size (default: 0.75 1.333, or as the source says)."""
-    decode: Literal["cpu", "gpu"] = "cpu"
-    """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG, for few CPU cores beside it."""
-    readers: Literal["threads", "processes"] = "threads"
-    """What reads images: threads, or processes, which take more memory, for many images a second."""
-    antialias: bool = True
-    """Blur what is shrunk, as Pillow does; without it raw pixels are read faster, and fine patterns alias."""
-    shard: bool = False
-    """Shard parameters and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
-
-    mask: Annotated[str, arg(metavar="|".join(MASKS))] = "random"
-    """How cells to hide are chosen."""
-    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    """Share of cells that is hidden."""
-    mask_cell: Count = None
-    """Side of a cell, in pixels (default: the paper's 32, or the whole number of the model's patches next to it)."""
-    target: Annotated[str, arg(metavar="|".join(TARGETS))] = "pixels"
-    """What is predicted."""
-    loss: Annotated[str, arg(metavar="|".join(LOSSES))] = "l1"
-    """How a prediction is judged, on hidden pixels only."""
-    clusters: Annotated[int, Field(ge=2)] = 128
-    """Colours that target clusters tells apart."""
-    cluster_centres: Suppress[tuple[tuple[float, ...], ...] | None] = None
-    """Those colours, normalised (default: found by k-means over the images)."""
-    encode: Literal["all", "visible"] = "all"
-    """Patches that the encoder sees: all, hidden ones as mask tokens, or visible only (MAE, UM-MAE: other methods)."""
-    head: Literal["linear", "mlp", "transformer"] = "linear"
-    """The prediction head."""
-    decoder_depth: Positive = 2
-    """Blocks of head transformer (MAE: 8)."""
-    decoder_width: Positive = 256
-    """Features of head transformer (MAE: 512)."""
-    plain_step: bool = False
-    """Compute also what the loss does not need, as the official code does: slower, equal but for rounding."""
-    engine: Literal["torch", "keras"] = "torch"
-    """What trains: PyTorch, or Keras on JAX or TensorFlow."""
-    backend: Annotated[Literal["jax", "tensorflow"] | None, one_word(str, "jax|tensorflow"), HINT] = None
-    """What the keras engine runs on (default: jax)."""
-    init_from: Word = None
-    """Start from the weights of this run or safetensors file."""
-    val_images: NotNegative = 8
-    """Images kept out of training for the reconstruction pictures and the validation loss."""
-    picture_every_steps: Count = None
-    """Steps between reconstruction pictures (default: as checkpoints)."""
-    probe: Word = None
-    """Labelled images (train/CLASS, val/CLASS, or demo) for a k-NN check as training goes."""
-    probe_every_epochs: PositiveReal = 10.0
-    """Epochs between k-NN checks."""
-
-    def mask_strategy(self, patch: int = 1) -> MaskStrategy:
-        """What draws the masks of an encoder whose patches have sides of `patch` pixels."""
-        cell = self.mask_cell or max(round(MaskStrategy.cell / patch), 1) * patch
-        return MASKS[self.mask](ratio=self.mask_ratio, cell=cell)
-
-
-HEAD_FEATURES = 32
-"""Features of each attention head in head transformer, as in MAE's decoder."""
-
-# What may differ when a run is resumed: where and how it runs and is watched, never what is learned.
-OPERATIONAL = {
-    "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
-    "shard", "plain_step", "kernels", "decode", "readers", "save_every_steps", "keep", "fresh", "log_every_steps",
-    "log", "picture_every_steps", "probe", "probe_every_epochs",
-}  # fmt: skip
-
-
-def validated(config: Config) -> Config:
-    """The configuration with types and ranges checked; one-line `ValueError` for what cannot be.
-
-    Every entry (command line, TOML, Python) passes here, once.
-    """
-    config = from_settings(type(config), dataclasses.asdict(config))
-    for name, remedy in (("data", "a folder, a text file of paths, hf:NAME or demo"), ("out", "a directory to write")):
-        if not getattr(config, name):
-            raise UserError(f"--{name} is missing; give {remedy}")
-    if "://" in (config.out or ""):
-        raise UserError(f"--out {config.out} is a URL; give a directory: mount the storage first (docs/tpu.md)")
-    _check_colours(config)
-    if config.schedule == "multistep" and not config.milestones:
-        raise UserError("schedule multistep needs milestones; give the epochs, such as --milestones 700")
-    if list(config.milestones) != sorted(config.milestones):
-        raise UserError(f"milestones {config.milestones} are not in ascending order; sort them")
-    for package in config.log:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"log {package!r} needs the package {package}; pip install {package}")
-    if config.batch_size % config.accumulate_steps:
-        raise UserError(
-            f"batch size {config.batch_size} is not a multiple of accumulate steps {config.accumulate_steps}; "
-            f"use {config.batch_size // config.accumulate_steps * config.accumulate_steps or config.accumulate_steps}"
-        )
-    if isinstance(config, PretrainConfig):
-        if config.backend is not None and config.engine != "keras":
-            raise UserError(f"--backend {config.backend} is for the keras engine; add --engine keras")
-        for name, table in (("mask", MASKS), ("target", TARGETS), ("loss", LOSSES)):
-            if (value := getattr(config, name)) not in table:
-                raise UserError(f"{name} {value!r} is not known; choose from {', '.join(table)}")
-        check_pair(config.target, config.loss)
-        _check_head(config)
-        if config.decode == "gpu" and config.channels not in (1, 3):
+    def check(self) -> None:
+        """Raise `UserError` for settings that do not fit each other."""
+        for name, remedy in (
+            ("data", "a folder, a text file of paths, hf:NAME or demo"),
+            ("out", "a directory to write"),
+        ):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing; give {remedy}")
+        if "://" in (self.out or ""):
+            raise UserError(f"--out {self.out} is a URL; give a directory: mount the storage first (docs/tpu.md)")
+        self._check_colours()
+        if self.schedule == "multistep" and not self.milestones:
+            raise UserError("schedule multistep needs milestones; give the epochs, such as --milestones 700")
+        if list(self.milestones) != sorted(self.milestones):
+            raise UserError(f"milestones {self.milestones} are not in ascending order; sort them")
+        for package in self.log:
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"log {package!r} needs the package {package}; pip install {package}")
+        if self.batch_size % self.accumulate_steps:
+            nearest = self.batch_size // self.accumulate_steps * self.accumulate_steps or self.accumulate_steps
             raise UserError(
-                f"--decode gpu is for JPEGs, which have 1 or 3 channels, not {config.channels}; use --decode cpu"
+                f"batch size {self.batch_size} is not a multiple of accumulate steps {self.accumulate_steps}; "
+                f"use {nearest}"
             )
-        cpu_only = {"--readers processes": config.readers != "threads", "--no-antialias": not config.antialias}
-        for option, given in cpu_only.items():
-            if given and config.decode == "gpu":
-                raise UserError(f"{option} is not for --decode gpu; leave one of them out")
-        config.mask_strategy()  # its own rules
-    return config
 
-
-def _check_head(config: PretrainConfig) -> None:
-    if config.decoder_width % HEAD_FEATURES:
-        near = max(config.decoder_width // HEAD_FEATURES, 1) * HEAD_FEATURES
-        raise UserError(
-            f"decoder width {config.decoder_width} is not a multiple of {HEAD_FEATURES}; "
-            f"use {near} or {near + HEAD_FEATURES}"
-        )
-    if config.head == "transformer":
-        return
-    if config.encode == "visible":
-        raise UserError(
-            f"--encode visible leaves hidden cells to the head, and head {config.head} sees one cell at a time; "
-            "add --head transformer"
-        )
-    for name in ("decoder_depth", "decoder_width"):
-        if (value := getattr(config, name)) != getattr(PretrainConfig, name):
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} {value} is for head transformer; add --head transformer, or leave it out")
-
-
-def _check_colours(config: TrainingConfig) -> None:
-    if (config.mean is None) != (config.std is None):
-        raise UserError("mean and std belong together; give both or neither")
-    for name in ("mean", "std"):
-        value = getattr(config, name)
-        if isinstance(value, tuple) and len(value) != config.channels:
-            raise UserError(f"{name} has {len(value)} values for {config.channels} channels; give one a channel")
-    if isinstance(config.std, tuple) and min(config.std) <= 0:
-        raise UserError(f"std {min(config.std)} is not above 0; give each channel's own, or measure")
-
-
-# What is wrong with a value, by pydantic's name for it.
-_RULES = {
-    "greater_than": "is not above {gt}",
-    "greater_than_equal": "is less than {ge}",
-    "less_than": "is not below {lt}",
-    "less_than_equal": "is more than {le}",
-    "finite_number": "is not finite",
-    "literal_error": "is not known",
-    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "is not a whole number"),
-    **dict.fromkeys(("float_type", "float_parsing"), "is not a number"),
-    **dict.fromkeys(("bool_type", "bool_parsing"), "is neither true nor false"),
-    "string_type": "is not a text",
-}
-
-
-def from_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """A configuration, or any other dataclass of settings, from names and values, with types and ranges checked.
-
-    One-line `ValueError` where they fail.
-    """
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for name in values:
-        if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
-            remedy = f"did you mean {close[0]}?" if close else "see `simmim pretrain --help` for the names"
-            raise UserError(f"configuration field {name!r} is not known; {remedy}")
-    try:
-        return pydantic.TypeAdapter(kind).validate_python(dict(values))
-    except pydantic.ValidationError as failure:
-        error = failure.errors()[0]
-        name = str(error["loc"][0])
-        raise UserError(f"{name.replace('_', ' ')} {_explain(error, fields[name].default)}") from None
-
-
-def _explain(error: Mapping[str, Any], default: Any) -> str:
-    """Value, rule and remedy of what pydantic found."""
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
-    rule = _RULES[error["type"]].format(**context) if error["type"] in _RULES else f"is not possible ({message})"
-    remedy = "leave it out for the default" if default in (None, dataclasses.MISSING) else f"the default is {default}"
-    if error["type"] == "literal_error":
-        remedy = "choose from " + context["expected"].replace("'", "").replace(" or ", ", ")
-    return f"{error['input']!r} {rule}; {remedy}"
-
-
-def to_toml(config: TrainingConfig) -> str:
-    """Every field that differs from `None`, for which TOML has no word, or from a default that is not `None`."""
-    values = dataclasses.asdict(config)
-    off = {f.name: "none" for f in dataclasses.fields(config) if f.default is not None and values[f.name] is None}
-    return tomli_w.dumps({name: value for name, value in values.items() if value is not None} | off)
-
-
-def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
-    """The configuration of a TOML file, not yet `validated` (data and out may follow on the command line)."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"configuration {path} cannot be read: {error.strerror}; give a TOML file") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"configuration {path} is not TOML: {error}; compare it with a RUN/config.toml") from None
-    try:
-        return from_settings(kind, values)
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def changed_fields(old: TrainingConfig, new: TrainingConfig) -> list[str]:
-    """Names of the fields in which a resumed run would learn something else."""
-    names = [f.name for f in dataclasses.fields(new) if f.name not in OPERATIONAL]
-    return [name for name in names if getattr(old, name) != getattr(new, name)]
+    def _check_colours(self) -> None:
+        if (self.mean is None) != (self.std is None):
+            raise UserError("mean and std belong together; give both or neither")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.channels:
+                raise UserError(f"{name} has {len(value)} values for {self.channels} channels; give one a channel")
+        if isinstance(self.std, tuple) and min(self.std) <= 0:
+            raise UserError(f"std {min(self.std)} is not above 0; give each channel's own, or measure")

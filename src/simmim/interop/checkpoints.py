@@ -154,8 +154,7 @@ def _official_facts(record: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
     if any(part.get("PRETRAINED_WINDOW_SIZES", ())):
         hints["pretrained_window_sizes"] = part["PRETRAINED_WINDOW_SIZES"]
     settings = {
-        "mask_cell": data["MASK_PATCH_SIZE"],
-        "mask_ratio": data["MASK_RATIO"],
+        "mask": {"kind": "random", "cell": data["MASK_PATCH_SIZE"], "ratio": data["MASK_RATIO"]},
         "drop_path": model["DROP_PATH_RATE"],
     }
     normalised = model.get("SIMMIM", {}).get("NORM_TARGET", {})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from simmim.errors import UserError
 
 if TYPE_CHECKING:
-    from simmim.config.training import PretrainConfig
+    from simmim.config.pretraining import PretrainConfig
     from simmim.hardware.tpu_compiler import CompilerReport
     from simmim.training.loop import Outcome
     from simmim.training.run_directory import Run

@@ -3,15 +3,19 @@
 Shapes: `B` images, `h w` feature-map cells, `N` tokens, `D` features, `P` predicted values a cell.
 """
 
+from functools import singledispatch
+
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.errors import UserError
 from simmim.keras_engine.encoders import Block
 from simmim.keras_engine.layers import Array, Module, layer_norm, linear, ops
+from simmim.method.heads import Head, LinearHead, MLPHead, TransformerHead
 
 
-class MLPHead(Module):
+class MLPDecoder(Module):
     """Two layers with GELU between (SimMIM table 3)."""
 
     def __init__(self, features: int, outputs: int):
@@ -23,7 +27,7 @@ class MLPHead(Module):
         return self.last(keras.activations.gelu(self.first(features), approximate=False))
 
 
-class TransformerHead(Module):
+class TransformerDecoder(Module):
     """A light transformer decoder over all cells, as in MAE (arXiv 2111.06377)."""
 
     def __init__(self, features: int, outputs: int, width: int = 256, depth: int = 2, heads: int = 8):
@@ -58,8 +62,25 @@ def sine_positions(h: int, w: int, width: int) -> NDArray[np.float32]:
     return np.concatenate([rows, columns], axis=-1).astype(np.float32)
 
 
-def create_head(name: str, features: int, outputs: int) -> keras.layers.Layer:
-    """The head of `PretrainConfig.head`; linear is one linear layer (SimMIM §3.3)."""
-    if name == "linear":
-        return linear("head", features, outputs)
-    return {"mlp": MLPHead, "transformer": TransformerHead}[name](features, outputs)
+@singledispatch
+def create_head(head: Head, features: int, outputs: int) -> keras.layers.Layer:
+    """Build a head: (B, h, w, `features`) → (B, h, w, `outputs`).
+
+    Register a head of your own by `@create_head.register`.
+    """
+    raise UserError(f"head {head.kind} has no Keras layer; use --engine torch, or register one by create_head.register")
+
+
+@create_head.register
+def _(head: LinearHead, features: int, outputs: int) -> keras.layers.Layer:
+    return linear("head", features, outputs)
+
+
+@create_head.register
+def _(head: MLPHead, features: int, outputs: int) -> keras.layers.Layer:
+    return MLPDecoder(features, outputs)
+
+
+@create_head.register
+def _(head: TransformerHead, features: int, outputs: int) -> keras.layers.Layer:
+    return TransformerDecoder(features, outputs)

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.data.augment import FLIP_AXES
 from simmim.hardware.tpu_compiler import (
     EFFORTS,

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.keras_engine.model import MaskedImageModel
 from simmim.keras_engine.optim import State
 from simmim.training.plan import Batch

@@ -7,7 +7,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of th
 import keras
 import numpy as np
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.keras_engine import weights
 from simmim.keras_engine.architectures import Architecture, find_architecture
 from simmim.keras_engine.encoders import Encoder, TokenEncoder
@@ -16,9 +16,9 @@ from simmim.keras_engine.heads import create_head
 from simmim.keras_engine.layers import Array, Module, ops
 from simmim.keras_engine.resnet import ConvEncoder
 from simmim.keras_engine.swin import SwinEncoder
-from simmim.method.losses import LOSSES, Loss
+from simmim.method.losses import Loss
 from simmim.method.targets import Target
-from simmim.training.plan import build_target, check_sizes
+from simmim.training.plan import check_sizes
 
 _ENCODERS = {"vit": TokenEncoder, "beit": TokenEncoder, "swin": SwinEncoder, "resnet": ConvEncoder}
 
@@ -79,9 +79,9 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
     if config.checkpoint_activations:
         encoder.backbone.recompute = True
     check_sizes(config, encoder)
-    target = build_target(config)
-    head = create_head(config.head, encoder.num_features, target.channels(config.channels, encoder.stride))
-    model = MaskedImageModel(encoder, head, target, LOSSES[config.loss](), mean=config.mean, std=config.std)
+    outputs = config.target.channels(config.channels, encoder.stride)
+    head = create_head(config.head, encoder.num_features, outputs)
+    model = MaskedImageModel(encoder, head, config.target, config.loss, mean=config.mean, std=config.std)
     shapes = {weights.torch_name(variable): weights.torch_shape(variable) for variable in model.variables}
     weights.assign(model, first_values(shapes, architecture, config.seed))
     return model

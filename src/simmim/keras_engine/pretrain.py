@@ -7,7 +7,9 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.config.training import Kernels, PretrainConfig, validated
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.training import Kernels
+from simmim.config.validation import validated
 from simmim.data.pipeline import Reading
 from simmim.errors import UserError
 from simmim.keras_engine.machine import Machine, Stepper
@@ -15,6 +17,7 @@ from simmim.keras_engine.model import MaskedImageModel, architecture_of, build_m
 from simmim.keras_engine.optim import State
 from simmim.keras_engine.storage import initialize, save_encoder
 from simmim.keras_engine.trainer import KerasTrainer
+from simmim.method.heads import TransformerHead
 from simmim.method.masks import upsample_mask
 from simmim.training.loop import Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
@@ -67,8 +70,10 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
     refused = {
         "--precision fp16": (config.precision == "fp16", "use bf16, which needs no loss scale"),
         "--encode visible": (config.encode != "all", "use --engine torch"),
-        "--decoder-depth": (config.decoder_depth != PretrainConfig.decoder_depth, "use 2, or --engine torch"),
-        "--decoder-width": (config.decoder_width != PretrainConfig.decoder_width, "use 256, or --engine torch"),
+        "--head transformer with another depth or width": (
+            isinstance(config.head, TransformerHead) and config.head != TransformerHead(),
+            "use depth 2 and width 256, or --engine torch",
+        ),
         "--decode gpu": (config.decode != "cpu", "use --decode cpu, or --engine torch"),
         "--probe": (config.probe is not None, "use simmim probe on the run, or --engine torch"),
         "--plain-step": (config.plain_step, "leave it out: a step of this engine is always the plain one"),

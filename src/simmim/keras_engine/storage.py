@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.keras_engine import weights
 from simmim.keras_engine.architectures import Architecture

@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from numpy.typing import NDArray
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores, cpu_name
 from simmim.keras_engine.machine import first_state

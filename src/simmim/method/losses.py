@@ -11,19 +11,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from simmim.errors import UserError
-from simmim.method.targets import TARGETS, Array, Namespace
+from simmim.method.strategy import Strategy
+from simmim.method.targets import Array, Namespace, Target
 
 _COUNT_FLOOR = 1e-5  # official SimMIM's guard against a batch without a masked pixel
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss(ABC):
+class Loss(Strategy, ABC, family="loss"):
     """A call gives Σ(error · weight) / (Σ weight + 1e-5), a scalar; an error is the mean over a position's values.
 
     With pixels and 0/1 weights that is the official SimMIM's loss, Σ|x-x̂|·m / (Σm + 1e-5) / C.
     """
-
-    name: ClassVar[str]
 
     @abstractmethod
     def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
@@ -56,7 +55,7 @@ class Loss(ABC):
 class L1Loss(Loss):
     """Absolute error (SimMIM §3.4, the default)."""
 
-    name: ClassVar[str] = "l1"
+    kind: ClassVar[str] = "l1"
 
     def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
         return xp.mean(xp.abs(prediction - target), axis=3)
@@ -66,7 +65,7 @@ class L1Loss(Loss):
 class MSELoss(Loss):
     """Squared error."""
 
-    name: ClassVar[str] = "mse"
+    kind: ClassVar[str] = "mse"
 
     def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
         return xp.mean((prediction - target) ** 2, axis=3)
@@ -76,8 +75,9 @@ class MSELoss(Loss):
 class SmoothL1Loss(Loss):
     """Squared error over 2·beta where it is below `beta` (> 0), absolute error less beta/2 above."""
 
-    name: ClassVar[str] = "smooth_l1"
+    kind: ClassVar[str] = "smooth_l1"
     beta: float = 1.0
+    """Error at which the loss turns from squared to absolute."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -93,7 +93,7 @@ class SmoothL1Loss(Loss):
 class CrossEntropyLoss(Loss):
     """Cross-entropy in nats of V-way logits against class ids."""
 
-    name: ClassVar[str] = "cross_entropy"
+    kind: ClassVar[str] = "cross_entropy"
 
     def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
         logits = prediction - xp.amax(prediction, axis=3, keepdims=True)
@@ -103,11 +103,7 @@ class CrossEntropyLoss(Loss):
         return xp.log(xp.sum(xp.exp(logits), axis=3)) - chosen
 
 
-LOSSES: dict[str, type[Loss]] = {kind.name: kind for kind in (L1Loss, MSELoss, SmoothL1Loss, CrossEntropyLoss)}
-
-
-def check_pair(target: str, loss: str) -> None:
-    """ValueError where the loss of this name cannot be taken of the target of this name, such as l1 of class ids."""
-    suitable = TARGETS[target].losses
-    if loss not in suitable:
-        raise UserError(f"loss {loss} makes no sense for target {target}; use {' or '.join(suitable)}")
+def check_pair(target: Target, loss: Loss) -> None:
+    """Raise `UserError` if the loss is undefined for the target, such as l1 of class ids."""
+    if loss.kind not in target.losses:
+        raise UserError(f"loss {loss.kind} makes no sense for target {target.kind}; use {' or '.join(target.losses)}")

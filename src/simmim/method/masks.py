@@ -8,14 +8,18 @@ Shapes: `B` images, `H W` pixels, `rows columns` cells.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmim.errors import UserError
 from simmim.method.random_keys import random_bits, uniforms
+from simmim.method.strategy import Strategy
+
+PAPER_CELL = 32
+"""Side of a cell in pixels in SimMIM's recipes."""
 
 Keys = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
@@ -26,47 +30,53 @@ _MAX_BLOCKS = 32  # on 14x14 cells an image needs 7 at ratio 0.6 and 12 at 0.75;
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskStrategy(ABC):
-    """Draws masks: `strategy(keys, image_size)` with keys (B,) gives booleans (B, rows, columns).
+class MaskStrategy(Strategy, ABC, family="mask"):
+    """Draw masks: `strategy(keys, image_size)` with keys (B,) returns booleans (B, rows, columns).
 
-    `ratio` is the share of cells to mask, in (0, 1); `cell` is the side of a cell in pixels (SimMIM's mask patch size).
-    Raises `ValueError` for a ratio or a cell outside its range.
+    Raises `UserError` for a ratio or a cell outside its range.
     """
 
     ratio: float = 0.6
-    cell: int = 32
+    """Share of cells to hide, between 0 and 1."""
+    cell: int | None = None
+    """Side of a cell in pixels (default: the paper's 32, or the nearest multiple of the model's patch)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise UserError(f"mask ratio {self.ratio} is not between 0 and 1; use for example 0.6")
-        if self.cell < 1:
+        if self.cell is not None and self.cell < 1:
             raise UserError(f"mask cell {self.cell} is less than 1 pixel; use for example 32")
 
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """(rows, columns) of cells in an image of (H, W) pixels.
+    def for_patch(self, patch: int) -> Self:
+        """Choose the cell, if it is open, for an encoder with patches of `patch` pixels a side."""
+        return self if self.cell else replace(self, cell=max(round(PAPER_CELL / patch), 1) * patch)
 
-        Raises `ValueError` if the cell does not divide both sides; it names the nearest sizes.
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return (rows, columns) of cells in an image of (H, W) pixels.
+
+        Raises `UserError` with the nearest sizes if the cell does not divide both sides.
         """
-        if any(side < self.cell or side % self.cell for side in image_size):
-            smaller = [max(side // self.cell, 1) * self.cell for side in image_size]
-            larger = [max(-(-side // self.cell), 1) * self.cell for side in image_size]
+        cell = self.cell or PAPER_CELL
+        if any(side < cell or side % cell for side in image_size):
+            smaller = [max(side // cell, 1) * cell for side in image_size]
+            larger = [max(-(-side // cell), 1) * cell for side in image_size]
             nearest = " or ".join(dict.fromkeys([_size_text(*smaller), _size_text(*larger)]))
             raise UserError(
-                f"image size {_size_text(*image_size)} is not a multiple of the mask cell {self.cell}; use {nearest}"
+                f"image size {_size_text(*image_size)} is not a multiple of the mask cell {cell}; use {nearest}"
             )
-        return image_size[0] // self.cell, image_size[1] // self.cell
+        return image_size[0] // cell, image_size[1] // cell
 
     def masked_cells(self, image_size: tuple[int, int]) -> int:
-        """How many cells every mask of this size hides: `ceil(ratio * cells)`, as in SimMIM's code.
+        """Return the number of hidden cells of every mask: `ceil(ratio * cells)`, as in SimMIM's code.
 
-        Raises `ValueError` if that is every cell, which would leave the encoder nothing to see.
+        Raises `UserError` if that is every cell, which would leave the encoder nothing to see.
         """
         rows, columns = self.grid(image_size)
         count = _share(self.ratio, rows * columns)
         if count == rows * columns:
             raise UserError(
                 f"mask ratio {self.ratio} hides all cells ({count} of {count}) of image size "
-                f"{_size_text(*image_size)}; use a mask cell smaller than {self.cell} or a lower ratio"
+                f"{_size_text(*image_size)}; use a mask cell smaller than {self.cell or PAPER_CELL} or a lower ratio"
             )
         return count
 
@@ -82,7 +92,9 @@ class MaskStrategy(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMask(MaskStrategy):
-    """Every set of cells is equally likely (SimMIM §3.2)."""
+    """Hide cells uniformly at random (SimMIM §3.2)."""
+
+    kind: ClassVar[str] = "random"
 
     def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         return _lowest(random_bits(keys, rows * columns), count).reshape(-1, rows, columns)
@@ -98,7 +110,9 @@ class BlockMask(MaskStrategy):
     500 at ratio 0.75, one in three at 0.9), cells at random make up the rest. Raises `ValueError` if `min_cells` < 1.
     """
 
+    kind: ClassVar[str] = "block"
     min_cells: int = 16
+    """Cells of the smallest block."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +162,8 @@ class GridMask(MaskStrategy):
     them evenly. If a side of the grid is odd, a few cells depart from the pattern to keep the count.
     """
 
+    kind: ClassVar[str] = "grid"
+
     def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         bayer = _bayer(max(rows, columns))
         phase = np.floor(uniforms(keys, 2) * len(bayer)).astype(np.int64)
@@ -163,7 +179,9 @@ class SquareMask(MaskStrategy):
     Raises `ValueError` for another `position`.
     """
 
+    kind: ClassVar[str] = "square"
     position: Literal["random", "centre"] = "random"
+    """Place of the square."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,6 +210,8 @@ class UniformMask(MaskStrategy):
     masking of 25 %. In an odd grid, the cells of the last row or column are in no 2x2 and are hidden at random.
     """
 
+    kind: ClassVar[str] = "uniform"
+
     def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         b, down, right = len(keys), rows // 2, columns // 2
         in_group = np.zeros((rows, columns), bool)
@@ -209,15 +229,6 @@ class UniformMask(MaskStrategy):
         mask[:, in_group] = hidden.swapaxes(2, 3).reshape(b, grouped)
         mask[:, ~in_group] = _lowest(numbers[:, grouped : rows * columns], count - count_grouped)
         return mask
-
-
-MASKS: dict[str, type[MaskStrategy]] = {
-    "random": RandomMask,
-    "block": BlockMask,
-    "grid": GridMask,
-    "square": SquareMask,
-    "uniform": UniformMask,
-}
 
 
 def upsample_mask(mask: Mask, factor: int) -> Mask:

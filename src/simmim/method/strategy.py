@@ -6,6 +6,8 @@ TOML has a table, `[mask]` with `kind = "block"` and `ratio = 0.4`; the command 
 subclass with a `kind` adds it to its family, from outside the package too.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
@@ -29,3 +31,15 @@ class Strategy:
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise TypeError(f"{cls.family} kind {kind!r} is {known.__qualname__} already; choose another kind")
             cls.kinds[kind] = cls
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings by name, without those that are `None`."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in found.items() if value is not None}
+
+    def as_table(self) -> Mapping[str, Any]:
+        """Return kind and settings, as TOML holds them."""
+        return {"kind": self.kind, **self.settings()}
+
+    def __str__(self) -> str:
+        return " ".join([self.kind, *(f"{name}={value}" for name, value in self.settings().items())])

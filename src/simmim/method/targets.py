@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 from numpy.typing import ArrayLike
+from tyro.conf import Suppress
 
 from simmim.errors import UserError
+from simmim.method.strategy import Strategy
 
 Array: TypeAlias = Any  # an array of whichever engine runs
 Namespace: TypeAlias = Any  # torch, numpy, jax.numpy or keras.ops
@@ -65,10 +67,9 @@ def _constant(xp: Namespace, values: ArrayLike, like: Array) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target(ABC):
+class Target(Strategy, ABC, family="target"):
     """What is predicted for normalised images (B, H, W, C); a call gives it folded, (B, h, w, V·n²)."""
 
-    name: ClassVar[str]
     losses: ClassVar[tuple[str, ...]] = ("l1", "mse", "smooth_l1")
 
     @property
@@ -111,7 +112,7 @@ class Target(ABC):
     def _positions(self, stride: int) -> int:
         if stride % self.pitch:
             raise UserError(
-                f"feature stride {stride} is not a multiple of the {self.pitch} pixels of target {self.name}; "
+                f"feature stride {stride} is not a multiple of the {self.pitch} pixels of target {self.kind}; "
                 f"use a model of stride {2 * self.pitch} or {4 * self.pitch}, or another target"
             )
         return stride // self.pitch
@@ -121,7 +122,7 @@ class Target(ABC):
 class PixelTarget(Target):
     """Raw pixels (SimMIM §3.4, the default)."""
 
-    name: ClassVar[str] = "pixels"
+    kind: ClassVar[str] = "pixels"
 
     def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
         return images
@@ -138,8 +139,9 @@ class NormalizedTarget(Target):
     None for the stride of the feature map. ValueError from a call where the patch does not divide the image.
     """
 
-    name: ClassVar[str] = "normalized"
+    kind: ClassVar[str] = "normalized"
     patch: int | None = None
+    """Side of a normalised patch in pixels (default: the stride of the feature map)."""
 
     def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
         blocks, mean, deviation = self._statistics(xp, images, stride)
@@ -171,8 +173,9 @@ class LocallyNormalizedTarget(Target):
     side in pixels, odd (the official recipe: 47).
     """
 
-    name: ClassVar[str] = "local_normalized"
+    kind: ClassVar[str] = "local_normalized"
     window: int = 47
+    """Side of the window in pixels, odd."""
 
     def __post_init__(self) -> None:
         if self.window < 3 or self.window % 2 == 0:
@@ -217,20 +220,29 @@ class ClusterTarget(Target):
     numbers each, such as `fit_colour_clusters` finds. The picture of a prediction shows each block's expected colour.
     """
 
-    name: ClassVar[str] = "clusters"
+    kind: ClassVar[str] = "clusters"
     losses: ClassVar[tuple[str, ...]] = ("cross_entropy",)
-    centres: tuple[tuple[float, ...], ...]
+    clusters: int = 128
+    """Number of colours to find by k-means."""
+    centres: Suppress[tuple[tuple[float, ...], ...] | None] = None
+    """The colours, normalised (default: found by k-means over the images)."""
     block: int = 4
+    """Side of a block in pixels."""
 
     def __post_init__(self) -> None:
-        if len(self.centres) < 2:
-            raise UserError(f"{len(self.centres)} colour clusters are too few to tell apart; use 2 or more")
+        if self.centres is not None:
+            object.__setattr__(self, "clusters", len(self.centres))
+        if self.clusters < 2:
+            raise UserError(f"{self.clusters} colour clusters are too few to tell apart; use 2 or more")
+        if self.block < 1:
+            raise UserError(f"colour block {self.block} is less than 1 pixel; use 4")
 
     @property
     def pitch(self) -> int:
         return self.block
 
     def values(self, image_channels: int) -> int:
+        assert self.centres is not None
         if image_channels != len(self.centres[0]):
             raise UserError(
                 f"colour clusters of {len(self.centres[0])} channels do not suit images of {image_channels}; "
@@ -240,12 +252,14 @@ class ClusterTarget(Target):
 
     def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
         colours = block_means(xp, images, self.block)[..., None, :]  # (B, H/q, W/q, 1, C)
+        assert self.centres is not None
         centres = _constant(xp, self.centres, images)
         # Channel by channel: all differences at once would be C times as large as the logits.
         distance = sum((colours[..., c] - centres[:, c]) ** 2 for c in range(images.shape[3]))
         return xp.argmin(distance, axis=-1)[..., None]
 
     def decode(self, xp: Namespace, values: Array, images: Array, stride: int) -> Array | None:
+        assert self.centres is not None
         odds = xp.exp(values - xp.amax(values, axis=-1, keepdims=True))
         shares = (odds / xp.sum(odds, axis=-1, keepdims=True))[..., None]  # (B, H/q, W/q, K, 1)
         return _enlarge(xp, xp.sum(shares * _constant(xp, self.centres, images), axis=-2), self.block)
@@ -261,9 +275,11 @@ class HogTarget(Target):
     channel c. One difference: the bins begin 0.002° early, see `encode`. It shows no picture.
     """
 
-    name: ClassVar[str] = "hog"
+    kind: ClassVar[str] = "hog"
     bins: int = 9
+    """Orientations of a histogram."""
     cell: int = 8
+    """Side of a histogram's square in pixels."""
 
     @property
     def pitch(self) -> int:
@@ -297,8 +313,3 @@ def _sobel(xp: Namespace, images: Array) -> tuple[Array, Array]:
         rows_smoothed[:, :, :-2] - rows_smoothed[:, :, 2:],
         columns_smoothed[:, :-2] - columns_smoothed[:, 2:],
     )
-
-
-TARGETS: dict[str, type[Target]] = {
-    kind.name: kind for kind in (PixelTarget, NormalizedTarget, LocallyNormalizedTarget, ClusterTarget, HogTarget)
-}

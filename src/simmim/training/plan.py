@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from simmim.config.training import PretrainConfig, TrainingConfig
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.training import TrainingConfig
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
 from simmim.data.pipeline import Reading, eval_images, train_batches
@@ -26,7 +27,7 @@ from simmim.method.colour_clusters import fit_colour_clusters
 from simmim.method.masks import upsample_mask
 from simmim.method.random_keys import sample_keys, uniforms
 from simmim.method.schedules import CosineSchedule, MultiStepSchedule, Schedule, scale_lr
-from simmim.method.targets import TARGETS, ClusterTarget, Target, block_means
+from simmim.method.targets import ClusterTarget, block_means
 from simmim.training.run_directory import Run
 
 Batch = dict[str, NDArray[Any]]
@@ -162,14 +163,13 @@ class Plan(TrainingPlan):
         and compile.
         """
         config = dataclasses.replace(config, channels=images.channels)
-        cell = config.mask_strategy(patch).cell
         declared = images.defaults
         changes = {
             "flip": config.flip or declared.flip or "horizontal",
             "crop_scale": config.crop_scale or declared.crop_scale or RandomResizedCrop.scale,
             "crop_ratio": config.crop_ratio or declared.crop_ratio or RandomResizedCrop.ratio,
             "workers": config.workers or reading_cores(),
-            "mask_cell": cell,
+            "mask": config.mask.for_patch(patch),
             **machine,
         }
         if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
@@ -180,8 +180,8 @@ class Plan(TrainingPlan):
         plan = cls(dataclasses.replace(config, **changes), images)
         if config.warmup_epochs is None:
             plan = plan.replace(warmup_epochs=min(10.0, plan.total_steps / plan.steps_per_epoch / 10))
-        if config.target == "clusters" and config.cluster_centres is None:
-            plan = plan.replace(cluster_centres=plan.find_clusters())
+        if isinstance(config.target, ClusterTarget) and config.target.centres is None:
+            plan = plan.replace(target=dataclasses.replace(config.target, centres=plan.find_clusters(config.target)))
         assert plan.schedule
         return plan
 
@@ -236,26 +236,28 @@ class Plan(TrainingPlan):
         val = self.images.val
         return eval_images(val, range(len(val)), size=self.size, channels=self.config.channels, dtype=self.images.dtype)
 
-    def find_clusters(self, *, images: int = 500, colours: int = 100_000) -> tuple[tuple[float, ...], ...]:
-        """Colours for target clusters, of some images drawn by the seed, normalised."""
+    def find_clusters(
+        self, target: ClusterTarget, *, images: int = 500, colours: int = 100_000
+    ) -> tuple[tuple[float, ...], ...]:
+        """Find the target's colours, normalised, in some images drawn by the seed."""
         config, train = self.config, self.images.train
         order = np.argsort(sample_keys(config.seed, 0, np.arange(len(train)), stream="cluster images"))
         pixels = eval_images(train, order[:images], size=self.size, channels=config.channels, dtype=self.images.dtype)
         normal = (pixels / np.float32(255) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
-        found = block_means(np, normal, ClusterTarget.block).reshape(-1, config.channels)
+        found = block_means(np, normal, target.block).reshape(-1, config.channels)
         order = np.argsort(sample_keys(config.seed, 0, np.arange(len(found)), stream="cluster colours"))
-        return fit_colour_clusters(found[order[:colours]], clusters=config.clusters, seed=config.seed)
+        return fit_colour_clusters(found[order[:colours]], clusters=target.clusters, seed=config.seed)
 
     def describe(self) -> list[str]:
         """What will be done, for a person, but for the model and the device."""
-        config, masks = self.config, self.config.mask_strategy()
+        config, masks = self.config, self.config.mask
         rows, columns = masks.grid(self.size)
         return [
             f"images     {config.data}: {len(self.images.train)} to train on, {len(self.images.val)} kept aside; "
             f"{self.size[0]}x{self.size[1]} pixels, {config.channels} channels",
-            f"masks      {config.mask}: {masks.masked_cells(self.size)} of {rows * columns} cells of "
-            f"{config.mask_cell} pixels hidden",
-            f"target     {config.target} by {config.loss}",
+            f"masks      {masks.kind}: {masks.masked_cells(self.size)} of {rows * columns} cells of "
+            f"{masks.cell} pixels hidden",
+            f"target     {config.target.kind} by {config.loss.kind}",
             *super().describe(),
             *self._warnings(),
         ]
@@ -273,7 +275,8 @@ class Plan(TrainingPlan):
 def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
     """The masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch."""
     assert config.image_size is not None
-    masks = config.mask_strategy(patch)
+    masks = config.mask.for_patch(patch)
+    assert masks.cell is not None
     cells = masks(sample_keys(config.seed, epoch, index, stream="mask"), config.image_size)
     return upsample_mask(cells, masks.cell // patch)
 
@@ -281,13 +284,6 @@ def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch
 def drop_path_numbers(config: TrainingConfig, epoch: ArrayLike, index: ArrayLike, layers: int) -> NDArray[np.float32]:
     """What decides which layers an image skips: (B, layers), uniform in [0, 1)."""
     return uniforms(sample_keys(config.seed, epoch, index, stream="drop_path"), layers).astype(np.float32)
-
-
-def build_target(config: PretrainConfig) -> Target:
-    if config.target == "clusters":
-        assert config.cluster_centres is not None
-        return ClusterTarget(centres=config.cluster_centres)
-    return TARGETS[config.target]()
 
 
 class Sized(Protocol):
@@ -302,9 +298,10 @@ class Sized(Protocol):
 def check_sizes(config: PretrainConfig, encoder: Sized) -> None:
     """One-line `ValueError` where image, cell, patch and stride do not fit each other."""
     assert config.image_size is not None
-    patch, stride, masks = encoder.patch_size, encoder.stride, config.mask_strategy(encoder.patch_size)
+    patch, stride, masks = encoder.patch_size, encoder.stride, config.mask.for_patch(encoder.patch_size)
     masks.grid(config.image_size)
     cell = masks.cell
+    assert cell is not None
     if cell % patch:
         raise UserError(
             f"mask cell {cell} is not a multiple of the patch {patch} of {config.model}; "

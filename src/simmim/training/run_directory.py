@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from simmim.config.training import TrainingConfig, changed_fields, read_toml, to_toml
+from simmim.config.toml import changed_fields, read_toml, to_toml
+from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 
 _V0_1 = {"flip": "horizontal", "crop_scale": (0.67, 1.0), "crop_ratio": (3 / 4, 4 / 3)}

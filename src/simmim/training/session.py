@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.data.pipeline import Reading
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png

@@ -3,6 +3,7 @@
 Shapes: `O` outputs, `C` channels, `k` side of a kernel.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,13 +13,15 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import Count, ImageSize, ModelArgs, Word
-from simmim.config.training import PretrainConfig, from_settings
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.strategies import parse_strategy
+from simmim.config.validation import from_settings
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.errors import UserError
 from simmim.interop.checkpoints import Checkpoint, read_checkpoint
 from simmim.interop.infer_model import TimmModel
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
-from simmim.method.masks import MaskStrategy
+from simmim.method.masks import PAPER_CELL, MaskStrategy
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.models.masked import Encoder, SwinEncoder
 from simmim.torch_engine.train.checkpoint import save_checkpoint
@@ -85,8 +88,10 @@ def configure(checkpoint: Checkpoint, wanted: ConvertConfig) -> PretrainConfig:
     old_channels = _channels(checkpoint, encoder)
     channels = wanted.channels or old_channels
     normal = (IMAGENET_MEAN, IMAGENET_STD) if old_channels == 3 else ((0.5,) * old_channels, (0.25,) * old_channels)
-    settings = {"mask_cell": MaskStrategy.cell, "mean": normal[0], "std": normal[1], **checkpoint.settings}
-    settings["mask_cell"] = _fitting_cell(settings["mask_cell"], encoder.patch_size, size)
+    settings = {"mean": normal[0], "std": normal[1], "mask": "random", **checkpoint.settings}
+    mask = parse_strategy(MaskStrategy, settings["mask"])
+    cell = _fitting_cell(mask.cell or PAPER_CELL, encoder.patch_size, size)
+    settings["mask"] = dataclasses.replace(mask, cell=cell)
     settings |= {name: _in_turn(settings[name], channels) for name in ("mean", "std")}
     config = PretrainConfig(
         out=wanted.out,

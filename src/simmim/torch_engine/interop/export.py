@@ -15,10 +15,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.interop.weight_names import State, from_official_simmim, to_official_simmim
-from simmim.torch_engine.models.heads import LinearHead
+from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, build_model
 from simmim.torch_engine.train.storage import load_run, save_hub
 from simmim.training.plan import draw_masks
@@ -127,11 +127,11 @@ def export_official(source: Source, out: Path, allow_loss: bool) -> list[str]:
 
 def lost_head(model: MaskedImageModel) -> str | None:
     """Describe a head that other SimMIM implementations lack; they have one linear layer to the cell's pixels."""
-    if not isinstance(model.head, LinearHead):
+    if not isinstance(model.head, LinearDecoder):
         return f"the {type(model.head).__name__} (only a linear head has a place)"
     stride, channels = model.encoder.stride, model.encoder.backbone.get_submodule("patch_embed").proj.in_channels
     if model.head.out_features != channels * stride**2:
-        return f"the head for target {model.target.name} (only one for pixels has a place)"
+        return f"the head for target {model.target.kind} (only one for pixels has a place)"
     return None
 
 

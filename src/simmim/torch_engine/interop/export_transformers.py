@@ -192,7 +192,7 @@ def _pairs(source: Source, model: MaskedImageModel, theirs: Any) -> list[Any]:
             lambda images: theirs(images, bool_masked_pos=flat).reconstruction,
         )
     ]
-    if (model.target.name, model.loss.name) == ("pixels", "l1"):  # its only loss
+    if (model.target.kind, model.loss.kind) == ("pixels", "l1"):  # its only loss
         loss = ("loss", lambda images: model(images, mask)[0], lambda images: theirs(images, bool_masked_pos=flat).loss)
         pairs.append(loss)
     return pairs

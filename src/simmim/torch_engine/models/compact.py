@@ -71,10 +71,9 @@ class CompactEncoder(SwinEncoder):
     def check_masks(self, masks: MaskStrategy, model: str) -> None:
         """Raise `UserError` for masks that show more than one cell of a 2×2."""
         if not isinstance(masks, UniformMask) or masks.cell != CELL or masks.ratio < 0.75:
-            kind = type(masks).__name__.removesuffix("Mask").lower()
             raise UserError(
                 f"--encode visible of {model} takes masks that show at most one {CELL}-pixel cell of each 2x2, which "
-                f"{kind} masks of {masks.cell} pixels at ratio {masks.ratio:g} do not; "
+                f"{masks.kind} masks of {masks.cell} pixels at ratio {masks.ratio:g} do not; "
                 f"use --mask uniform --mask-cell {CELL} --mask-ratio {_RATIO} (or 0.75)"
             )
 

@@ -7,38 +7,40 @@ Shapes: `B` images, `h w` feature-map cells, `N` tokens, `D` features, `P` predi
 """
 
 import math
+from functools import singledispatch
 
 import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from simmim.config.training import HEAD_FEATURES, PretrainConfig
+from simmim.errors import UserError
+from simmim.method.heads import ATTENTION_FEATURES, Head, LinearHead, MLPHead, TransformerHead
 
 
-class LinearHead(nn.Linear):
+class LinearDecoder(nn.Linear):
     """One linear layer (SimMIM §3.3): (B, h, w, D) → (B, h, w, P)."""
 
     def __init__(self, features: int, outputs: int):
         super().__init__(features, outputs)
 
 
-class MLPHead(nn.Sequential):
+class MLPDecoder(nn.Sequential):
     """Two layers with GELU between (SimMIM table 3): (B, h, w, D) → (B, h, w, P)."""
 
     def __init__(self, features: int, outputs: int):
         super().__init__(nn.Linear(features, features), nn.GELU(), nn.Linear(features, outputs))
 
 
-class TransformerHead(nn.Module):
+class TransformerDecoder(nn.Module):
     """A light transformer decoder over all cells, as in MAE (arXiv 2111.06377): (B, h, w, D) → (B, h, w, P).
 
-    `depth` blocks of `width` features, a multiple of `HEAD_FEATURES`.
+    `depth` blocks of `width` features, a multiple of `ATTENTION_FEATURES`.
     """
 
     def __init__(self, features: int, outputs: int, *, width: int, depth: int):
         super().__init__()
         self.embed = nn.Linear(features, width)
-        self.blocks = nn.Sequential(*(Block(width, width // HEAD_FEATURES, qkv_bias=True) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, width // ATTENTION_FEATURES, qkv_bias=True) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.predict = nn.Linear(width, outputs)
 
@@ -63,12 +65,27 @@ def sine_positions(h: int, w: int, width: int, device: torch.device) -> Tensor:
     return torch.cat((rows, columns), dim=-1)
 
 
-def create_head(config: PretrainConfig, features: int, outputs: int) -> nn.Module:
-    """The head of a configuration, with random weights: (B, h, w, `features`) → (B, h, w, `outputs`)."""
-    if config.head == "transformer":
-        return TransformerHead(features, outputs, width=config.decoder_width, depth=config.decoder_depth)
-    return {"linear": LinearHead, "mlp": MLPHead}[config.head](features, outputs)
+@singledispatch
+def create_head(head: Head, features: int, outputs: int) -> nn.Module:
+    """Build a head with random weights: (B, h, w, `features`) → (B, h, w, `outputs`).
+
+    Register a head of your own by `@create_head.register`.
+    """
+    raise UserError(
+        f"head {head.kind} has no PyTorch module; register one by simmim.torch_engine.models.heads.create_head"
+    )
 
 
-# Those that predict a cell from its own features only, for which a list of cells (B, n, D) will do.
-CELL_BY_CELL = (LinearHead, MLPHead)
+@create_head.register
+def _(head: LinearHead, features: int, outputs: int) -> nn.Module:
+    return LinearDecoder(features, outputs)
+
+
+@create_head.register
+def _(head: MLPHead, features: int, outputs: int) -> nn.Module:
+    return MLPDecoder(features, outputs)
+
+
+@create_head.register
+def _(head: TransformerHead, features: int, outputs: int) -> nn.Module:
+    return TransformerDecoder(features, outputs, width=head.width, depth=head.depth)

@@ -7,14 +7,14 @@ Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of th
 import torch
 from torch import Tensor, nn
 
-from simmim.config.training import PretrainConfig
-from simmim.method.losses import LOSSES, Loss
+from simmim.config.pretraining import PretrainConfig
+from simmim.method.losses import Loss
 from simmim.method.targets import Target, unpatchify
 from simmim.torch_engine.models.encoders import create_encoder
-from simmim.torch_engine.models.heads import CELL_BY_CELL, create_head
+from simmim.torch_engine.models.heads import create_head
 from simmim.torch_engine.models.masked import Encoder
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
-from simmim.training.plan import build_target, check_sizes
+from simmim.training.plan import check_sizes
 
 
 class MaskedImageModel(nn.Module):
@@ -25,10 +25,11 @@ class MaskedImageModel(nn.Module):
     colours for targets that are pixels, else the raw prediction of each cell (B, h, w, P).
     """
 
-    def __init__(self, encoder: Encoder, head: nn.Module, target: Target, loss: Loss):
+    def __init__(self, encoder: Encoder, head: nn.Module, target: Target, loss: Loss, *, cell_by_cell: bool = False):
         super().__init__()
         self.encoder = encoder
         self.head = head
+        self.cell_by_cell = cell_by_cell
         self.target = target
         self.loss = loss
 
@@ -116,7 +117,7 @@ class PretrainStep(PixelStep):
         needed = savings.visible_patches or model.encoder.needs_visible
         self._visible = counts.visible_patches if needed else None
         # A head that mixes cells needs them all.
-        self._hidden = counts.hidden_cells if savings.hidden_cells and isinstance(model.head, CELL_BY_CELL) else None
+        self._hidden = counts.hidden_cells if savings.hidden_cells and model.cell_by_cell else None
 
     def forward(self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None) -> dict[str, Tensor]:
         encoder = self.model.encoder
@@ -144,7 +145,7 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
         encode=config.encode,
     )
     check_sizes(config, encoder)
-    encoder.check_masks(config.mask_strategy(encoder.patch_size), config.model)
-    target = build_target(config)
-    head = create_head(config, encoder.num_features, target.channels(config.channels, encoder.stride))
-    return MaskedImageModel(encoder, head, target, LOSSES[config.loss]())
+    encoder.check_masks(config.mask.for_patch(encoder.patch_size), config.model)
+    outputs = config.target.channels(config.channels, encoder.stride)
+    head = create_head(config.head, encoder.num_features, outputs)
+    return MaskedImageModel(encoder, head, config.target, config.loss, cell_by_cell=config.head.cell_by_cell)

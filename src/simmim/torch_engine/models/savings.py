@@ -72,6 +72,8 @@ class Counts:
 
 def count(masks: MaskStrategy, size: tuple[int, int], *, patch: int, stride: int) -> Counts:
     """Count visible patches, and hidden cells of a feature map of this stride, for images of `size`."""
+    masks = masks.for_patch(patch)
+    assert masks.cell is not None
     rows, columns = masks.grid(size)
     hidden = masks.masked_cells(size)
     return Counts(

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from simmim.config.field_types import Count, ImageSize, Positive, PositiveReal, Word, YesNo
-from simmim.config.training import PretrainConfig, from_settings, validated
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.validation import from_settings, validated
 from simmim.data.packed.format import PackedImages
 from simmim.data.sources import ArrayImages, ImageSource, Subset, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD

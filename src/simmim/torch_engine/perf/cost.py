@@ -32,7 +32,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.hardware.roofline import StepWork
 from simmim.method.schedules import CosineSchedule
 from simmim.torch_engine.models.family import find_blocks

@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from simmim.config.training import Kernels, PretrainConfig, TrainingConfig, from_settings
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.training import Kernels, TrainingConfig
+from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_has_bf16, cpu_name, user_cache
 from simmim.torch_engine.models.encoders import sketch_encoder

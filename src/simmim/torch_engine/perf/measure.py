@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.data.bad_images import BadImages
 from simmim.hardware.accelerators import gpu_peak_flops
 from simmim.hardware.roofline import Rates

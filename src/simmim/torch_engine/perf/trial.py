@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.data.augment import FLIP_AXES
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.method.schedules import CosineSchedule

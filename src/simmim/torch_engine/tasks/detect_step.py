@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from simmim.config.tasks import DetectConfig
-from simmim.config.training import from_settings
+from simmim.config.validation import from_settings
 from simmim.data.labelled.detection import boxes_in_image
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.masked_image_model import mirror

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import Count, Positive, Word
-from simmim.config.training import from_settings
+from simmim.config.validation import from_settings
 from simmim.data.decode import BadImage, decode
 from simmim.data.sources import ImageSource, open_files, read_raw
 from simmim.errors import UserError

@@ -15,7 +15,8 @@ from torch.nn import functional
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import Count, Positive, PositiveReal
-from simmim.config.training import PretrainConfig, from_settings
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.validation import from_settings
 from simmim.data.labelled.classes import LabelledImages, hold_out, open_labelled
 from simmim.data.sources import sniff
 from simmim.hardware.host import cpu_cores

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from simmim.config.tasks import SegmentConfig
-from simmim.config.training import from_settings
+from simmim.config.validation import from_settings
 from simmim.data.decode import Raw, decode
 from simmim.data.labelled.segmentation import IGNORE, SegmentationImages, crop_mask
 from simmim.data.pipeline import Reading, Sample, load, readable_batches, sample_batches

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simmim.config.training import PretrainConfig
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.hardware.tpu_compiler import CompilerReport, StepFacts, compile_stablehlo, report_of, topology_devices
 from simmim.method.schedules import CosineSchedule
@@ -79,8 +79,7 @@ def with_model_sizes(config: PretrainConfig) -> PretrainConfig:
     """Fill in the sizes that follow from the model."""
     size = config.image_size or default_image_size(config.model)
     patch = sketch_encoder(config.model, size, config.model_args).patch_size
-    cell = config.mask_strategy(patch).cell
-    return dataclasses.replace(config, image_size=size, mask_cell=cell, device="tpu")
+    return dataclasses.replace(config, image_size=size, mask=config.mask.for_patch(patch), device="tpu")
 
 
 def lower(config: PretrainConfig) -> Lowered:
@@ -106,7 +105,7 @@ def lower(config: PretrainConfig) -> Lowered:
                     "exp_avg_sq": trace.input(f"exp_avg_sq {name}", parameter),
                 }
         if isinstance(step.model.target, ClusterTarget):  # its centres would be copied to the device
-            centres: Any = trace.input("centres", torch.empty(config.clusters, config.channels))
+            centres: Any = trace.input("centres", torch.empty(step.model.target.clusters, config.channels))
             step.model.target = dataclasses.replace(step.model.target, centres=centres)
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
         update = Update(step, optimizer, schedule, config=config, world=World(device=device))

@@ -14,7 +14,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from simmim.config.training import PretrainConfig, TrainingConfig
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores, cpu_has_bf16, cpu_name
 from simmim.torch_engine.models.family import blocks_to_shard

@@ -8,7 +8,7 @@ import torch
 from timm.optim._param_groups import param_groups_layer_decay
 
 from simmim.config.tasks import ClassifyConfig, DetectConfig, FinetuneConfig, SegmentConfig
-from simmim.config.training import validated
+from simmim.config.validation import validated
 from simmim.data.labelled.classes import open_labelled
 from simmim.data.labelled.detection import open_detection
 from simmim.data.labelled.segmentation import open_segmentation

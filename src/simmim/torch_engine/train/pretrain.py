@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from simmim.config.training import PretrainConfig, validated
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.validation import validated
 from simmim.data.pipeline import Reading
 from simmim.method.masks import upsample_mask
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder

@@ -13,11 +13,12 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from simmim.config.training import PretrainConfig, TrainingConfig
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
-from simmim.torch_engine.models.heads import LinearHead
+from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
@@ -112,7 +113,7 @@ def build_step(config: PretrainConfig, savings: Savings | None = None) -> Pretra
     savings = savings or (PLAIN if config.plain_step else Savings())
     model = build_model(config)
     patch, stride = model.encoder.patch_size, model.encoder.stride
-    counts = count(config.mask_strategy(), config.image_size, patch=patch, stride=stride)
+    counts = count(config.mask, config.image_size, patch=patch, stride=stride)
     if config.device == "cpu":
         backbone = model.encoder.backbone
         kernels = kernels_of_rules(config.kernels, backbone, config.precision, pretraining=True)
@@ -133,7 +134,7 @@ def initialize(model: MaskedImageModel, source: str, name: str) -> str:
     path = Path(source)
     if (path / "config.toml").is_file():
         other = load_model(path)
-        state, target = other.state_dict(), other.target.name
+        state, target = other.state_dict(), other.target.kind
     elif path.exists():
         try:
             checkpoint = read_checkpoint(path, model=name)
@@ -142,7 +143,7 @@ def initialize(model: MaskedImageModel, source: str, name: str) -> str:
         state, target = as_tensors(checkpoint.mapped.state), checkpoint.settings.get("target", "pixels")
     else:
         raise UserError(f"--init-from {source} is not there; give a run or a checkpoint")
-    if target != model.target.name:  # a head for something else
+    if target != model.target.kind:  # a head for something else
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     try:
         resized, fresh = adopt(model, state)
@@ -168,7 +169,7 @@ def adopt(model: MaskedImageModel, state: Mapping[str, Tensor]) -> tuple[list[st
     model.encoder.backbone.load_state_dict(fitted)
     own = model.state_dict()
     rest = {name: tensor for name, tensor in state.items() if not name.startswith(BACKBONE)}
-    if isinstance(model.head, LinearHead) and {"head.weight", "head.bias"} <= set(rest):
+    if isinstance(model.head, LinearDecoder) and {"head.weight", "head.bias"} <= set(rest):
         old, new = len(rest["head.bias"]), len(own["head.bias"])
         pixels = model.encoder.stride**2
         if old != new and old % pixels == new % pixels == 0:

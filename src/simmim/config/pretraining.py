@@ -1,0 +1,77 @@
+"""Configuration of a pretraining (SimMIM, arXiv 2111.09886)."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from simmim.config.field_types import HINT, Count, NotNegative, PositiveReal, RangeIfAny, SharesIfAny, Word, one_word
+from simmim.config.strategies import one_of
+from simmim.config.training import TrainingConfig
+from simmim.errors import UserError
+from simmim.method.heads import Head, LinearHead
+from simmim.method.losses import L1Loss, Loss, check_pair
+from simmim.method.masks import MaskStrategy, RandomMask
+from simmim.method.targets import PixelTarget, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Masked image modelling on unlabelled images (SimMIM, arXiv 2111.09886)."""
+
+    crop_scale: SharesIfAny = None
+    """Range of a random crop's share of the image (default: 0.67 1, or as the source declares)."""
+    crop_ratio: RangeIfAny = None
+    """Range of its width over its height, relative to the image size (default: 0.75 1.333, or as the source says)."""
+    decode: Literal["cpu", "gpu"] = "cpu"
+    """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG, for few CPU cores beside it."""
+    readers: Literal["threads", "processes"] = "threads"
+    """What reads images: threads, or processes, which take more memory, for many images a second."""
+    antialias: bool = True
+    """Blur what is shrunk, as Pillow does; without it raw pixels are read faster, and fine patterns alias."""
+    shard: bool = False
+    """Shard parameters and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
+
+    mask: Annotated[MaskStrategy, one_of(MaskStrategy)] = RandomMask()
+    """How cells to hide are chosen."""
+    target: Annotated[Target, one_of(Target)] = PixelTarget()
+    """What is predicted."""
+    loss: Annotated[Loss, one_of(Loss)] = L1Loss()
+    """How a prediction is judged, on hidden pixels only."""
+    head: Annotated[Head, one_of(Head)] = LinearHead()
+    """The prediction head."""
+    encode: Literal["all", "visible"] = "all"
+    """Patches that the encoder sees: all, hidden ones as mask tokens, or visible only (MAE, UM-MAE: other methods)."""
+    plain_step: bool = False
+    """Compute also what the loss does not need, as the official code does: slower, equal but for rounding."""
+    engine: Literal["torch", "keras"] = "torch"
+    """What trains: PyTorch, or Keras on JAX or TensorFlow."""
+    backend: Annotated[Literal["jax", "tensorflow"] | None, one_word(str, "jax|tensorflow"), HINT] = None
+    """What the keras engine runs on (default: jax)."""
+    init_from: Word = None
+    """Start from the weights of this run or safetensors file."""
+    val_images: NotNegative = 8
+    """Images kept out of training for the reconstruction pictures and the validation loss."""
+    picture_every_steps: Count = None
+    """Steps between reconstruction pictures (default: as checkpoints)."""
+    probe: Word = None
+    """Labelled images (train/CLASS, val/CLASS, or demo) for a k-NN check as training goes."""
+    probe_every_epochs: PositiveReal = 10.0
+    """Epochs between k-NN checks."""
+
+    def check(self) -> None:
+        super().check()
+        if self.backend is not None and self.engine != "keras":
+            raise UserError(f"--backend {self.backend} is for the keras engine; add --engine keras")
+        check_pair(self.target, self.loss)
+        if self.encode == "visible" and self.head.cell_by_cell:
+            raise UserError(
+                f"--encode visible leaves hidden cells to the head, and head {self.head.kind} sees one cell at a time; "
+                "add --head transformer"
+            )
+        if self.decode == "gpu" and self.channels not in (1, 3):
+            raise UserError(
+                f"--decode gpu is for JPEGs, which have 1 or 3 channels, not {self.channels}; use --decode cpu"
+            )
+        cpu_only = {"--readers processes": self.readers != "threads", "--no-antialias": not self.antialias}
+        for option, given in cpu_only.items():
+            if given and self.decode == "gpu":
+                raise UserError(f"{option} is not for --decode gpu; leave one of them out")

@@ -1,0 +1,129 @@
+"""Strategies as fields of a configuration: how they are read from TOML, Python and the command line."""
+
+import argparse
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import pydantic
+from tyro.conf import arg
+
+from simmim.config.field_types import Count
+from simmim.errors import UserError
+from simmim.method.strategy import Strategy
+
+Family = TypeVar("Family", bound=Strategy)
+
+
+class UnknownKindError(UserError):
+    """A kind that no imported module defines."""
+
+
+_HELP = {
+    "mask": "How cells to hide are chosen.",
+    "target": "What is predicted.",
+    "loss": "How a prediction is judged, on hidden pixels only.",
+    "head": "The prediction head.",
+}
+
+
+def one_of(family: type[Strategy]) -> pydantic.PlainValidator:
+    """Annotate a configuration field that holds a strategy of a family."""
+    return pydantic.PlainValidator(lambda value: parse_strategy(family, value))
+
+
+def parse_strategy(family: type[Family], value: Any) -> Family:
+    """Read a strategy from an object of the family, a kind, or a table with `kind` and settings. Raises `UserError`."""
+    if isinstance(value, family):
+        return value
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise UserError(f"{value!r} is not a {family.family}; give a kind, such as {next(iter(family.kinds))}")
+    kind = find_kind(family, value["kind"])
+    settings = {name: setting for name, setting in value.items() if name != "kind"}
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'none'}"
+            raise UserError(f"{name!r} is no setting of {family.family} {kind.kind}; {remedy}")
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(settings)
+    except pydantic.ValidationError as failure:
+        error = failure.errors()[0]
+        if error["type"] == "value_error":
+            raise UserError(error["msg"].removeprefix("Value error, ")) from None
+        place = ".".join(map(str, (family.family, *error["loc"])))
+        raise UserError(f"{place} {error['input']!r}: {error['msg'].lower()}; leave it out for the default") from None
+
+
+def find_kind(family: type[Family], kind: str) -> type[Family]:
+    """Return the class of a kind. Raises `UserError` for an unknown one."""
+    if kind not in family.kinds:
+        raise UnknownKindError(f"{family.family} {kind!r} is not known; choose from {', '.join(family.kinds)}")
+    return family.kinds[kind]
+
+
+def with_kind(strategy: Family, kind: str) -> Family:
+    """Change a strategy's kind and keep the settings that both kinds share."""
+    found = find_kind(type(strategy), kind)
+    if found is type(strategy):
+        return strategy
+    shared = {field.name for field in dataclasses.fields(found)}  # type: ignore[arg-type]
+    return found(**{name: value for name, value in strategy.settings().items() if name in shared})
+
+
+def families_of(configuration: type[Any]) -> dict[str, type[Strategy]]:
+    """Return the families of a configuration's fields by name."""
+    defaults = {field.name: field.default for field in dataclasses.fields(configuration)}
+    return {
+        name: next(base for base in type(default).__mro__ if "family" in vars(base))
+        for name, default in defaults.items()
+        if isinstance(default, Strategy)
+    }
+
+
+def take_kinds(defaults: Any, argv: Sequence[str]) -> Any:
+    """Change the kinds of a configuration's strategies to those named on the command line, such as `--mask block`."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    families = families_of(type(defaults))
+    for name in families:
+        parser.add_argument(f"--{name}", nargs="?")
+    found = vars(parser.parse_known_args(argv)[0])
+    changes = {name: with_kind(getattr(defaults, name), kind) for name, kind in found.items() if kind}
+    return dataclasses.replace(defaults, **changes)
+
+
+def with_strategy_options(configuration: type[Any], defaults: Any, **others: Any) -> Any:
+    """Build the default that tyro takes, with `--mask KIND` and the options of that kind, such as `--mask.ratio`.
+
+    `configuration` may have further fields, `others`.
+    """
+    fields: list[tuple[str, Any, Any]] = []
+    values = {**vars(defaults), **others}
+    for name, family in families_of(configuration).items():
+        strategy = getattr(defaults, name)
+        kind = arg(name=name, metavar="|".join(family.kinds), help=_HELP.get(name, ""))
+        options = _options_of(type(strategy))
+        values[name] = options(**strategy.settings())
+        fields.append((f"{name}_kind", Annotated[str, kind], dataclasses.field(default=strategy.kind)))
+        fields.append((name, options, dataclasses.field(default=values[name])))
+    return dataclasses.make_dataclass("Command", fields, bases=(configuration,), frozen=True, kw_only=True)(**values)
+
+
+def _options_of(kind: type[Strategy]) -> type[Strategy]:
+    """Build a class whose optional numbers are one word on the command line, with the default in their description."""
+    hints = get_type_hints(kind)
+    optional = [field for field in dataclasses.fields(kind) if hints[field.name] == int | None]  # type: ignore[arg-type]
+    fields = [(field.name, Count, dataclasses.field(default=field.default)) for field in optional]
+    return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
+
+
+def without_options(configuration: Any, defaults: Any) -> dict[str, Any]:
+    """Return the fields of what tyro parsed, its strategies as those of `defaults`."""
+    found = {field.name: getattr(configuration, field.name) for field in dataclasses.fields(defaults)}
+    for name in families_of(type(defaults)):
+        found[name] = type(getattr(defaults, name))(**found[name].settings())
+    return found

@@ -1,0 +1,78 @@
+"""Check settings from any entry (command line, TOML, Python) and turn pydantic's errors into one line."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import pydantic
+
+from simmim.config.migration import migrate
+from simmim.config.strategies import families_of, parse_strategy
+from simmim.config.training import TrainingConfig
+from simmim.errors import UserError
+
+Config = TypeVar("Config", bound=TrainingConfig)
+Settings = TypeVar("Settings")
+
+
+def validated(config: Config) -> Config:
+    """Return the configuration with types and ranges checked. Raises `UserError`.
+
+    Every training passes here once.
+    """
+    config = from_settings(type(config), vars(config))
+    config.check()
+    return config
+
+
+# What is wrong with a value, by pydantic's name for it.
+_RULES = {
+    "greater_than": "is not above {gt}",
+    "greater_than_equal": "is less than {ge}",
+    "less_than": "is not below {lt}",
+    "less_than_equal": "is more than {le}",
+    "finite_number": "is not finite",
+    "literal_error": "is not known",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "is not a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "is not a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "is neither true nor false"),
+    "string_type": "is not a text",
+}
+
+
+def from_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """Build a configuration, or any other dataclass of settings, from names and values.
+
+    Checks types and ranges, and raises `UserError` for the first that fails. Flat names of version 0.1, such as
+    mask_ratio, are accepted.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    values = migrate(values, fields)
+    values |= {
+        name: parse_strategy(family, values[name]) for name, family in families_of(kind).items() if name in values
+    }
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            remedy = f"did you mean {close[0]}?" if close else "see `simmim pretrain --help` for the names"
+            raise UserError(f"configuration field {name!r} is not known; {remedy}")
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(dict(values))
+    except pydantic.ValidationError as failure:
+        error = failure.errors()[0]
+        name = str(error["loc"][0])
+        raise UserError(f"{name.replace('_', ' ')} {_explain(error, fields[name].default)}") from None
+
+
+def _explain(error: Mapping[str, Any], default: Any) -> str:
+    """Value, rule and remedy of what pydantic found."""
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    context = {k: f"{v:g}" if isinstance(v, float) else v for k, v in error.get("ctx", {}).items()}
+    rule = _RULES[error["type"]].format(**context) if error["type"] in _RULES else f"is not possible ({message})"
+    remedy = "leave it out for the default" if default in (None, dataclasses.MISSING) else f"the default is {default}"
+    if error["type"] == "literal_error":
+        remedy = "choose from " + context["expected"].replace("'", "").replace(" or ", ", ")
+    return f"{error['input']!r} {rule}; {remedy}"
