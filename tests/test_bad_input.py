@@ -170,7 +170,7 @@ BAD_OPTIONS = {
     "--config nowhere.toml": "configuration nowhere.toml cannot be read: No such file or directory; give a TOML file",
     "--config broken.toml": "configuration broken.toml is not TOML: Unclosed array (at end of document); compare it "
     "with a RUN/config.toml",
-    "--config unknown.toml": "unknown.toml: configuration field 'mask_rato' is not known; did you mean mask?",
+    "--config unknown.toml": "unknown.toml: setting 'mask_rato' is not known; did you mean mask?",
     "--config type.toml": "type.toml: batch size 'many' is not a whole number; the default is 64",
     "--config unknown.toml --recipe demo": "--recipe and --config both give the defaults; use one of them",
 }

@@ -139,3 +139,11 @@ def test_missing_packages_are_named(settings: dict[str, str], words: str, monkey
     monkeypatch.setattr(tpu_check.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=words):
         check_machine(TpuCheckConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_a_trainings_own_command_line_gives_the_report_of_its_step_alone():
+    training = TpuCheckConfig(
+        data="images", out="run", epochs=3.0, lr=1.0, schedule="multistep", milestones=(2.0,), seed=5, device="cuda",
+        compile=True, mean=(0.1,) * 3, std=(0.2,) * 3, val_images=0, probe="demo", fresh=True, log=("wandb",),
+    )  # fmt: skip
+    assert complete(training) == complete(TpuCheckConfig())

@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
@@ -29,7 +29,7 @@ def pretrain(argv: list[str]) -> int:
     from simmim.config.pretrain_recipes import find_recipe
     from simmim.config.pretraining import PretrainConfig
 
-    return _pretrain(parse_with_defaults(PretrainConfig, "pretrain", argv, find_recipe))
+    return _pretrain(parse_with_defaults(PretrainConfig, argv, find_recipe))
 
 
 def _pretrain(config: "PretrainConfig") -> int:
@@ -89,7 +89,7 @@ def finetune(argv: list[str]) -> int:
         print("\n`simmim finetune TASK --help` shows a task's options and their defaults.")
         raise SystemExit(0)
     kind = find_task(*argv[:1])
-    config = parse_with_defaults(kind, f"finetune {argv[0]}", argv[1:], lambda name: find_finetune_recipe(name, kind))
+    config = parse_with_defaults(kind, argv[1:], lambda name: find_finetune_recipe(name, kind))
 
     from simmim.torch_engine.train.finetune import finetune as run
 
@@ -155,7 +155,7 @@ def tpu_check(argv: list[str]) -> int:
     def find(name: str) -> TpuCheckConfig:
         return TpuCheckConfig(**vars(find_recipe(name)))
 
-    config = parse_with_defaults(TpuCheckConfig, "tpu-check", argv, find)
+    config = parse_with_defaults(TpuCheckConfig, argv, find)
     report = tpu_check(config, lambda line: print(line, file=sys.stderr))
     print(report.as_json() if config.json else describe(report))
     return 0
@@ -268,15 +268,21 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def parse(kind: type[Arguments], command: str, argv: list[str], default: Arguments | None = None) -> Arguments:
-    """The command's arguments; `--help` prints and exits. Raises a one-line `ValueError`."""
-    return cli_errors.parse(kind, command, COMMANDS[command.split()[0]].__doc__, argv, default)
+def parse(
+    kind: type[Arguments],
+    command: str,
+    argv: list[str],
+    default: Arguments | None = None,
+    unlisted: Collection[str] | None = None,
+) -> Arguments:
+    """Read the command's arguments; `--help` prints and exits. Raises `UserError`."""
+    return cli_errors.parse(kind, command, COMMANDS[command.split()[0]].__doc__, argv, default, unlisted)
 
 
-def parse_with_defaults(kind: type[Config], command: str, argv: list[str], find: Callable[[str], Config]) -> Config:
+def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str], Config]) -> Config:
     """As `parse`, where a recipe, which `find` finds by its name, or a file may give the defaults."""
     from simmim.config.field_types import Word
-    from simmim.config.strategies import take_kinds, with_strategy_options, without_options
+    from simmim.config.strategies import take_kinds, with_strategy_options
     from simmim.config.toml import read_toml
 
     @dataclass(frozen=True, kw_only=True)
@@ -299,9 +305,9 @@ def parse_with_defaults(kind: type[Config], command: str, argv: list[str], find:
     if sources["config"]:
         defaults = dataclasses.replace(read_toml(sources["config"], kind), out=None, fresh=False)
     defaults = take_kinds(defaults, argv)
-    default = with_strategy_options(Command, defaults, **sources)
-    found = parse(type(default), command, argv, default)
-    return kind(**without_options(found, defaults))
+    options = with_strategy_options(Command, defaults)
+    found = parse(options, kind.command, argv, options(**vars(defaults), **sources), kind.unlisted)
+    return kind(**{field.name: getattr(found, field.name) for field in dataclasses.fields(kind)})
 
 
 def usage() -> str:

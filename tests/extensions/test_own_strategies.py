@@ -27,7 +27,7 @@ class TopMask(MaskStrategy):
     kind: ClassVar[str] = "top"
     first: int = 0
 
-    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+    def draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         order = np.roll(np.arange(rows * columns), self.first * columns)
         return np.tile((order < count).reshape(1, rows, columns), (len(keys), 1, 1))
 
@@ -70,7 +70,6 @@ def _(head: NarrowHead, features: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(features, head.width), nn.Linear(head.width, outputs))
 
 
-BrightnessTarget.losses = (*Target.losses, "quartic")
 SETTINGS: dict[str, Any] = {
     "data": "demo",
     "model": "vit_tiny_patch16_224",

@@ -1,7 +1,7 @@
 """The request to `simmim advise`, and one option of its answer."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import arg
 
@@ -16,6 +16,7 @@ Names = Annotated[tuple[str, ...], arg(metavar="NAME..."), HINT]
 class Request:
     """The training to plan and its limits."""
 
+    command: ClassVar[str] = "advise"
     model: str = "vit_base_patch16_224"
     """The encoder, by its timm name."""
     model_args: ModelArgs = field(default_factory=dict)

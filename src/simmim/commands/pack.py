@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -46,6 +46,7 @@ BAD_IMAGES = "bad_images.txt"
 class PackConfig:
     """A packing."""
 
+    command: ClassVar[str] = "pack"
     images: Positional[Annotated[str, arg(metavar="IMAGES")]]
     """What --data takes: a folder, whose names and classes are kept, a list of paths, an .npz, hf:NAME or demo."""
     out: str

@@ -14,8 +14,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
-from simmim.config.field_types import Word
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.toml import parse_toml, to_toml
 from simmim.config.validation import from_settings, validated
@@ -35,16 +35,20 @@ _CHILD = "from simmim.commands.tpu_check import _compile_here; _compile_here()"
 
 @dataclass(frozen=True, kw_only=True)
 class TpuCheckConfig(PretrainConfig):
-    """A pretraining whose step is to be compiled: every option of `simmim pretrain`, and these.
+    """A pretraining whose step is compiled: every option of `simmim pretrain`, and these.
 
-    So a training's own command line or `RUN/config.toml` can be checked as it is; what does not change the step (data,
-    out, epochs, seed, checkpoints, …) is not looked at.
+    A training's own command line or `RUN/config.toml` can be checked as it is. Options that do not change the step
+    (`unlisted`) are accepted and ignored.
     """
 
-    data: Word = None
-    """Not looked at: no images are read."""
-    out: Word = None
-    """Not looked at: nothing is written."""
+    command: ClassVar[str] = "tpu-check"
+    unlisted: ClassVar[frozenset[str]] = frozenset({
+        "data", "out", "mean", "std", "max_bad_fraction", "workers", "epochs", "steps", "lr", "warmup_lr", "min_lr",
+        "warmup_epochs", "schedule", "milestones", "seed", "device", "compile", "save_every_steps", "keep", "fresh",
+        "log_every_steps", "log", "decode", "readers", "antialias", "init_from", "val_images", "picture_every_steps",
+        "probe", "probe_every_epochs", "crop_scale", "crop_ratio", "kernels", "accept_changed_data",
+    })  # fmt: skip
+
     topology: str = "v5e:1x1"
     """The TPU: generation and shape, such as v5e:1x1, v5e:2x4, v6e:2x4, v4:2x2x1, v5p:2x2x1 or tpu7x:2x2x1."""
     search: bool = False
@@ -98,8 +102,12 @@ def largest(compile: Callable[[int], CompilerReport], report: CompilerReport, *,
 
 
 def complete(config: TpuCheckConfig) -> TpuCheckConfig:
-    """Checked, and with whatever a training takes from its images or its machine."""
-    config = validated(dataclasses.replace(config, data=config.data or "none", out=config.out or "none"))
+    """Check a configuration, and fill in the values that a training takes from its images or its machine.
+
+    Fields in `unlisted` get their defaults, so that they cannot change the report.
+    """
+    ignored = {field.name: field.default for field in dataclasses.fields(config) if field.name in config.unlisted}
+    config = validated(dataclasses.replace(config, **ignored | {"data": "none", "out": "none"}))
     colour = (0.5,) * config.channels
     target: Target = config.target
     if isinstance(target, ClusterTarget):

@@ -3,9 +3,10 @@
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
+from simmim.config.option_groups import show_in_groups
 from simmim.errors import UserError
 
 Arguments = TypeVar("Arguments")
@@ -52,19 +53,34 @@ def today(argv: Sequence[str]) -> list[str]:
 
 
 def parse(
-    kind: type[Arguments], command: str, description: str | None, argv: Sequence[str], default: Arguments | None = None
+    kind: type[Arguments],
+    command: str,
+    description: str | None,
+    argv: Sequence[str],
+    default: Arguments | None = None,
+    unlisted: Collection[str] | None = None,
 ) -> Arguments:
-    """A command's arguments as a `kind`; `--help` prints and exits. Raises a one-line `ValueError`."""
+    """Read a command's arguments. `--help` prints and exits. Raises `UserError`.
+
+    With `unlisted`, `--help` shows the options in groups and leaves out the fields that it names.
+    """
     import tyro
 
+    from simmim.config.field_types import open_values
+
     args = [word for given in today(argv) for word in _WORDS.get(given, [given])]
-    box = io.StringIO()
-    extra: dict[str, Any] = {} if default is None else {"default": default}
+    box, help_text = io.StringIO(), io.StringIO()
+    extra: dict[str, Any] = {"registry": open_values()} | ({} if default is None else {"default": default})
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.ExitStack() as redirected:
+            redirected.enter_context(contextlib.redirect_stderr(box))
+            if unlisted is not None:
+                redirected.enter_context(contextlib.redirect_stdout(help_text))
             return tyro.cli(kind, prog=f"simmim {command}", description=description, args=args, **extra)
     except SystemExit as end:
         if not end.code:
+            if unlisted is not None:
+                print(show_in_groups(help_text.getvalue(), command.split()[-1], unlisted))
             raise
     message = one_line(box.getvalue())
     raise UserError(message if ";" in message else f"{message}; see `simmim {command} --help`")

@@ -3,11 +3,12 @@
 import math
 import tomllib
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 from tyro.conf import arg
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from simmim.errors import UserError
 
@@ -95,6 +96,20 @@ def one_word(parse: Callable[[str], Any], metavar: str, *, nothing: str = "auto"
         is_instance=lambda value: True,
         str_from_instance=lambda value: [nothing if value is None else show(value)],
     )
+
+
+def open_values() -> ConstructorRegistry:
+    """Let tyro read an optional number or word without annotation, as in strategies, where auto stands for `None`."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
+        if len(kinds) == len(get_args(info.type)) or len(kinds) != 1 or kinds[0] not in (int, float, str):
+            return None
+        return one_word(kinds[0], kinds[0].__name__.upper())
+
+    return registry
 
 
 # How TOML writes that a value with a default is off, since it has no word for `None`.

@@ -1,7 +1,7 @@
 """Configuration of a pretraining (SimMIM, arXiv 2111.09886)."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from simmim.config.field_types import HINT, Count, NotNegative, PositiveReal, RangeIfAny, SharesIfAny, Word, one_word
 from simmim.config.strategies import one_of
@@ -16,6 +16,8 @@ from simmim.method.targets import PixelTarget, Target
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainingConfig):
     """Masked image modelling on unlabelled images (SimMIM, arXiv 2111.09886)."""
+
+    command: ClassVar[str] = "pretrain"
 
     crop_scale: SharesIfAny = None
     """Range of a random crop's share of the image (default: 0.67 1, or as the source declares)."""

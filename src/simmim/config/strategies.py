@@ -4,12 +4,11 @@ import argparse
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 from tyro.conf import arg
 
-from simmim.config.field_types import Count
 from simmim.errors import UserError
 from simmim.method.strategy import Strategy
 
@@ -96,34 +95,12 @@ def take_kinds(defaults: Any, argv: Sequence[str]) -> Any:
     return dataclasses.replace(defaults, **changes)
 
 
-def with_strategy_options(configuration: type[Any], defaults: Any, **others: Any) -> Any:
-    """Build the default that tyro takes, with `--mask KIND` and the options of that kind, such as `--mask.ratio`.
-
-    `configuration` may have further fields, `others`.
-    """
+def with_strategy_options(configuration: type[Any], defaults: Any) -> type[Any]:
+    """Build the class that tyro parses, with `--mask KIND` and the options of that kind, such as `--mask.ratio`."""
     fields: list[tuple[str, Any, Any]] = []
-    values = {**vars(defaults), **others}
     for name, family in families_of(configuration).items():
         strategy = getattr(defaults, name)
         kind = arg(name=name, metavar="|".join(family.kinds), help=_HELP.get(name, ""))
-        options = _options_of(type(strategy))
-        values[name] = options(**strategy.settings())
         fields.append((f"{name}_kind", Annotated[str, kind], dataclasses.field(default=strategy.kind)))
-        fields.append((name, options, dataclasses.field(default=values[name])))
-    return dataclasses.make_dataclass("Command", fields, bases=(configuration,), frozen=True, kw_only=True)(**values)
-
-
-def _options_of(kind: type[Strategy]) -> type[Strategy]:
-    """Build a class whose optional numbers are one word on the command line, with the default in their description."""
-    hints = get_type_hints(kind)
-    optional = [field for field in dataclasses.fields(kind) if hints[field.name] == int | None]  # type: ignore[arg-type]
-    fields = [(field.name, Count, dataclasses.field(default=field.default)) for field in optional]
-    return dataclasses.make_dataclass(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
-
-
-def without_options(configuration: Any, defaults: Any) -> dict[str, Any]:
-    """Return the fields of what tyro parsed, its strategies as those of `defaults`."""
-    found = {field.name: getattr(configuration, field.name) for field in dataclasses.fields(defaults)}
-    for name in families_of(type(defaults)):
-        found[name] = type(getattr(defaults, name))(**found[name].settings())
-    return found
+        fields.append((name, type(strategy), dataclasses.field(default=strategy)))
+    return dataclasses.make_dataclass("Command", fields, bases=(configuration,), frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Configurations of fine-tuning: what every task shares, and what each adds. Defaults are the paper's recipe."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from tyro.conf import Suppress, arg
@@ -58,6 +58,7 @@ class FinetuneConfig(TrainingConfig):
 class ClassifyConfig(FinetuneConfig):
     """Image classification."""
 
+    command: ClassVar[str] = "finetune classify"
     task: Suppress[Literal["classify"]] = "classify"
     data: Word = None
     """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, .csv, .npz, hf:NAME or demo."""
@@ -89,6 +90,7 @@ class ClassifyConfig(FinetuneConfig):
 class SegmentConfig(FinetuneConfig):
     """Semantic segmentation: a class for every pixel."""
 
+    command: ClassVar[str] = "finetune segment"
     task: Suppress[Literal["segment"]] = "segment"
     data: Word = None
     """Labelled images: train/images with train/masks (PNG of class numbers, 255 = none), and val/… or test/…."""
@@ -112,6 +114,7 @@ class SegmentConfig(FinetuneConfig):
 class DetectConfig(FinetuneConfig):
     """Object detection, and masks of the objects if asked for."""
 
+    command: ClassVar[str] = "finetune detect"
     task: Suppress[Literal["detect"]] = "detect"
     data: Word = None
     """Images with boxes: train/images and train/annotations.json (COCO), and the same in val or test. Required."""

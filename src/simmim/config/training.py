@@ -6,7 +6,7 @@ A field that the user left open is `None`; the engine resolves every `None` befo
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -44,6 +44,11 @@ class Kernels:
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """What every training has: data, optimiser, accelerator, checkpoints."""
+
+    command: ClassVar[str]
+    """The words after `simmim` of the command with these settings."""
+    unlisted: ClassVar[frozenset[str]] = frozenset()
+    """Fields that have no effect in this command, which its `--help` leaves out."""
 
     data: Word = None
     """Images: a folder of any depth, a text file of paths, hf:NAME_OR_PATH, or demo (the embedded emoji). Required."""

@@ -11,6 +11,7 @@ from simmim.config.migration import migrate
 from simmim.config.strategies import families_of, parse_strategy
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
+from simmim.method.strategy import Strategy
 
 Config = TypeVar("Config", bound=TrainingConfig)
 Settings = TypeVar("Settings")
@@ -55,14 +56,18 @@ def from_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
-            remedy = f"did you mean {close[0]}?" if close else "see `simmim pretrain --help` for the names"
-            raise UserError(f"configuration field {name!r} is not known; {remedy}")
+            command = getattr(kind, "command", None)
+            names = f"see `simmim {command} --help` for the names" if command else f"use {', '.join(fields)}"
+            raise UserError(f"setting {name!r} is not known; {f'did you mean {close[0]}?' if close else names}")
     try:
         return pydantic.TypeAdapter(kind).validate_python(dict(values))
     except pydantic.ValidationError as failure:
         error = failure.errors()[0]
         name = str(error["loc"][0])
-        raise UserError(f"{name.replace('_', ' ')} {_explain(error, fields[name].default)}") from None
+        default = fields[name].default
+        # The message of a strategy names its family already.
+        start = "" if isinstance(default, Strategy) else name.replace("_", " ") + " "
+        raise UserError(start + _explain(error, default)) from None
 
 
 def _explain(error: Mapping[str, Any], default: Any) -> str:

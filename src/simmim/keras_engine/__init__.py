@@ -13,8 +13,6 @@ from simmim.errors import UserError
 if TYPE_CHECKING:
     from simmim.config.pretraining import PretrainConfig
     from simmim.hardware.tpu_compiler import CompilerReport
-    from simmim.training.loop import Outcome
-    from simmim.training.run_directory import Run
 
 
 def use_backend(backend: str) -> None:
@@ -28,14 +26,6 @@ def use_backend(backend: str) -> None:
         if (loaded := keras.config.backend()) != backend:
             raise UserError(f"this process has Keras on {loaded} already; use {backend} in a process of its own")
     os.environ["KERAS_BACKEND"] = backend
-
-
-def pretrain(config: "PretrainConfig") -> "tuple[Run, Outcome]":
-    """Pretrain or resume; see `simmim.pretrain`."""
-    use_backend(config.backend or "jax")
-    from simmim.keras_engine.pretrain import pretrain
-
-    return pretrain(config)
 
 
 def compile_step(config: "PretrainConfig", topology: str) -> "CompilerReport":

@@ -28,7 +28,7 @@ from simmim.training.trainer import find_start
 
 
 def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
-    """Pretrain, or resume; see `simmim.keras_engine.pretrain`, which chooses Keras's backend first."""
+    """Pretrain or resume; see `simmim.pretrain`. Choose Keras's backend first (`use_backend`)."""
     config = validated(config)
     backend = keras.config.backend()
     architecture = architecture_of(config)

@@ -24,6 +24,9 @@ class Loss(Strategy, ABC, family="loss"):
     With pixels and 0/1 weights that is the official SimMIM's loss, Σ|x-x̂|·m / (Σm + 1e-5) / C.
     """
 
+    classes: ClassVar[bool] = False
+    """Whether it judges logits by class ids, for targets of classes."""
+
     @abstractmethod
     def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
         """(B, h, w, V, n²) against (B, h, w, V, n²), or class ids (B, h, w, 1, n²) → (B, h, w, n²)."""
@@ -94,6 +97,7 @@ class CrossEntropyLoss(Loss):
     """Cross-entropy in nats of V-way logits against class ids."""
 
     kind: ClassVar[str] = "cross_entropy"
+    classes: ClassVar[bool] = True
 
     def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
         logits = prediction - xp.amax(prediction, axis=3, keepdims=True)
@@ -105,5 +109,6 @@ class CrossEntropyLoss(Loss):
 
 def check_pair(target: Target, loss: Loss) -> None:
     """Raise `UserError` if the loss is undefined for the target, such as l1 of class ids."""
-    if loss.kind not in target.losses:
-        raise UserError(f"loss {loss.kind} makes no sense for target {target.kind}; use {' or '.join(target.losses)}")
+    if loss.classes != target.classes:
+        suitable = [kind for kind, other in Loss.kinds.items() if other.classes == target.classes]
+        raise UserError(f"loss {loss.kind} makes no sense for target {target.kind}; use {' or '.join(suitable)}")

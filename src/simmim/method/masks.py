@@ -83,11 +83,11 @@ class MaskStrategy(Strategy, ABC, family="mask"):
     def __call__(self, keys: Keys, image_size: tuple[int, int]) -> Mask:
         """Masks (B, rows, columns) of the images with these keys (B,), for images of (H, W) pixels."""
         count = self.masked_cells(image_size)
-        return self._draw(keys, *self.grid(image_size), count)
+        return self.draw(keys, *self.grid(image_size), count)
 
     @abstractmethod
-    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
-        """Masks (B, rows, columns), each with exactly `count` cells hidden."""
+    def draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+        """Draw masks (B, rows, columns), each with exactly `count` cells hidden, from keys (B,) alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class RandomMask(MaskStrategy):
 
     kind: ClassVar[str] = "random"
 
-    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+    def draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         return _lowest(random_bits(keys, rows * columns), count).reshape(-1, rows, columns)
 
 
@@ -119,7 +119,7 @@ class BlockMask(MaskStrategy):
         if self.min_cells < 1:
             raise UserError(f"smallest mask block {self.min_cells} is less than 1 cell; use for example 16")
 
-    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+    def draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         numbers = uniforms(keys, 4 * _MAX_BLOCKS + rows * columns)
         tie_breaks = numbers[:, 4 * _MAX_BLOCKS :].reshape(-1, rows, columns)
         # When a cell is hidden: the number of its block plus its distance from the block's centre. The mask is the
@@ -164,7 +164,7 @@ class GridMask(MaskStrategy):
 
     kind: ClassVar[str] = "grid"
 
-    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+    def draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         bayer = _bayer(max(rows, columns))
         phase = np.floor(uniforms(keys, 2) * len(bayer)).astype(np.int64)
         order = _windows(bayer, phase, rows, columns)
@@ -188,7 +188,7 @@ class SquareMask(MaskStrategy):
         if self.position not in ("random", "centre"):
             raise UserError(f"square mask position {self.position!r} is unknown; use 'random' or 'centre'")
 
-    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+    def draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         square_side = math.isqrt(count - 1) + 1  # the square root, rounded up
         height = min(max(square_side, -(-count // columns)), rows)
         width = -(-count // height)
@@ -212,7 +212,7 @@ class UniformMask(MaskStrategy):
 
     kind: ClassVar[str] = "uniform"
 
-    def _draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
+    def draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         b, down, right = len(keys), rows // 2, columns // 2
         in_group = np.zeros((rows, columns), bool)
         in_group[: 2 * down, : 2 * right] = True

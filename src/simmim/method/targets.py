@@ -70,7 +70,8 @@ def _constant(xp: Namespace, values: ArrayLike, like: Array) -> Array:
 class Target(Strategy, ABC, family="target"):
     """What is predicted for normalised images (B, H, W, C); a call gives it folded, (B, h, w, V·n²)."""
 
-    losses: ClassVar[tuple[str, ...]] = ("l1", "mse", "smooth_l1")
+    classes: ClassVar[bool] = False
+    """Whether a position has one class id instead of values, for losses of classes."""
 
     @property
     def pitch(self) -> int:
@@ -221,7 +222,7 @@ class ClusterTarget(Target):
     """
 
     kind: ClassVar[str] = "clusters"
-    losses: ClassVar[tuple[str, ...]] = ("cross_entropy",)
+    classes: ClassVar[bool] = True
     clusters: int = 128
     """Number of colours to find by k-means."""
     centres: Suppress[tuple[tuple[float, ...], ...] | None] = None

@@ -6,7 +6,7 @@ Shapes: `O` outputs, `C` channels, `k` side of a kernel.
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2
@@ -34,6 +34,7 @@ from simmim.training.run_directory import Run, open_run
 class ConvertConfig:
     """Settings of a conversion."""
 
+    command: ClassVar[str] = "convert"
     checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
     """A file or directory: official SimMIM, MAE, Swin or BEiT, Transformers', or timm's."""
     out: str

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from simmim.training.run_directory import write_json
 class BenchConfig:
     """Settings of a measurement."""
 
+    command: ClassVar[str] = "bench"
     model: str = "vit_base_patch16_224"
     """The encoder, by its timm name."""
     batch_size: Positive = 8

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from numpy.typing import NDArray
 from tyro.conf import Positional, arg
@@ -39,6 +39,7 @@ _TOP = 5
 class PredictConfig:
     """A fine-tuned model and new images."""
 
+    command: ClassVar[str] = "predict"
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """The --out directory of a fine-tuning, or its model directory."""
     images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE...")]]

@@ -4,7 +4,7 @@ Shapes: `N` images, `D` features, `K` classes.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ _USUAL_PENALTY = 1e-2  # where there are too few labels to try
 class ProbeConfig:
     """A probe of an encoder's frozen features."""
 
+    command: ClassVar[str] = "probe"
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """The --out directory of a run, or an encoder directory."""
     data: str

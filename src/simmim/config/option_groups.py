@@ -1,0 +1,75 @@
+"""Options of a training in groups, for `--help`."""
+
+import re
+import shutil
+import textwrap
+from collections.abc import Collection
+
+# Options by group, in the order of the help; `mask.*` stands for every setting of a strategy.
+_GROUPS = {
+    "common": "data out from recipe model image-size epochs batch-size lr mask target",
+    "data": "channels mean std flip crop-scale crop-ratio val-images val-fraction max-bad-fraction accept-changed-data",
+    "model": "model-args init-from head head.* drop-path",
+    "method": "mask.* target.* loss loss.* encode objectives",
+    "optimisation": (
+        "steps warmup-epochs warmup-lr min-lr schedule milestones weight-decay layer-decay betas clip-grad seed"
+    ),
+    "hardware": (
+        "device precision engine backend compile accumulate-steps checkpoint-activations shard plain-step workers "
+        "readers decode antialias kernels.*"
+    ),
+    "run": (
+        "config save-every-steps keep fresh log-every-steps log picture-every-steps probe probe-every-epochs "
+        "eval-every-epochs help"
+    ),
+}
+_ORDER = {option: (group, place) for group, names in _GROUPS.items() for place, option in enumerate(names.split())}
+_COLUMN = 28  # where the help text starts
+
+
+def show_in_groups(text: str, rest: str, hidden: Collection[str] = ()) -> str:
+    """Return tyro's help text with its options in groups.
+
+    An option that no group names goes to group `rest`, after the common ones: it belongs to this command alone.
+    Options of the fields named in `hidden` are left out.
+    """
+    head, *_ = re.split(r"^ options *$", text, maxsplit=1, flags=re.MULTILINE)
+    groups: dict[str, list[tuple[int, str, str]]] = {name: [] for name in ("common", rest, *_GROUPS)}
+    for invocation, words in _entries(text):
+        option = re.findall(r"--([\w.-]+)", invocation)[0]
+        field = option.partition(".")[0]
+        if field.replace("-", "_") in hidden:
+            continue
+        name, place = _ORDER.get(option) or _ORDER.get(f"{field}.*") or (rest, 0)
+        groups[name].append((place, invocation, words))
+    width = max(shutil.get_terminal_size().columns - 2, _COLUMN + 20)
+    lines = [head.rstrip()]
+    for name, entries in groups.items():
+        if entries:
+            lines += ["", f"{name}:"]
+        for _, invocation, words in sorted(entries, key=lambda entry: entry[0]):
+            lines += _show(invocation, words, width)
+    return "\n".join(lines)
+
+
+def _show(invocation: str, words: str, width: int) -> list[str]:
+    """Wrap one option; its help starts in a column of its own."""
+    start = f"  {invocation}  ".ljust(_COLUMN)
+    column = " " * _COLUMN
+    wrapped = textwrap.wrap(words, width, initial_indent=column, subsequent_indent=column, break_on_hyphens=False)
+    if len(start) > _COLUMN or not wrapped:
+        return [start.rstrip(), *wrapped]
+    return [start + wrapped[0][_COLUMN:], *wrapped[1:]]
+
+
+def _entries(text: str) -> list[tuple[str, str]]:
+    """Read options with their metavars, and their help, from tyro's boxes drawn in ASCII."""
+    entries: list[list[str]] = []
+    for line in text.splitlines():
+        if re.match(r"  -+[a-zA-Z]", line):
+            entries.append(re.split(r"\s{2,}", line.strip(), maxsplit=1))
+        elif entries and line.startswith("    "):
+            entries[-1].append(line.strip())
+    texts = [(invocation, " ".join(filter(None, words))) for invocation, *words in entries]
+    # The help of a value that is decided later says so itself.
+    return [(name, text.removesuffix(" (default: auto)") if "(default" in text[:-15] else text) for name, text in texts]
