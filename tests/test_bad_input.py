@@ -104,8 +104,8 @@ BAD_OPTIONS = {
     "--mask stripes": "mask 'stripes' is not known; choose from random, block, grid, square, uniform",
     "--target pixel": "target 'pixel' is not known; choose from pixels, normalized, local_normalized, clusters, hog",
     "--loss l3": "loss 'l3' is not known; choose from l1, mse, smooth_l1, cross_entropy",
-    "--target clusters": "loss l1 makes no sense for target clusters; use cross_entropy",
-    "--loss cross_entropy": "loss cross_entropy makes no sense for target pixels; use l1 or mse or smooth_l1",
+    "--target clusters": "loss l1 is undefined for target clusters; use cross_entropy",
+    "--loss cross_entropy": "loss cross_entropy is undefined for target pixels; use l1 or mse or smooth_l1",
     "--head big": "head 'big' is not known; choose from linear, mlp, transformer",
     # data
     "--data nowhere": "nowhere does not exist; "
@@ -124,7 +124,7 @@ BAD_OPTIONS = {
     "--batch-size 100": "batch size 100 is more than the 4 images to train on (2 are kept aside); use --batch-size 4 "
     "or less",
     "--val-images 100": "val images 100 leaves none of the 6 images to train on; use --val-images 0",
-    "--mean 0.5 --std 0.5": "mean has 1 values for 3 channels; give one a channel",
+    "--mean 0.5 --std 0.5": "mean has 1 values for 3 channels; give one per channel",
     "--mean 0.5 0.5 0.5": "mean and std belong together; give both or neither",
     "--mean 0.5 0.5 0.5 --std 1 1 0": "std 0.0 is not above 0; give each channel's own, or measure",
     "--mean red": "--mean 'red' is not a number; see `simmim pretrain --help`",
@@ -165,14 +165,14 @@ BAD_OPTIONS = {
     "--recipe huge": f"recipe 'huge' is not known; choose from {', '.join(RECIPES)}",
     "--maskratio 0.5": "option --maskratio is not known; did you mean --mask?",
     "--learning-rate 1": "option --learning-rate is not known; see `simmim pretrain --help`",
-    "--compile maybe": "'maybe' belongs to no option; see `simmim pretrain --help`",
+    "--compile maybe": "argument 'maybe' is not expected; see `simmim pretrain --help`",
     # configuration files
     "--config nowhere.toml": "configuration nowhere.toml cannot be read: No such file or directory; give a TOML file",
     "--config broken.toml": "configuration broken.toml is not TOML: Unclosed array (at end of document); compare it "
     "with a RUN/config.toml",
     "--config unknown.toml": "unknown.toml: setting 'mask_rato' is not known; did you mean mask?",
     "--config type.toml": "type.toml: batch size 'many' is not a whole number; the default is 64",
-    "--config unknown.toml --recipe demo": "--recipe and --config both give the defaults; use one of them",
+    "--config unknown.toml --recipe demo": "--recipe and --config both set the defaults; use one of them",
 }
 
 

@@ -89,7 +89,7 @@ def test_memory_that_does_not_suffice_gets_a_remedy(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_pretrain", fill)
     assert run("pretrain") == 1
     assert capsys.readouterr().err == (
-        "simmim: out of memory: lower --batch-size, split it by --accumulate-steps, or use --checkpoint-activations\n"
+        "simmim: out of memory: lower --batch-size, split it with --accumulate-steps, or use --checkpoint-activations\n"
     )
 
 

@@ -72,5 +72,5 @@ def test_a_recipe_of_another_task_is_refused() -> None:
     class SortConfig(FinetuneConfig):
         task: str = "sort"
 
-    with pytest.raises(ValueError, match="is for simmim finetune classify; give one of this task"):
+    with pytest.raises(ValueError, match="is for simmim finetune classify; use a recipe of this task"):
         find_finetune_recipe("simmim-vit-b-finetune", SortConfig)

@@ -124,11 +124,11 @@ def test_check_pair_takes_the_default_pair() -> None:
 @pytest.mark.parametrize(
     ("target", "loss", "message"),
     [
-        (ClusterTarget(), L1Loss(), "loss l1 makes no sense for target clusters; use cross_entropy"),
+        (ClusterTarget(), L1Loss(), "loss l1 is undefined for target clusters; use cross_entropy"),
         (
             PixelTarget(),
             CrossEntropyLoss(),
-            "loss cross_entropy makes no sense for target pixels; use l1 or mse or",
+            "loss cross_entropy is undefined for target pixels; use l1 or mse or",
         ),
     ],
 )

@@ -227,7 +227,7 @@ def test_one_cluster_is_refused() -> None:
 
 
 def test_clusters_of_another_channel_count_are_refused() -> None:
-    message = "^colour clusters of 3 channels do not suit images of 5; fit the clusters to these images$"
+    message = "^colour clusters of 3 channels do not fit images of 5; fit the clusters to these images$"
     with pytest.raises(ValueError, match=message):
         ClusterTarget(centres=CENTRES).channels(5, 16)
 

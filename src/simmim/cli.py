@@ -1,6 +1,6 @@
 """The command line: argv → configuration → one call. No logic.
 
-Adding a command is adding a function with a docstring to `COMMANDS`.
+To add a command, add a function with a docstring to `COMMANDS`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ Config = TypeVar("Config", bound="TrainingConfig")
 
 
 def pretrain(argv: list[str]) -> int:
-    """Pretrain a backbone on unlabelled images, or resume"""
+    """Pretrain a backbone on unlabelled images, or resume a run"""
     from simmim.config.pretrain_recipes import find_recipe
     from simmim.config.pretraining import PretrainConfig
 
@@ -48,22 +48,22 @@ def reconstruct(argv: list[str]) -> int:
     @dataclass(frozen=True, kw_only=True)
     class Command:
         run: Positional[Annotated[str, arg(metavar="RUN")]]
-        """The --out directory of a pretraining."""
+        """Run directory of a pretraining."""
         images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE...")]]
-        """Image files, or anything that --data takes, of which some are drawn by the seed."""
+        """Image files, or any value of --data, from which the seed draws images."""
         out: str = "reconstruction.png"
-        """The picture to write."""
+        """Image file to write."""
         count: int = 8
-        """Images to draw at most."""
+        """Maximum number of images."""
         seed: int = 0
-        """Seed of the masks and of that choice."""
+        """Seed for masks and for drawing images."""
 
     print(reconstruct(**vars(parse(Command, "reconstruct", argv))))
     return 0
 
 
 def probe(argv: list[str]) -> int:
-    """Judge an encoder's frozen features by labelled images"""
+    """Evaluate frozen features on labelled images"""
     from simmim.torch_engine.tasks.probe import ProbeConfig, describe, probe
 
     @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def probe(argv: list[str]) -> int:
 
 
 def finetune(argv: list[str]) -> int:
-    """Train a pretrained encoder for a task on labelled images: simmim finetune TASK"""
+    """Fine-tune a pretrained encoder on labelled images: simmim finetune TASK"""
     from simmim.config.finetune_recipes import find_finetune_recipe
     from simmim.config.tasks import TASK_CONFIGS, find_task
 
@@ -98,7 +98,7 @@ def finetune(argv: list[str]) -> int:
 
 
 def predict(argv: list[str]) -> int:
-    """Use a fine-tuned model: labels, masks or boxes of new images"""
+    """Predict labels, masks or boxes of new images with a fine-tuned model"""
     from simmim.torch_engine.tasks.predict import PredictConfig, describe, predict
 
     @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def predict(argv: list[str]) -> int:
 
 
 def pack(argv: list[str]) -> int:
-    """Convert images once to shards that read faster"""
+    """Convert images to shards that load faster"""
     from simmim.commands.pack import PackConfig, pack
 
     print("\n".join(pack(parse(PackConfig, "pack", argv))))
@@ -122,7 +122,7 @@ def pack(argv: list[str]) -> int:
 
 
 def advise(argv: list[str]) -> int:
-    """Say which accelerator, how many, how long, what it costs, and whether it fits"""
+    """Estimate accelerators, time, cost and memory of a training"""
     from simmim.advise.rank import advise, compile_for_tpus
     from simmim.advise.report import plot, show
     from simmim.advise.request import Request
@@ -133,9 +133,9 @@ def advise(argv: list[str]) -> int:
         json: bool = False
         """Print JSON only."""
         plot: Word = None
-        """Draw time against cost into this PNG file."""
+        """PNG file for a plot of time against cost."""
         tpu_check: bool = False
-        """Compile the step for the options that are TPUs, as simmim tpu-check does (a minute each)."""
+        """Compile the step for each TPU option, as simmim tpu-check does (a minute each)."""
 
     command = parse(Command, "advise", argv)
     advice = advise(Request(**{field.name: getattr(command, field.name) for field in dataclasses.fields(Request)}))
@@ -148,7 +148,7 @@ def advise(argv: list[str]) -> int:
 
 
 def tpu_check(argv: list[str]) -> int:
-    """Compile the training step for a TPU that is not here: does it fit, memory, FLOPs, largest batch"""
+    """Compile the training step for a TPU without having one: memory, FLOPs, largest batch"""
     from simmim.commands.tpu_check import TpuCheckConfig, describe, tpu_check
     from simmim.config.pretrain_recipes import find_recipe
 
@@ -162,7 +162,7 @@ def tpu_check(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """Measure this machine's step and input speed, and its share of the peak"""
+    """Measure step and input speed on this machine, and its share of peak FLOPS"""
     from simmim.torch_engine.perf.bench import BenchConfig, bench, describe
 
     @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ def bench(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
-    """Say what was found on this machine, what works and what is missing"""
+    """Check this machine: what works and what is missing"""
     from simmim.commands.doctor import examine
 
     @dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,7 @@ def doctor(argv: list[str]) -> int:
 
 
 def recipes(argv: list[str]) -> int:
-    """List the recipes, or show one: simmim recipes NAME"""
+    """List recipes, or show one: simmim recipes NAME"""
     from tyro.conf import Positional
 
     from simmim.config.finetune_recipes import FINETUNE_RECIPES, find_finetune_recipe
@@ -205,7 +205,7 @@ def recipes(argv: list[str]) -> int:
     @dataclass(frozen=True, kw_only=True)
     class Command:
         name: Positional[str | None] = None
-        """The recipe to show."""
+        """Recipe to show."""
 
     command = parse(Command, "recipes", argv)
     if command.name is None:
@@ -220,7 +220,7 @@ def recipes(argv: list[str]) -> int:
 
 
 def convert(argv: list[str]) -> int:
-    """Make a run of a checkpoint of official SimMIM, MAE, Swin or BEiT, of Transformers or of timm"""
+    """Convert a checkpoint of official SimMIM, MAE, Swin or BEiT, Transformers or timm to a run"""
     from simmim.torch_engine.interop.convert import ConvertConfig, convert
 
     print("\n".join(convert(parse(ConvertConfig, "convert", argv))))
@@ -228,7 +228,7 @@ def convert(argv: list[str]) -> int:
 
 
 def export(argv: list[str]) -> int:
-    """Write a run's model for timm, Transformers, ONNX or official SimMIM, and check it"""
+    """Export a run's model to timm, Transformers, ONNX or official SimMIM, and verify it"""
     from tyro.conf import Positional, arg
 
     from simmim.commands.export import export
@@ -236,13 +236,13 @@ def export(argv: list[str]) -> int:
     @dataclass(frozen=True, kw_only=True)
     class Command:
         run: Positional[Annotated[str, arg(metavar="RUN")]]
-        """The --out directory of a training."""
+        """Run directory of a training."""
         format: Literal["timm", "transformers", "onnx", "official"]
-        """What to write; docs/interop.md says what each keeps."""
+        """Format to write; docs/interop.md lists what each keeps."""
         out: str
-        """The directory to write."""
+        """Output directory."""
         allow_loss: bool = False
-        """Write what the format has a place for although something is lost."""
+        """Export even if the format cannot hold everything."""
 
     print("\n".join(export(**vars(parse(Command, "export", argv)))))
     return 0
@@ -280,7 +280,7 @@ def parse(
 
 
 def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str], Config]) -> Config:
-    """As `parse`, where a recipe, which `find` finds by its name, or a file may give the defaults."""
+    """Parse arguments whose defaults may come from a recipe, looked up by `find`, or from a file."""
     from simmim.config.field_types import Word
     from simmim.config.strategies import take_kinds, with_strategy_options
     from simmim.config.toml import read_toml
@@ -288,9 +288,9 @@ def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str
     @dataclass(frozen=True, kw_only=True)
     class Command(kind):
         recipe: Word = None
-        """Take the defaults from this recipe (simmim recipes)."""
+        """Recipe to take defaults from (see simmim recipes)."""
         config: Word = None
-        """Take the defaults from this file, such as RUN/config.toml."""
+        """TOML file to take defaults from, such as RUN/config.toml."""
 
     argv = cli_errors.today(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -299,7 +299,7 @@ def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str
     sources = vars(first.parse_known_args(argv)[0])
     defaults = kind()
     if sources["recipe"] and sources["config"]:
-        raise UserError("--recipe and --config both give the defaults; use one of them")
+        raise UserError("--recipe and --config both set the defaults; use one of them")
     if sources["recipe"]:
         defaults = find(sources["recipe"])
     if sources["config"]:
@@ -321,7 +321,7 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; 0 on success, 2 on a user's mistake (one line on stderr), 1 where training failed."""
+    """Run a command. Returns 0 on success, 2 for a user error (one line on stderr), 1 if training failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
@@ -354,9 +354,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def explain(error: Exception) -> str | None:
-    """What went wrong, in one line for a user; `None` for what is a bug of ours."""
+    """Describe an error in one line for the user; `None` for a bug."""
     if isinstance(error, (UserError, OSError, TrainingDivergedError)):
         return str(error).strip().splitlines()[0] if str(error) else repr(error)
-    if "out of memory" in str(error) or "can't allocate memory" in str(error):  # CUDA's words and the CPU's
-        return "out of memory: lower --batch-size, split it by --accumulate-steps, or use --checkpoint-activations"
+    if "out of memory" in str(error) or "can't allocate memory" in str(error):  # CUDA's and the CPU's messages
+        return "out of memory: lower --batch-size, split it with --accumulate-steps, or use --checkpoint-activations"
     return None

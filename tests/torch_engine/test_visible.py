@@ -186,7 +186,7 @@ def test_an_interrupted_training_resumes_to_the_same_weights_and_an_encoder_that
         ),
         (
             "--head linear",
-            "--encode visible leaves hidden cells to the head, and head linear sees one cell at a time; "
+            "--encode visible leaves masked cells to the head, but head linear sees one cell at a time; "
             "add --head transformer",
         ),
         (

@@ -1,1 +1,1 @@
-"""Configurations: what can be set, its types and defaults, and the recipes."""
+"""Configurations: settings, their types and defaults, and recipes."""

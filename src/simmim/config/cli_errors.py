@@ -1,4 +1,4 @@
-"""Arguments of a command by tyro, whose boxes of text become one line: value, rule, remedy."""
+"""Parse command-line arguments with tyro, and turn its error boxes into one line."""
 
 import contextlib
 import io
@@ -11,8 +11,7 @@ from simmim.errors import UserError
 
 Arguments = TypeVar("Arguments")
 
-# What tyro says, once its box is one line, and what we say. What is not here passes as it is, such as another tyro's
-# other words.
+# tyro's messages, joined into one line, and our wording. Others, such as another version's, pass unchanged.
 _REWRITES = (
     (
         r"Unrecognized options: --(mask|target|loss|head)\.([\w-]+).*",
@@ -20,7 +19,7 @@ _REWRITES = (
     ),
     (r"Unrecognized options: (-[^, ]+).* meant: (--[\w-]+).*", r"option \1 is not known; did you mean \2?"),
     (r"Unrecognized options: (-[^, ]+).*", r"option \1 is not known"),
-    (r"Unrecognized options: (.*)", r"'\1' belongs to no option"),
+    (r"Unrecognized options: (.*)", r"argument '\1' is not expected"),
     (r"Missing value for argument '(.+?)'\. Expected 1 values?\.", r"\1 has no value; give one"),
     (r"Missing value for argument '(.+?)'\. Expected (\d+) values?\.", r"\1 has too few values; give \2"),
     (r"Missing from .*?: (\S+) .*", r"\1 is missing"),
@@ -36,7 +35,7 @@ _REWRITES = (
 
 
 _WORDS = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
-# Options of version 0.1, and what they are called now.
+# Options of version 0.1 and their current names.
 _OLD_NAMES = {
     "--mask-ratio": "--mask.ratio",
     "--mask-cell": "--mask.cell",
@@ -47,7 +46,7 @@ _OLD_NAMES = {
 
 
 def today(argv: Sequence[str]) -> list[str]:
-    """Replace option names of version 0.1 by today's."""
+    """Replace option names of version 0.1 with the current ones."""
     parts = [word.partition("=") for word in argv]
     return [_OLD_NAMES.get(name, name) + equals + value for name, equals, value in parts]
 
@@ -87,7 +86,7 @@ def parse(
 
 
 def one_line(box: str) -> str:
-    """A box of tyro's as one line, in our words."""
+    """Convert an error box of tyro to one line in our wording."""
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]  # the first is the title
     text = " ".join(" ".join(line for line in lines if line.strip("─╰╯+-")).split())
     text = re.sub(r" (Argument helptext:|For full helptext).*", "", text)

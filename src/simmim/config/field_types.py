@@ -1,4 +1,4 @@
-"""Types of configuration fields: how a value is written on the command line, and what range it has."""
+"""Types of configuration fields: command-line syntax and valid range."""
 
 import math
 import tomllib
@@ -14,7 +14,7 @@ from simmim.errors import UserError
 
 
 def parse_image_size(value: Any) -> tuple[int, int] | None:
-    """`224`, `"224"`, `"96x160"` or `(96, 160)` → (height, width) in pixels."""
+    """Parse `224`, `"224"`, `"96x160"` or `(96, 160)` into (height, width) in pixels."""
     if value is None:
         return None
     parts = str(value).lower().split("x") if isinstance(value, (str, int, float)) else list(value)
@@ -28,7 +28,7 @@ def parse_image_size(value: Any) -> tuple[int, int] | None:
 
 
 def parse_model_args(value: Any) -> dict[str, Any]:
-    """`["depth=2", "embed_dims=[32,64]"]` → keyword arguments of the timm model; values are read as TOML."""
+    """Parse `["depth=2", "embed_dims=[32,64]"]` into keyword arguments of the timm model; values are TOML."""
     if isinstance(value, Mapping):
         return dict(value)
     arguments = {}
@@ -65,7 +65,7 @@ def parse_shares(value: Any) -> tuple[float, float] | None:
 
 
 def _in_lists(value: Any) -> Any:
-    """As TOML gives it back, so that a resumed run has what it was begun with."""
+    """Turn tuples into lists, as TOML returns them, so that a resumed run has equal settings."""
     if isinstance(value, Mapping):
         return {name: _in_lists(item) for name, item in value.items()}
     return [_in_lists(item) for item in value] if isinstance(value, list | tuple) else value
@@ -88,7 +88,7 @@ def _show_colour(value: tuple[float, ...] | str | None) -> list[str]:
 
 
 def one_word(parse: Callable[[str], Any], metavar: str, *, nothing: str = "auto", show: Any = str) -> Any:
-    """How tyro reads an optional value that is one word on the command line, where `nothing` stands for `None`."""
+    """Let tyro read an optional value from one word on the command line, where `nothing` stands for `None`."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -112,9 +112,9 @@ def open_values() -> ConstructorRegistry:
     return registry
 
 
-# How TOML writes that a value with a default is off, since it has no word for `None`.
+# TOML has no `None`, so "none" turns off a setting that is on by default.
 NONE_WORD = BeforeValidator(lambda value: None if value == "none" else value)
-# The help of a field whose default is decided later says so itself.
+# A field whose default is decided later describes it in its help.
 HINT = arg(help_behavior_hint=lambda default: "" if default in ("auto", "none", "") else f"(default: {default})")
 ImageSize = Annotated[
     tuple[int, int] | None,
@@ -146,7 +146,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[Positive | None, one_word(int, "INT"), HINT]
 Word = Annotated[str | None, one_word(str, "STR", nothing="none"), HINT]
 Flip = Literal["none", "horizontal", "both"]
-"""How images are mirrored at random: not at all, left to right, or that and upside down, independently."""
+"""Random flips: none, left-right, or left-right and upside down, independently."""
 _RANGE: Any = PrimitiveConstructorSpec(
     nargs="*",
     metavar="MIN MAX",

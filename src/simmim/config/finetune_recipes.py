@@ -1,7 +1,7 @@
 """Fine-tuning recipes: the paper's settings for each of its encoders, on ImageNet-1K.
 
-Docstrings have the form of those in `simmim.config.pretrain_recipes`. A recipe leaves `--from`, the data, the run
-directory and the machine to the user.
+Docstrings have the form of those in `simmim.config.pretrain_recipes`. The user sets `--from`, the data, the run
+directory and the machine.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,16 @@ def recipe(function: Callable[[], ClassifyConfig]) -> Callable[[], ClassifyConfi
 
 
 def find_finetune_recipe(name: str, kind: type[Config]) -> Config:
-    """The configuration of a recipe; one-line `ValueError` for a name that is not one, or one of another task."""
+    """Return a recipe's configuration. Raises `UserError` for an unknown name or a recipe of another task."""
     if name not in FINETUNE_RECIPES:
         raise UserError(f"fine-tuning recipe {name!r} is not known; choose from {', '.join(FINETUNE_RECIPES)}")
     found = FINETUNE_RECIPES[name]()
     if not isinstance(found, kind):
-        raise UserError(f"recipe {name!r} is for simmim finetune {found.task}; give one of this task, or none")
+        raise UserError(f"recipe {name!r} is for simmim finetune {found.task}; use a recipe of this task, or none")
     return found
 
 
-# What the official fine-tuning configurations share.
+# Settings that all official fine-tuning configurations share.
 _SIMMIM = ClassifyConfig(
     image_size=(224, 224),
     batch_size=2048,
@@ -111,11 +111,11 @@ def simmim_swinv2_b_800ep_finetune() -> ClassifyConfig:
     """The official fine-tuning of SwinV2-B at 224, window 14, after 800 epochs of SimMIM at 192, window 12.
 
     Paper: Swin Transformer V2 (arXiv 2111.09883), its repository's SimMIM configurations.
-    Expected: no figure of the reference table for this size.
+    Expected: the reference table has no figure for this size.
     Cost: not measured.
     Command: simmim finetune classify --recipe simmim-swinv2-b-800ep-finetune --from runs/a --data IMAGENET --out runs/b
     Not reproduced here.
     """
-    # The continuous position bias is scaled by the windows that it was pretrained with, 6 in the last stage of 192.
+    # The continuous position bias is scaled by the windows of pretraining: 6 in the last stage at 192.
     arguments = {"window_size": 14, "pretrained_window_sizes": (12, 12, 12, 6)}
     return replace(_SIMMIM, layer_decay=0.75, model_args=arguments)

@@ -1,4 +1,4 @@
-"""Settings of version 0.1, in which masks, targets, losses and heads were words with flat settings beside them."""
+"""Migrate settings of version 0.1, which named masks, targets, losses and heads by words beside flat settings."""
 
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from simmim.method.masks import MaskStrategy, RandomMask
 from simmim.method.strategy import Strategy
 from simmim.method.targets import PixelTarget, Target
 
-# Field of version 0.1 → family, default, setting, the kind that has it (None: every kind), and its default then.
+# Field of version 0.1 → family, default strategy, setting, the kind that has it (None: every kind), and old default.
 _MOVED: dict[str, tuple[type[Strategy], Strategy, str, str | None, Any]] = {
     "mask_ratio": (MaskStrategy, RandomMask(), "ratio", None, None),
     "mask_cell": (MaskStrategy, RandomMask(), "cell", None, None),
@@ -22,7 +22,7 @@ _MOVED: dict[str, tuple[type[Strategy], Strategy, str, str | None, Any]] = {
 
 
 def migrate(values: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
-    """Return settings in today's form. `fields` are the names that the configuration has now. Raises `UserError`."""
+    """Return settings in the current form. `fields` are the configuration's current names. Raises `UserError`."""
     kept = dict(values)
     for name, (family, default, setting, only, usual) in _MOVED.items():
         if name not in kept or name in fields or family.family not in fields:

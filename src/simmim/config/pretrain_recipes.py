@@ -1,8 +1,8 @@
-"""Named recipes: complete configurations with their paper, expected figure and command. `simmim recipes` lists them.
+"""Named recipes: complete configurations with paper, expected figure and command. `simmim recipes` lists them.
 
-Adding one is adding a function here. What a recipe leaves to the user is the data, the run directory and the machine:
-a batch size is the global one, so K processes × M accumulation steps (`--accumulate-steps M`) hold batch / (K·M)
-images each at a time, and every choice of K and M trains alike (but for batch norms, which see one piece).
+To add a recipe, add a function here. The user sets the data, the run directory and the machine. Batch sizes are global:
+with world size K and M accumulation steps (`--accumulate-steps M`), each rank holds batch / (K·M) images at a time.
+Every K and M trains alike, except for batch norms, which see one part of a batch.
 """
 
 from collections.abc import Callable
@@ -25,14 +25,14 @@ def recipe(function: Recipe) -> Recipe:
 
 
 def find_recipe(name: str) -> PretrainConfig:
-    """The configuration of a recipe; one-line `ValueError` for a name that is not one."""
+    """Return a recipe's configuration. Raises `UserError` for an unknown name."""
     if name not in RECIPES:
         raise UserError(f"recipe {name!r} is not known; choose from {', '.join(RECIPES)}")
     return RECIPES[name]()
 
 
-# What SimMIM's own configurations share. All images train, as there, so there is no validation loss and no picture:
-# --val-images 8 has both, at the price of 8 images.
+# Settings that all SimMIM configurations share. As there, all images train, so there is no validation loss and no
+# picture; --val-images 8 holds out 8 images for both.
 _SIMMIM = PretrainConfig(
     image_size=(192, 192),
     mask=RandomMask(ratio=0.6, cell=32),
@@ -47,7 +47,7 @@ _SIMMIM = PretrainConfig(
     val_images=0,
 )
 _SIMMIM_800 = replace(_SIMMIM, epochs=800.0, lr=1e-4, warmup_lr=5e-7, schedule="multistep", milestones=(700.0,))
-# MAE's optimiser, which FastMIM took over. Its 1.5e-4 is for a batch of 256, and its gradients are not clipped.
+# MAE's optimiser settings, also used by FastMIM. Its 1.5e-4 is for a batch of 256. It does not clip gradients.
 _MAE = PretrainConfig(
     mask=RandomMask(ratio=0.75, cell=16),
     head=TransformerHead(),
@@ -90,7 +90,7 @@ def demo() -> PretrainConfig:
 def small() -> PretrainConfig:
     """ViT-S/16 at 224 on one modest GPU, for some tens of thousands of images.
 
-    Paper: SimMIM (arXiv 2111.09886); ViT-S is not in it, the settings are its 100-epoch ones for batch 256.
+    Paper: SimMIM (arXiv 2111.09886); it has no ViT-S; 100-epoch settings at batch 256.
     Expected: no published figure.
     Cost: not measured.
     Command: simmim pretrain --recipe small --data IMAGES --out runs/small
@@ -114,8 +114,8 @@ def small_data() -> PretrainConfig:
     """ViT-S/16 at 128 for a few thousand images: long in epochs, short in steps.
 
     Paper: SimMIM (arXiv 2111.09886) at low resolution (FastMIM, arXiv 2212.06593); the length is our choice.
-    Expected: no published figure. Watch val_loss, which foretells fine-tuning (arXiv 2206.04664): where it rises, stop.
-    A small data set can be trained on for too long: a run that would see each image over 4,000 times says so.
+    Expected: no published figure. Stop when val_loss, which predicts fine-tuning (arXiv 2206.04664), rises.
+    Small data sets overfit in long runs: a run that would see each image over 4,000 times warns.
     Cost: not measured.
     Command: simmim pretrain --recipe small-data --data IMAGES --out runs/small-data
     Not reproduced here.
@@ -234,9 +234,9 @@ def a2mim_resnet50_300ep() -> PretrainConfig:
     """ResNet-50 at 224 after A2MIM, 300 epochs of ImageNet-1K.
 
     Paper: A2MIM (arXiv 2205.13943) and its configuration in OpenMixup: rate 3e-4 for a batch of 512, no clipping.
-    Expected: A2MIM's own 80.4 top-1 is the aim and no promise. Here the mask token replaces hidden cells after stage 3
-    where A2MIM adds it, its rate is the common one where A2MIM takes a tenth, the loss is plain L1 where A2MIM adds one
-    on the Fourier spectrum, and crops are SimMIM's.
+    Expected: A2MIM reports 80.4 top-1; not claimed here. Differences: the mask token replaces hidden cells after stage
+    3 (A2MIM adds it) and has the common learning rate (A2MIM: a tenth), the loss lacks A2MIM's Fourier term, and crops
+    are SimMIM's.
     Accelerator-hours: not published, not measured.
     Command: torchrun --nproc-per-node 8 -m simmim pretrain --recipe a2mim-resnet50-300ep --data IMAGENET/train
         --out runs/resnet50

@@ -20,42 +20,42 @@ class PretrainConfig(TrainingConfig):
     command: ClassVar[str] = "pretrain"
 
     crop_scale: SharesIfAny = None
-    """Range of a random crop's share of the image (default: 0.67 1, or as the source declares)."""
+    """Range of a random crop's area, as a share of the image (default: 0.67 1, or as the source declares)."""
     crop_ratio: RangeIfAny = None
-    """Range of its width over its height, relative to the image size (default: 0.75 1.333, or as the source says)."""
+    """Range of a crop's aspect ratio, relative to the image size (default: 0.75 1.333, or as the source declares)."""
     decode: Literal["cpu", "gpu"] = "cpu"
-    """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG, for few CPU cores beside it."""
+    """Decode JPEGs on the CPU, or on the GPU with nvJPEG, for machines with few CPU cores."""
     readers: Literal["threads", "processes"] = "threads"
-    """What reads images: threads, or processes, which take more memory, for many images a second."""
+    """Read images with threads, or with processes: faster on many cores, more memory."""
     antialias: bool = True
-    """Blur what is shrunk, as Pillow does; without it raw pixels are read faster, and fine patterns alias."""
+    """Blur before shrinking, as Pillow does. Without it, raw pixels load faster but fine patterns alias."""
     shard: bool = False
-    """Shard parameters and optimiser over the processes (FSDP2) instead of copying them (DDP)."""
+    """Shard parameters and optimiser state across ranks (FSDP2) instead of replicating them (DDP)."""
 
     mask: Annotated[MaskStrategy, one_of(MaskStrategy)] = RandomMask()
-    """How cells to hide are chosen."""
+    """Masking strategy."""
     target: Annotated[Target, one_of(Target)] = PixelTarget()
-    """What is predicted."""
+    """Prediction target."""
     loss: Annotated[Loss, one_of(Loss)] = L1Loss()
-    """How a prediction is judged, on hidden pixels only."""
+    """Loss, on masked pixels only."""
     head: Annotated[Head, one_of(Head)] = LinearHead()
-    """The prediction head."""
+    """Prediction head."""
     encode: Literal["all", "visible"] = "all"
-    """Patches that the encoder sees: all, hidden ones as mask tokens, or visible only (MAE, UM-MAE: other methods)."""
+    """Patches that the encoder sees: all, with mask tokens for masked ones (SimMIM), or visible only (MAE, UM-MAE)."""
     plain_step: bool = False
-    """Compute also what the loss does not need, as the official code does: slower, equal but for rounding."""
+    """Also compute parts that the loss does not need, as the official code does: slower, equal up to rounding."""
     engine: Literal["torch", "keras"] = "torch"
-    """What trains: PyTorch, or Keras on JAX or TensorFlow."""
+    """Training engine: PyTorch, or Keras on JAX or TensorFlow."""
     backend: Annotated[Literal["jax", "tensorflow"] | None, one_word(str, "jax|tensorflow"), HINT] = None
-    """What the keras engine runs on (default: jax)."""
+    """Backend of the keras engine (default: jax)."""
     init_from: Word = None
-    """Start from the weights of this run or safetensors file."""
+    """Run or safetensors file to load initial weights from."""
     val_images: NotNegative = 8
-    """Images kept out of training for the reconstruction pictures and the validation loss."""
+    """Images held out for reconstruction pictures and the validation loss."""
     picture_every_steps: Count = None
-    """Steps between reconstruction pictures (default: as checkpoints)."""
+    """Steps between reconstruction pictures (default: with every checkpoint)."""
     probe: Word = None
-    """Labelled images (train/CLASS, val/CLASS, or demo) for a k-NN check as training goes."""
+    """Labelled images (train/CLASS, val/CLASS, or demo) for a k-NN check during training."""
     probe_every_epochs: PositiveReal = 10.0
     """Epochs between k-NN checks."""
 
@@ -66,7 +66,7 @@ class PretrainConfig(TrainingConfig):
         check_pair(self.target, self.loss)
         if self.encode == "visible" and self.head.cell_by_cell:
             raise UserError(
-                f"--encode visible leaves hidden cells to the head, and head {self.head.kind} sees one cell at a time; "
+                f"--encode visible leaves masked cells to the head, but head {self.head.kind} sees one cell at a time; "
                 "add --head transformer"
             )
         if self.decode == "gpu" and self.channels not in (1, 3):

@@ -1,4 +1,4 @@
-"""Strategies as fields of a configuration: how they are read from TOML, Python and the command line."""
+"""Read strategies as configuration fields, from TOML, Python and the command line."""
 
 import argparse
 import dataclasses
@@ -16,14 +16,14 @@ Family = TypeVar("Family", bound=Strategy)
 
 
 class UnknownKindError(UserError):
-    """A kind that no imported module defines."""
+    """Kind that no imported module defines."""
 
 
 _HELP = {
-    "mask": "How cells to hide are chosen.",
-    "target": "What is predicted.",
-    "loss": "How a prediction is judged, on hidden pixels only.",
-    "head": "The prediction head.",
+    "mask": "Masking strategy.",
+    "target": "Prediction target.",
+    "loss": "Loss, on masked pixels only.",
+    "head": "Prediction head.",
 }
 
 
@@ -47,7 +47,7 @@ def parse_strategy(family: type[Family], value: Any) -> Family:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             remedy = f"did you mean {close[0]}?" if close else f"it has {', '.join(known) or 'none'}"
-            raise UserError(f"{name!r} is no setting of {family.family} {kind.kind}; {remedy}")
+            raise UserError(f"{family.family} {kind.kind} has no setting {name!r}; {remedy}")
     try:
         return pydantic.TypeAdapter(kind).validate_python(settings)
     except pydantic.ValidationError as failure:

@@ -1,4 +1,4 @@
-"""Configurations of fine-tuning: what every task shares, and what each adds. Defaults are the paper's recipe."""
+"""Fine-tuning configurations: shared fields and those of each task. Defaults follow the paper's recipe."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -28,30 +28,30 @@ class FinetuneConfig(TrainingConfig):
     """Supervised training from a pretrained encoder (SimMIM, appendix A)."""
 
     task: Suppress[str]
-    """The name in `TASK_CONFIGS`."""
+    """Name in `TASK_CONFIGS`."""
     classes: Suppress[tuple[str, ...] | None] = None
-    """Names of the data's classes in the order of their numbers, found when it is opened."""
+    """Class names in the order of their numbers, read from the data."""
     init: Annotated[str | None, one_word(str, "RUN|scratch|timm:NAME", nothing="none"), arg(name="from"), HINT] = None
-    """Where the encoder's weights come from: a run, nowhere (scratch), or timm's own. Required."""
+    """Initial encoder weights: a run, scratch (random), or a timm model. Required."""
     flip: Flip = "horizontal"
-    """How images are mirrored at random, with their labels; both is upside down too."""
+    """Random flips of images and labels; both means left-right and upside down."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the images to evaluate on, where the data has no val or test folder."""
+    """Share of images held out for evaluation if the data has no val or test folder."""
     layer_decay: Annotated[float | None, Field(gt=0, le=1), one_word(float, "FLOAT"), HINT] = None
-    """Learning rate of a layer over that of the next (default: 0.65 for ViT and BEiT, 0.8 for Swin, 1 for others)."""
+    """Learning-rate ratio of a layer to the next one (default: 0.65 for ViT and BEiT, 0.8 for Swin, 1 for others)."""
     eval_every_epochs: PositiveReal = 1.0
     """Epochs between evaluations."""
 
     lr: PositiveReal = 1.25e-3
-    """Learning rate for a batch of 512; it is scaled by batch size / 512, as warm-up and minimum are."""
+    """Peak learning rate for a batch of 512. It scales with batch size / 512, as do warmup_lr and min_lr."""
     warmup_lr: NotNegativeReal = 2.5e-7
-    """Learning rate at the first step, for a batch of 512."""
+    """Learning rate of the first step, for a batch of 512."""
     min_lr: NotNegativeReal = 2.5e-7
-    """Learning rate at the end of the cosine, for a batch of 512."""
+    """Final learning rate of the cosine schedule, for a batch of 512."""
     warmup_epochs: Annotated[NotNegativeReal | None, one_word(float, "FLOAT"), HINT] = None
-    """Epochs of linear warm-up (default: a fifth of the run, 20 of 100 epochs in the paper)."""
+    """Epochs of linear warm-up (default: a fifth of the run; paper: 20 of 100 epochs)."""
     drop_path: Share = 0.1
-    """Stochastic depth of the last block."""
+    """Stochastic depth rate of the last block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +63,27 @@ class ClassifyConfig(FinetuneConfig):
     data: Word = None
     """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, .csv, .npz, hf:NAME or demo."""
     labels_per_class: Count = None
-    """Train on so many images of each class only."""
+    """Train on this many images of each class only."""
     label_seed: int = 0
-    """Seed of the choice of those images."""
+    """Seed for choosing these images."""
     class_weights: Literal["none", "balanced"] = "none"
-    """Weigh classes alike in the loss, however many images they have."""
+    """Class weights in the loss; balanced gives every class the same total weight."""
     crop_scale: Shares = (0.08, 1.0)
-    """Range of a random crop's share of the image; one number is the smallest share."""
+    """Range of a random crop's area, as a share of the image; a single number is the minimum."""
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875
-    """Share of the short side that evaluation crops: 224 of 256."""
+    """Centre crop at evaluation, as a share of the short side (0.875 is 224 of 256)."""
     rand_augment: Annotated[float, Field(ge=0, le=10)] = 9.0
-    """Magnitude of RandAugment; 0 is off."""
+    """RandAugment magnitude; 0 turns it off."""
     erase: Annotated[float, Field(ge=0, le=1)] = 0.25
-    """Probability that a random rectangle is replaced by noise."""
+    """Probability of random erasing."""
     mixup: NotNegativeReal = 0.8
-    """Mixup's alpha; 0 is off."""
+    """Mixup alpha; 0 turns it off."""
     cutmix: NotNegativeReal = 1.0
-    """Cutmix's alpha; 0 is off."""
+    """CutMix alpha; 0 turns it off."""
     smoothing: Share = 0.1
     """Label smoothing."""
     ema_decay: Annotated[Share | None, one_word(float, "FLOAT", nothing="none"), HINT] = None
-    """Evaluate and keep an exponential average of the weights with this decay."""
+    """Evaluate and save an exponential moving average of the weights with this decay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,43 +95,43 @@ class SegmentConfig(FinetuneConfig):
     data: Word = None
     """Labelled images: train/images with train/masks (PNG of class numbers, 255 = none), and val/… or test/…."""
     batch_size: Positive = 16
-    """Images of one optimiser step, over all processes and accumulation together."""
+    """Images per optimiser step, over all ranks and accumulation steps."""
     lr: PositiveReal = 3.2e-3
-    """Learning rate for a batch of 512 (1e-4 for one of 16); it is scaled by batch size / 512, as the others are."""
+    """Peak learning rate for a batch of 512 (1e-4 for 16). It scales with batch size / 512, as do the others."""
     evaluation: Literal["resize", "slide"] = "resize"
-    """What the model sees of an image: all of it, resized, or windows of the image size that slide over it."""
+    """Evaluate on the whole image, resized, or on sliding windows of the image size."""
     zoom: tuple[PositiveReal, PositiveReal] = (0.5, 2.0)
-    """Range in which training magnifies what evaluation sees, as far as an image holds it."""
+    """Range of random magnification in training, relative to evaluation and limited by the image."""
     jitter: Share = 0.5
-    """Strength of the random changes of brightness, contrast, saturation and hue; 0 is off."""
+    """Strength of random changes to brightness, contrast, saturation and hue; 0 turns them off."""
     dice: NotNegativeReal = 0.0
-    """Weight of the Dice loss beside cross-entropy (1 in nnU-Net): for classes that fill few of the pixels."""
+    """Weight of the Dice loss added to cross-entropy (nnU-Net: 1). Helps classes with few pixels."""
     decoder_channels: Annotated[int, Field(ge=4)] = 512
     """Width of the UPerNet decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DetectConfig(FinetuneConfig):
-    """Object detection, and masks of the objects if asked for."""
+    """Object detection, optionally with instance masks."""
 
     command: ClassVar[str] = "finetune detect"
     task: Suppress[Literal["detect"]] = "detect"
     data: Word = None
     """Images with boxes: train/images and train/annotations.json (COCO), and the same in val or test. Required."""
     detector: Literal["faster_rcnn", "mask_rcnn", "fcos", "retinanet"] = "faster_rcnn"
-    """The detector on the encoder's feature pyramid; mask_rcnn finds masks too and needs them in the data."""
+    """Detector on the encoder's feature pyramid; mask_rcnn also predicts masks and needs them in the data."""
     pyramid_channels: Positive = 256
-    """Width of the feature pyramid, and so of the detector's heads."""
+    """Width of the feature pyramid and of the detector's heads."""
     scale_jitter: tuple[PositiveReal, PositiveReal] = (0.1, 2.0)
-    """Least and largest random size of an image in training, where 1 just fits the image size."""
+    """Range of random image scales in training; at 1 the image just fits the image size."""
 
-    # Those of Swin's Mask R-CNN; in batches of 64, which ViTDet has, a few hundred images give too few steps.
+    # Defaults of Swin's Mask R-CNN. With ViTDet's batches of 64, a few hundred images give too few steps.
     batch_size: Positive = 16
-    """Images of one optimiser step, over all processes and accumulation together."""
+    """Images per optimiser step, over all ranks and accumulation steps."""
     lr: PositiveReal = 3.2e-3
-    """Learning rate for a batch of 512 (1e-4 for one of 16); it is scaled by batch size / 512, as the others are."""
+    """Peak learning rate for a batch of 512 (1e-4 for 16). It scales with batch size / 512, as do the others."""
     clip_grad: Annotated[PositiveReal | None, NONE_WORD, one_word(float, "FLOAT|none", nothing="none")] = 1.0
-    """Largest gradient norm (ViTDet's); none is no limit."""
+    """Maximum gradient norm (as in ViTDet); none turns clipping off."""
 
 
 TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {
@@ -142,7 +142,7 @@ TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {
 
 
 def find_task(name: str | None = None) -> type[FinetuneConfig]:
-    """The kind of a task's configuration; one-line `ValueError` for a name that is none."""
+    """Return a task's configuration class. Raises `UserError` for an unknown name."""
     if name not in TASK_CONFIGS:
         what = "the task is missing" if name is None else f"task {name!r} is not known"
         raise UserError(f"{what}; choose from {', '.join(TASK_CONFIGS)}")

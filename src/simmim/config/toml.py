@@ -17,9 +17,9 @@ from simmim.method.strategy import Strategy
 Config = TypeVar("Config", bound=TrainingConfig)
 
 FORMAT = 2
-"""Of the files written here. Format 1, that of version 0.1, has no number; `simmim.config.migration` reads it."""
+"""Format number written. Files of version 0.1 (format 1) have no number; `simmim.config.migration` reads them."""
 
-# Fields that may differ when a run is resumed: where and how it runs and is watched, never what is learned.
+# Fields that may change on resume: where and how a run executes and is monitored, never the result of training.
 OPERATIONAL = {
     "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
     "shard", "plain_step", "kernels", "decode", "readers", "save_every_steps", "keep", "fresh", "log_every_steps",
@@ -30,7 +30,7 @@ OPERATIONAL = {
 def to_toml(config: TrainingConfig) -> str:
     """Write a configuration as TOML.
 
-    TOML has no word for `None`: such a field is left out, or "none" where the default is another.
+    TOML has no `None`: such a field is left out, or "none" if its default is not `None`.
     """
     values: dict[str, Any] = {"format": FORMAT}
     for field in dataclasses.fields(config):
@@ -71,6 +71,6 @@ def parse_toml(text: str, kind: type[Config]) -> Config:
 
 
 def changed_fields(old: TrainingConfig, new: TrainingConfig) -> list[str]:
-    """Return the names of fields in which a resumed run would learn something else."""
+    """Return the names of changed fields that would alter the training of a resumed run."""
     names = [f.name for f in dataclasses.fields(new) if f.name not in OPERATIONAL]
     return [name for name in names if getattr(old, name) != getattr(new, name)]

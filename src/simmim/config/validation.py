@@ -1,4 +1,4 @@
-"""Check settings from any entry (command line, TOML, Python) and turn pydantic's errors into one line."""
+"""Validate settings from the command line, TOML or Python, and turn pydantic's errors into one line."""
 
 import dataclasses
 import difflib
@@ -20,14 +20,14 @@ Settings = TypeVar("Settings")
 def validated(config: Config) -> Config:
     """Return the configuration with types and ranges checked. Raises `UserError`.
 
-    Every training passes here once.
+    Every training calls this once.
     """
     config = from_settings(type(config), vars(config))
     config.check()
     return config
 
 
-# What is wrong with a value, by pydantic's name for it.
+# Rules by pydantic's error type.
 _RULES = {
     "greater_than": "is not above {gt}",
     "greater_than_equal": "is less than {ge}",
@@ -71,7 +71,7 @@ def from_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 
 def _explain(error: Mapping[str, Any], default: Any) -> str:
-    """Value, rule and remedy of what pydantic found."""
+    """Describe a pydantic error as value, rule and remedy."""
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message

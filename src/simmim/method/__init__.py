@@ -1,1 +1,1 @@
-"""The mathematics: masks, targets, losses, schedules and random numbers. Imports no array library but NumPy."""
+"""Mathematics of the method: masks, targets, losses, schedules and random numbers. NumPy is the only array library."""

@@ -1,4 +1,4 @@
-"""Colour clusters for `simmim.method.targets.ClusterTarget`: k-means over the user's own colours.
+"""Fit the colour clusters of `simmim.method.targets.ClusterTarget` by k-means over the user's images.
 
 Shapes: `M` colours of `C` channels, `K` clusters.
 """
@@ -13,9 +13,9 @@ from simmim.method.random_keys import sample_keys, uniforms
 def fit_colour_clusters(
     pixels: ArrayLike, *, clusters: int, seed: int = 0, iterations: int = 50
 ) -> tuple[tuple[float, ...], ...]:
-    """Cluster colours (M, C) by k-means++ and Lloyd's iterations; returns the centres (K, C). Deterministic for a seed.
+    """Cluster colours (M, C) by k-means++ and Lloyd's iterations. Returns the centres (K, C), deterministic by seed.
 
-    For a `ClusterTarget`, colours are block means, `block_means(np, images, block)`; 100,000 are plenty. Raises
+    A `ClusterTarget` needs block means as colours, `block_means(np, images, block)`; 100,000 are plenty. Raises
     `UserError` for fewer distinct colours than clusters.
     """
     points = np.asarray(pixels, np.float32)
@@ -32,7 +32,7 @@ def fit_colour_clusters(
 
 
 def _spread_centres(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
-    """Choose first centres by k-means++ (Arthur & Vassilvitskii, 2007): in proportion to the squared distance."""
+    """Choose initial centres by k-means++ (Arthur & Vassilvitskii, 2007), in proportion to squared distance."""
     first, *draws = uniforms(sample_keys(seed, 0, [0], stream="colour clusters"), clusters)[0]
     chosen = [points[int(first * len(points))]]
     distance = np.full(len(points), np.inf, np.float32)

@@ -1,4 +1,4 @@
-"""Prediction heads as configuration. Each engine builds its own modules of them in its `heads` module."""
+"""Prediction heads as configuration. Each engine builds its modules from them in its `heads` module."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,12 +7,12 @@ from simmim.errors import UserError
 from simmim.method.strategy import Strategy
 
 ATTENTION_FEATURES = 32
-"""Features of each attention head in a transformer head, as in MAE's decoder."""
+"""Features per attention head of a transformer head, as in MAE's decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head(Strategy, family="head"):
-    """Map the feature map to predicted values of every cell."""
+    """Map a feature map to predicted values of every cell."""
 
     cell_by_cell: ClassVar[bool] = True
     """Whether a cell is predicted from its own features only, so that a list of cells can replace the map."""
@@ -27,7 +27,7 @@ class LinearHead(Head):
 
 @dataclass(frozen=True, kw_only=True)
 class MLPHead(Head):
-    """Two linear layers with GELU between (SimMIM table 3)."""
+    """Two linear layers with GELU in between (SimMIM table 3)."""
 
     kind: ClassVar[str] = "mlp"
 
@@ -41,7 +41,7 @@ class TransformerHead(Head):
     depth: int = 2
     """Number of blocks (MAE: 8)."""
     width: int = 256
-    """Features, a multiple of 32 (MAE: 512)."""
+    """Number of features, a multiple of 32 (MAE: 512)."""
 
     def __post_init__(self) -> None:
         if self.depth < 1:

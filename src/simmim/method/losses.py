@@ -1,7 +1,7 @@
-"""How far a prediction is from its target, over the masked positions only.
+"""Losses between prediction and target, over masked positions only.
 
-Engine-neutral, like `simmim.method.targets`. All arrays are float32, class ids integers. In mixed precision the caller
-casts the prediction first and calls outside autocast.
+Engine-neutral, like `simmim.method.targets`. Arrays are float32, class ids integers. In mixed precision, cast the
+prediction first and call outside autocast.
 
 Shapes: `B` batch, `h w` feature-map cells, `n²` positions of a cell, `V` values of a position.
 """
@@ -14,14 +14,15 @@ from simmim.errors import UserError
 from simmim.method.strategy import Strategy
 from simmim.method.targets import Array, Namespace, Target
 
-_COUNT_FLOOR = 1e-5  # official SimMIM's guard against a batch without a masked pixel
+_COUNT_FLOOR = 1e-5  # as in official SimMIM, against a batch without masked pixels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss(Strategy, ABC, family="loss"):
-    """A call gives Σ(error · weight) / (Σ weight + 1e-5), a scalar; an error is the mean over a position's values.
+    """Weighted mean error, Σ(error · weight) / (Σ weight + 1e-5), a scalar.
 
-    With pixels and 0/1 weights that is the official SimMIM's loss, Σ|x-x̂|·m / (Σm + 1e-5) / C.
+    The error of a position is the mean over its values. For pixels and 0/1 weights, this is official SimMIM's
+    loss, Σ|x-x̂|·m / (Σm + 1e-5) / C.
     """
 
     classes: ClassVar[bool] = False
@@ -29,10 +30,13 @@ class Loss(Strategy, ABC, family="loss"):
 
     @abstractmethod
     def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
-        """(B, h, w, V, n²) against (B, h, w, V, n²), or class ids (B, h, w, 1, n²) → (B, h, w, n²)."""
+        """Compute the error (B, h, w, n²) of a prediction (B, h, w, V, n²).
+
+        The target is (B, h, w, V, n²), or class ids (B, h, w, 1, n²).
+        """
 
     def sums(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> tuple[Array, Array]:
-        """(Σ error · weight, Σ weight), two scalars: what parts of a batch have to add up to equal the whole batch.
+        """Return (Σ error · weight, Σ weight), two scalars that add up over the parts of a batch.
 
         Prediction (B, h, w, V·n²), target of the same shape or class ids (B, h, w, n²), and weights (B, h, w, n²),
         as a `simmim.method.targets.Target` lays them out.
@@ -46,11 +50,11 @@ class Loss(Strategy, ABC, family="loss"):
         return xp.sum(error * weights), xp.sum(weights)
 
     def __call__(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> Array:
-        """The mean error of the masked positions; arguments as for `sums`."""
+        """Return the mean error of masked positions; arguments as in `sums`."""
         return self.mean(*self.sums(xp, prediction, target, weights))
 
     def mean(self, total: Array, count: Array) -> Array:
-        """Divide sums as `sums` gives them, or the sums over several parts of a batch."""
+        """Divide sums from `sums`, of a batch or added up over its parts."""
         return total / (count + _COUNT_FLOOR)
 
 
@@ -76,11 +80,11 @@ class MSELoss(Loss):
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothL1Loss(Loss):
-    """Squared error over 2·beta where it is below `beta` (> 0), absolute error less beta/2 above."""
+    """Squared error / (2·beta) for errors below `beta` (> 0), else absolute error minus beta/2."""
 
     kind: ClassVar[str] = "smooth_l1"
     beta: float = 1.0
-    """Error at which the loss turns from squared to absolute."""
+    """Error above which the loss is absolute instead of squared."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -101,7 +105,7 @@ class CrossEntropyLoss(Loss):
 
     def error(self, xp: Namespace, prediction: Array, target: Array) -> Array:
         logits = prediction - xp.amax(prediction, axis=3, keepdims=True)
-        # 0, 1, … V-1 made from the logits, so that they lie on the same device; `equal` is another thing in torch.
+        # Class ids 0, 1, … V-1, derived from the logits to be on their device. torch's `equal` returns one bool.
         classes = xp.cumsum(xp.ones_like(logits[:1, :1, :1, :, :1]), axis=3) - 1
         chosen = xp.sum(xp.where(xp.not_equal(classes, target), 0.0, logits), axis=3)
         return xp.log(xp.sum(xp.exp(logits), axis=3)) - chosen
@@ -111,4 +115,4 @@ def check_pair(target: Target, loss: Loss) -> None:
     """Raise `UserError` if the loss is undefined for the target, such as l1 of class ids."""
     if loss.classes != target.classes:
         suitable = [kind for kind, other in Loss.kinds.items() if other.classes == target.classes]
-        raise UserError(f"loss {loss.kind} makes no sense for target {target.kind}; use {' or '.join(suitable)}")
+        raise UserError(f"loss {loss.kind} is undefined for target {target.kind}; use {' or '.join(suitable)}")

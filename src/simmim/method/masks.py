@@ -1,7 +1,7 @@
-"""Mask strategies: which cells of an image are hidden from the encoder. `True` = masked.
+"""Mask strategies: choose the cells of an image to hide from the encoder. `True` = masked.
 
 Every strategy hides exactly `ceil(ratio * cells)` cells of every image, so that the shapes of a step are static. A mask
-depends only on the key of its image (`simmim.method.random_keys`): every engine, process and resume draws the same.
+depends only on its image's key (`simmim.method.random_keys`): it is the same on every engine and rank and on resume.
 
 Shapes: `B` images, `H W` pixels, `rows columns` cells.
 """
@@ -25,8 +25,8 @@ Keys = NDArray[np.uint64]
 Mask = NDArray[np.bool_]
 Numbers = NDArray[np.float64]
 
-_MIN_BLOCK_ASPECT = 0.3  # BEiT, Algorithm 1; the largest is its inverse
-_MAX_BLOCKS = 32  # on 14x14 cells an image needs 7 at ratio 0.6 and 12 at 0.75; the later ones hide little that is new
+_MIN_BLOCK_ASPECT = 0.3  # BEiT, Algorithm 1; the maximum is its inverse
+_MAX_BLOCKS = 32  # on 14x14 cells an image needs 7 at ratio 0.6 and 12 at 0.75; later ones hide few new cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class MaskStrategy(Strategy, ABC, family="mask"):
     ratio: float = 0.6
     """Share of cells to hide, between 0 and 1."""
     cell: int | None = None
-    """Side of a cell in pixels (default: the paper's 32, or the nearest multiple of the model's patch)."""
+    """Side of a cell in pixels (default: the paper's 32, or the nearest multiple of the model's patch size)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -48,7 +48,7 @@ class MaskStrategy(Strategy, ABC, family="mask"):
             raise UserError(f"mask cell {self.cell} is less than 1 pixel; use for example 32")
 
     def for_patch(self, patch: int) -> Self:
-        """Choose the cell, if it is open, for an encoder with patches of `patch` pixels a side."""
+        """Set the cell size, if unset, for an encoder with patches of `patch` pixels a side."""
         return self if self.cell else replace(self, cell=max(round(PAPER_CELL / patch), 1) * patch)
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -69,7 +69,7 @@ class MaskStrategy(Strategy, ABC, family="mask"):
     def masked_cells(self, image_size: tuple[int, int]) -> int:
         """Return the number of hidden cells of every mask: `ceil(ratio * cells)`, as in SimMIM's code.
 
-        Raises `UserError` if that is every cell, which would leave the encoder nothing to see.
+        Raises `UserError` if that is every cell.
         """
         rows, columns = self.grid(image_size)
         count = _share(self.ratio, rows * columns)
@@ -81,7 +81,7 @@ class MaskStrategy(Strategy, ABC, family="mask"):
         return count
 
     def __call__(self, keys: Keys, image_size: tuple[int, int]) -> Mask:
-        """Masks (B, rows, columns) of the images with these keys (B,), for images of (H, W) pixels."""
+        """Draw masks (B, rows, columns) for images of (H, W) pixels with keys (B,)."""
         count = self.masked_cells(image_size)
         return self.draw(keys, *self.grid(image_size), count)
 
@@ -102,17 +102,17 @@ class RandomMask(MaskStrategy):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMask(MaskStrategy):
-    """Overlapping rectangles until enough is hidden (BEiT, arXiv 2106.08254, Algorithm 1).
+    """Hide overlapping rectangles (BEiT, arXiv 2106.08254, Algorithm 1).
 
-    A block has from `min_cells` to as many cells as are still to be hidden, and an aspect ratio from 0.3 to 1/0.3,
-    uniform in its logarithm as in BEiT's code; a side longer than the grid is cut to it. The last block, which would
-    hide too many, keeps the cells nearest to its centre. If 32 blocks do not hide enough (on 14x14 cells: one image in
-    500 at ratio 0.75, one in three at 0.9), cells at random make up the rest. Raises `ValueError` if `min_cells` < 1.
+    A block has between `min_cells` and the number of cells still to hide. Its aspect ratio is log-uniform from 0.3 to
+    1/0.3, as in BEiT's code. Sides are clipped to the grid. The last block keeps only the cells nearest to its centre,
+    to reach the exact count. If 32 blocks do not suffice (on 14x14 cells: one image in 500 at ratio 0.75, one in three
+    at 0.9), random cells make up the rest. Raises `UserError` if `min_cells` < 1.
     """
 
     kind: ClassVar[str] = "block"
     min_cells: int = 16
-    """Cells of the smallest block."""
+    """Minimum number of cells of a block."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,8 +122,8 @@ class BlockMask(MaskStrategy):
     def draw(self, keys: Keys, rows: int, columns: int, count: int) -> Mask:
         numbers = uniforms(keys, 4 * _MAX_BLOCKS + rows * columns)
         tie_breaks = numbers[:, 4 * _MAX_BLOCKS :].reshape(-1, rows, columns)
-        # When a cell is hidden: the number of its block plus its distance from the block's centre. The mask is the
-        # `count` first cells, so the last block is trimmed from its rim, and one selection makes every count exact.
+        # Order in which cells are hidden: number of their block plus distance from its centre. The mask is the first
+        # `count` cells, so that the last block is trimmed from its rim and every count is exact.
         hidden_at = _MAX_BLOCKS + tie_breaks
         for block in range(_MAX_BLOCKS):
             missing = count - np.count_nonzero(hidden_at < _MAX_BLOCKS, axis=(1, 2))
@@ -138,7 +138,7 @@ class BlockMask(MaskStrategy):
         return _lowest(hidden_at.reshape(-1, rows * columns), count).reshape(-1, rows, columns)
 
     def _distances(self, numbers: Numbers, missing: NDArray[np.int64], rows: int, columns: int) -> Numbers:
-        """Distances (B, rows, columns) from the centre of one block an image, in sides of the block: < 0.5 is inside.
+        """Return distances (B, rows, columns) from each image's block centre, in block sides: < 0.5 is inside.
 
         A block takes four `numbers` (B, 4) in [0, 1): its area, aspect ratio, row and column.
         """
@@ -156,10 +156,10 @@ class BlockMask(MaskStrategy):
 
 @dataclass(frozen=True, kw_only=True)
 class GridMask(MaskStrategy):
-    """A regular pattern with a random phase: a checkerboard at ratio 0.5; at 0.75 one of each 2x2 is visible (MAE).
+    """Hide a regular pattern with a random phase: a checkerboard at ratio 0.5, three of each 2x2 at 0.75 (MAE).
 
     Other ratios are an ordered dither: cells are hidden in the order of a Bayer matrix, which spreads any number of
-    them evenly. If a side of the grid is odd, a few cells depart from the pattern to keep the count.
+    them evenly. If a side of the grid is odd, a few cells deviate from the pattern to keep the count exact.
     """
 
     kind: ClassVar[str] = "grid"
@@ -173,15 +173,15 @@ class GridMask(MaskStrategy):
 
 @dataclass(frozen=True, kw_only=True)
 class SquareMask(MaskStrategy):
-    """One region, as square as the count and the image allow, at random or in the centre (SimMIM §3.2).
+    """Hide one region, as square as the count and the image allow (SimMIM §3.2).
 
     Its sides differ by at most one cell unless the image is too narrow; the column at one end may be incomplete.
-    Raises `ValueError` for another `position`.
+    Raises `UserError` for an unknown `position`.
     """
 
     kind: ClassVar[str] = "square"
     position: Literal["random", "centre"] = "random"
-    """Place of the square."""
+    """Position of the square."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,17 +197,17 @@ class SquareMask(MaskStrategy):
         numbers = uniforms(keys, 3) if self.position == "random" else np.full((len(keys), 3), 0.5)
         corner = np.floor(numbers[:, :2] * (rows - height + 1, columns - width + 1)).astype(np.int64)
         mask = _windows(region, -corner, rows, columns)
-        # Half of the images are turned upside down, else the incomplete column would spare the lower right of them all.
+        # Turn half of the masks upside down, so that the incomplete column is not always at the lower right.
         return np.where(numbers[:, 2, None, None] < 0.5, mask[:, ::-1, ::-1], mask)
 
 
 @dataclass(frozen=True, kw_only=True)
 class UniformMask(MaskStrategy):
-    """The same number of cells hidden in each 2x2, which of them at random (UM-MAE, arXiv 2205.10063).
+    """Hide the same number of random cells in each 2x2 (UM-MAE, arXiv 2205.10063).
 
-    Ratios 0.25, 0.5 and 0.75 (the paper's uniform sampling) hide exactly 1, 2 and 3 of each 2x2. At any other ratio
-    some 2x2s, taken at random, hide one more than the others; so 0.8125 is the paper's sampling with its secondary
-    masking of 25 %. In an odd grid, the cells of the last row or column are in no 2x2 and are hidden at random.
+    Ratios 0.25, 0.5 and 0.75 (the paper's uniform sampling) hide exactly 1, 2 and 3 of each 2x2. At other ratios,
+    random 2x2s hide one more than the others; 0.8125 is the paper's sampling with secondary masking of 25 %. In an odd
+    grid, the cells of the last row or column belong to no 2x2 and are hidden at random.
     """
 
     kind: ClassVar[str] = "uniform"
@@ -220,7 +220,7 @@ class UniformMask(MaskStrategy):
         count_grouped = _share(self.ratio, grouped)
         numbers = uniforms(keys, rows * columns + grouped)
 
-        # Ranks 0 to 3 of the cells of a 2x2: the groups fill up together. The fraction says which are first.
+        # Ranks 0 to 3 of the cells of a 2x2, so that all groups fill at the same pace. The fraction breaks ties.
         ranks = numbers[:, :grouped].reshape(b, down * right, 4).argsort(axis=-1)
         order = ranks.reshape(b, grouped) + numbers[:, rows * columns :]
         hidden = _lowest(order, count_grouped).reshape(b, down, right, 2, 2)
@@ -232,12 +232,12 @@ class UniformMask(MaskStrategy):
 
 
 def upsample_mask(mask: Mask, factor: int) -> Mask:
-    """Masks (B, rows, columns) in units `factor` times finer: (B, factor·rows, factor·columns)."""
+    """Upsample masks (B, rows, columns) to (B, factor·rows, factor·columns)."""
     return mask.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _share(ratio: float, cells: int) -> int:
-    # The official code's expression: rounding errors included (0.55 of 100 is 56), the counts agree.
+    # The official code's expression, to match its counts, including rounding errors (0.55 of 100 is 56).
     return math.ceil(cells * ratio)
 
 
@@ -246,7 +246,7 @@ def _size_text(height: int, width: int) -> str:
 
 
 def _lowest(order: NDArray[Any], count: int) -> Mask:
-    """`True` at the `count` lowest of each row: (B, n) → (B, n)."""
+    """Mark the `count` lowest values of each row: (B, n) → (B, n)."""
     mask = np.zeros(order.shape, bool)
     if count:
         np.put_along_axis(mask, np.argpartition(order, count - 1, axis=1)[:, :count], True, axis=1)
@@ -254,7 +254,7 @@ def _lowest(order: NDArray[Any], count: int) -> Mask:
 
 
 def _bayer(side: int) -> NDArray[np.int64]:
-    """Bayer's dither matrix, its side the power of two that is at least `side`."""
+    """Return Bayer's dither matrix, with the smallest power of two of at least `side` as its side."""
     order = np.zeros((1, 1), np.int64)
     while len(order) < side:
         order = np.block([[4 * order, 4 * order + 2], [4 * order + 3, 4 * order + 1]])
@@ -262,7 +262,7 @@ def _bayer(side: int) -> NDArray[np.int64]:
 
 
 def _windows(pattern: NDArray[Any], offset: NDArray[np.int64], rows: int, columns: int) -> NDArray[Any]:
-    """Windows (B, rows, columns) into the pattern, repeated endlessly, that start at each (y, x) of `offset` (B, 2)."""
+    """Return windows (B, rows, columns) of the repeated pattern that start at each (y, x) of `offset` (B, 2)."""
     y = (offset[:, 0, None] + np.arange(rows)) % pattern.shape[0]
     x = (offset[:, 1, None] + np.arange(columns)) % pattern.shape[1]
     return pattern[y[:, :, None], x[:, None, :]]

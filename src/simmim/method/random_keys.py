@@ -38,14 +38,14 @@ def sample_keys(seed: int, epoch: ArrayLike, index: ArrayLike, *, stream: str) -
 
 
 def random_bits(keys: NDArray[np.uint64], n: int) -> NDArray[np.uint64]:
-    """`n` independent 64-bit numbers for each key: (B,) → (B, n)."""
+    """Return `n` independent 64-bit numbers for each key: (B,) → (B, n)."""
     with np.errstate(over="ignore"):
         counters = np.arange(1, n + 1, dtype=np.uint64) * _GOLDEN
         return _mix(keys[:, None] + counters)
 
 
 def uniforms(keys: NDArray[np.uint64], n: int) -> NDArray[np.float64]:
-    """`n` independent numbers in [0, 1) for each key: (B,) → (B, n)."""
+    """Return `n` independent numbers in [0, 1) for each key: (B,) → (B, n)."""
     return (random_bits(keys, n) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

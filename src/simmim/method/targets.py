@@ -1,11 +1,11 @@
-"""What a masked image model predicts: raw pixels, normalised pixels, colour clusters or HOG.
+"""Prediction targets: raw pixels, normalised pixels, colour clusters or HOG.
 
-A target is a map of `V` values at every position of a grid over the image, one position each `pitch` pixels. The head
+A target is a map of `V` values at every position of a grid over the image, one position every `pitch` pixels. The head
 predicts the positions of one feature-map cell together, so the map is folded in PyTorch's PixelShuffle order: channel
-v·n² + i·n + j is value v of the position in row i, column j of the cell. Official SimMIM decoders load as they are.
+v·n² + i·n + j is value v of the position in row i, column j of the cell. Official SimMIM decoders load unchanged.
 
-Engine-neutral: `xp` is torch, numpy, jax.numpy or keras.ops. Nothing here multiplies matrices, because autocast, TF32
-and TPUs would round the factors to 8 to 11 bits and so spoil the targets.
+Engine-neutral: `xp` is torch, numpy, jax.numpy or keras.ops. No code here multiplies matrices, because autocast,
+TF32 and TPUs round the factors to 8 to 11 bits.
 
 Shapes: `B` batch, `C` channels, `H W` pixels, `r` stride of the feature map in pixels, `h w` = H/r, W/r feature-map
 cells, `q` pitch in pixels, `n` = r/q positions along a side of a cell, `V` values of a position, `K` clusters.
@@ -22,10 +22,10 @@ from tyro.conf import Suppress
 from simmim.errors import UserError
 from simmim.method.strategy import Strategy
 
-Array: TypeAlias = Any  # an array of whichever engine runs
+Array: TypeAlias = Any  # an array of the engine
 Namespace: TypeAlias = Any  # torch, numpy, jax.numpy or keras.ops
 
-_VARIANCE_FLOOR = 1e-6  # added to variances, MAE's and SwinV2's value
+_VARIANCE_FLOOR = 1e-6  # added to variances, as in MAE and SwinV2
 
 
 def patchify(xp: Namespace, grid: Array, n: int) -> Array:
@@ -36,19 +36,19 @@ def patchify(xp: Namespace, grid: Array, n: int) -> Array:
 
 
 def unpatchify(xp: Namespace, cells: Array, n: int) -> Array:
-    """The inverse of `patchify`: (B, h, w, V·n²) → (B, h·n, w·n, V)."""
+    """Invert `patchify`: (B, h, w, V·n²) → (B, h·n, w·n, V)."""
     h, w, channels = cells.shape[1:]
     squares = xp.reshape(cells, (-1, h, w, channels // (n * n), n, n))
     return xp.reshape(xp.moveaxis(squares, (-2, -1), (2, 4)), (-1, h * n, w * n, channels // (n * n)))
 
 
 def block_means(xp: Namespace, images: Array, block: int) -> Array:
-    """Mean of each block x block pixels: (B, H, W, C) → (B, H/block, W/block, C)."""
+    """Compute the mean of each block x block pixels: (B, H, W, C) → (B, H/block, W/block, C)."""
     return xp.mean(_blocks(xp, images, block), axis=(2, 4))
 
 
 def _blocks(xp: Namespace, images: Array, block: int) -> Array:
-    """(B, H, W, C) → (B, H/block, block, W/block, block, C)."""
+    """Split into blocks: (B, H, W, C) → (B, H/block, block, W/block, block, C)."""
     height, width, channels = images.shape[1:]
     return xp.reshape(images, (-1, height // block, block, width // block, block, channels))
 
@@ -61,52 +61,52 @@ def _enlarge(xp: Namespace, grid: Array, factor: int) -> Array:
 
 
 def _constant(xp: Namespace, values: ArrayLike, like: Array) -> Array:
-    if xp.__name__ == "torch":  # the one engine that has to be told the device, and that has no `array`
+    if xp.__name__ == "torch":  # needs the device and has no `array`
         return xp.asarray(values, dtype=like.dtype, device=like.device)
     return xp.array(values, dtype=like.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target(Strategy, ABC, family="target"):
-    """What is predicted for normalised images (B, H, W, C); a call gives it folded, (B, h, w, V·n²)."""
+    """Prediction target of normalised images (B, H, W, C); a call returns it folded, (B, h, w, V·n²)."""
 
     classes: ClassVar[bool] = False
     """Whether a position has one class id instead of values, for losses of classes."""
 
     @property
     def pitch(self) -> int:
-        """Pixels from one predicted position to the next."""
+        """Distance between predicted positions in pixels."""
         return 1
 
     def values(self, image_channels: int) -> int:
-        """How many numbers the head predicts at each position (V)."""
+        """Return the number of values that the head predicts at each position (V)."""
         return image_channels
 
     @abstractmethod
     def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
-        """Images (B, H, W, C) → target map (B, H/q, W/q, V), or (B, H/q, W/q, 1) class ids."""
+        """Encode images (B, H, W, C) as a target map (B, H/q, W/q, V), or class ids (B, H/q, W/q, 1)."""
 
     def decode(self, xp: Namespace, values: Array, images: Array, stride: int) -> Array | None:
-        """Predicted map (B, H/q, W/q, V) → normalised pixels (B, H, W, C), or None where it shows no picture."""
+        """Decode a predicted map (B, H/q, W/q, V) to normalised pixels (B, H, W, C), or None if it has no picture."""
         return None
 
     def __call__(self, xp: Namespace, images: Array, stride: int) -> Array:
-        """Normalised float32 images (B, H, W, C) → target (B, h, w, V·n²), or class ids (B, h, w, n²)."""
+        """Compute the target (B, h, w, V·n²), or class ids (B, h, w, n²), of normalised float32 images (B, H, W, C)."""
         return patchify(xp, self.encode(xp, images, stride), self._positions(stride))
 
     def channels(self, image_channels: int, stride: int) -> int:
-        """Width of the prediction for one feature-map cell, V·n². ValueError where the stride does not suit."""
+        """Return the prediction width of a feature-map cell, V·n². Raises `UserError` for an unsuitable stride."""
         return self.values(image_channels) * self._positions(stride) ** 2
 
     def weights(self, xp: Namespace, mask: Array, patch: int, stride: int) -> Array:
-        """Masked share of each position, for the loss: bool mask (B, H/patch, W/patch) → (B, h, w, n²) in [0, 1]."""
+        """Compute the masked share of each position: bool mask (B, H/patch, W/patch) → (B, h, w, n²) in [0, 1]."""
         pixels = _enlarge(xp, xp.where(mask, 1.0, 0.0)[..., None], patch)  # (B, H, W, 1)
         return patchify(xp, block_means(xp, pixels, self.pitch), self._positions(stride))
 
     def to_pixels(self, xp: Namespace, prediction: Array, images: Array, stride: int) -> Array | None:
-        """Prediction (B, h, w, V·n²) → normalised pixels (B, H, W, C), or None where it shows no picture.
+        """Convert a prediction (B, h, w, V·n²) to normalised pixels (B, H, W, C), or None if it has no picture.
 
-        `images` are the true ones: normalised targets take their mean and variance from them.
+        `images` are the originals: normalised targets take their mean and variance from them.
         """
         return self.decode(xp, unpatchify(xp, prediction, self._positions(stride)), images, stride)
 
@@ -134,10 +134,10 @@ class PixelTarget(Target):
 
 @dataclass(frozen=True, kw_only=True)
 class NormalizedTarget(Target):
-    """Pixels less their patch's mean, over its standard deviation (MAE §3, arXiv 2111.06377).
+    """Pixels normalised by the mean and standard deviation of their patch (MAE §3, arXiv 2111.06377).
 
-    Both are taken over all pixels and channels of a patch; the variance is unbiased. `patch` is its side in pixels,
-    None for the stride of the feature map. ValueError from a call where the patch does not divide the image.
+    Both are over all pixels and channels of a patch; the variance is unbiased. A call raises `UserError` if the patch
+    does not divide the image.
     """
 
     kind: ClassVar[str] = "normalized"
@@ -168,15 +168,14 @@ class NormalizedTarget(Target):
 
 @dataclass(frozen=True, kw_only=True)
 class LocallyNormalizedTarget(Target):
-    """Pixels less the mean of the window around them, over its standard deviation (SwinV2 with SimMIM).
+    """Pixels normalised by the mean and standard deviation of the window around them (SwinV2 with SimMIM).
 
-    Each channel for itself, unbiased variance; at a border the window holds the pixels that exist. `window` is its
-    side in pixels, odd (the official recipe: 47).
+    Channels are normalised separately, by the unbiased variance. At borders, the window is clipped to the image.
     """
 
     kind: ClassVar[str] = "local_normalized"
     window: int = 47
-    """Side of the window in pixels, odd."""
+    """Side of the window in pixels, odd (official recipe: 47)."""
 
     def __post_init__(self) -> None:
         if self.window < 3 or self.window % 2 == 0:
@@ -192,7 +191,7 @@ class LocallyNormalizedTarget(Target):
 
     def _statistics(self, xp: Namespace, images: Array) -> tuple[Array, Array]:
         centre = xp.mean(images, axis=(1, 2), keepdims=True)
-        x = images - centre  # E[x²] - E[x]² cancels far less in float32 for pixels around 0
+        x = images - centre  # in float32, E[x²] - E[x]² cancels far less for pixels around 0
         count = _window_sums(xp, xp.ones_like(x[:1, :, :, :1]), self.window)
         mean = _window_sums(xp, x, self.window) / count
         variance = (_window_sums(xp, x * x, self.window) / count - mean * mean) * (count / (count - 1))
@@ -201,8 +200,8 @@ class LocallyNormalizedTarget(Target):
 
 
 def _window_sums(xp: Namespace, x: Array, window: int) -> Array:
-    """Sums (B, H, W, C) over the window x window pixels around each pixel, those outside the image left out."""
-    for _ in range(2):  # along H, then, with the axes exchanged, along W
+    """Sum over the window x window pixels around each pixel, clipped to the image: (B, H, W, C)."""
+    for _ in range(2):  # along H, then with swapped axes along W
         length = x.shape[1]
         reach = min(window // 2, length - 1)
         totals = xp.cumsum(x, axis=1)
@@ -214,11 +213,11 @@ def _window_sums(xp: Namespace, x: Array, window: int) -> Array:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterTarget(Target):
-    """The colour cluster of the mean colour of each block x block pixels, as K-way classification.
+    """Colour cluster of the mean of each block x block pixels, as K-way classification.
 
-    The idea is iGPT's, tried in SimMIM §3.4 pixel by pixel with 512 clusters; 512 logits for each of 32 x 32 pixels
-    would be a head of half a million outputs, hence the blocks. `centres` are K colours of normalised images, C
-    numbers each, such as `fit_colour_clusters` finds. The picture of a prediction shows each block's expected colour.
+    After iGPT; SimMIM §3.4 tried it per pixel with 512 clusters. Blocks keep the head small: 512 logits for each of
+    32 x 32 pixels would be half a million outputs. `centres` (K, C) are colours of normalised images, as returned by
+    `fit_colour_clusters`. The picture of a prediction shows each block's expected colour.
     """
 
     kind: ClassVar[str] = "clusters"
@@ -226,7 +225,7 @@ class ClusterTarget(Target):
     clusters: int = 128
     """Number of colours to find by k-means."""
     centres: Suppress[tuple[tuple[float, ...], ...] | None] = None
-    """The colours, normalised (default: found by k-means over the images)."""
+    """Normalised colours (default: found by k-means over the images)."""
     block: int = 4
     """Side of a block in pixels."""
 
@@ -246,7 +245,7 @@ class ClusterTarget(Target):
         assert self.centres is not None
         if image_channels != len(self.centres[0]):
             raise UserError(
-                f"colour clusters of {len(self.centres[0])} channels do not suit images of {image_channels}; "
+                f"colour clusters of {len(self.centres[0])} channels do not fit images of {image_channels}; "
                 f"fit the clusters to these images"
             )
         return len(self.centres)
@@ -255,7 +254,7 @@ class ClusterTarget(Target):
         colours = block_means(xp, images, self.block)[..., None, :]  # (B, H/q, W/q, 1, C)
         assert self.centres is not None
         centres = _constant(xp, self.centres, images)
-        # Channel by channel: all differences at once would be C times as large as the logits.
+        # Channel by channel, since all differences at once would take C times the memory of the logits.
         distance = sum((colours[..., c] - centres[:, c]) ** 2 for c in range(images.shape[3]))
         return xp.argmin(distance, axis=-1)[..., None]
 
@@ -270,15 +269,15 @@ class ClusterTarget(Target):
 class HogTarget(Target):
     """Histograms of oriented gradients (MaskFeat, arXiv 2112.09133), as its published code computes them.
 
-    Each channel for itself: Sobel gradients with a reflected border, their angle from the vertical taken modulo 180°
-    in `bins` equal bins, each pixel adding its gradient's length to one bin (no interpolation), sums over squares of
-    `cell` x `cell` pixels, each histogram scaled to length 1 (an all-flat one stays 0). Value c·bins + k is bin k of
-    channel c. One difference: the bins begin 0.002° early, see `encode`. It shows no picture.
+    Each channel has Sobel gradients with a reflected border. Their angle from the vertical, modulo 180°, selects one
+    of `bins` equal bins (no interpolation), to which a pixel adds its gradient's length. Histograms of `cell` x `cell`
+    pixels are scaled to length 1 (flat ones stay 0). Value c·bins + k is bin k of channel c. One difference: bins begin
+    0.002° early, see `encode`. HOG has no picture.
     """
 
     kind: ClassVar[str] = "hog"
     bins: int = 9
-    """Orientations of a histogram."""
+    """Orientation bins of a histogram."""
     cell: int = 8
     """Side of a histogram's square in pixels."""
 
@@ -292,20 +291,20 @@ class HogTarget(Target):
     def encode(self, xp: Namespace, images: Array, stride: int) -> Array:
         horizontal, vertical = _sobel(xp, images)
         turns = xp.arctan2(horizontal, vertical) / math.pi  # half turns: a gradient and its opposite differ by 1
-        # 8-bit images are full of gradients at exactly 0°, a border of bins: unshifted, rounding would pick the bin.
+        # Many gradients of 8-bit images are exactly 0°, a bin border. Without the shift, rounding would choose the bin.
         bins = xp.floor(turns * self.bins + 1e-4) % self.bins  # (B, H, W, C)
         lengths = xp.sqrt(horizontal**2 + vertical**2)
-        # A loop over the bins keeps one (B, H, W, C) array at a time, where a one-hot array would hold `bins`.
+        # A loop over bins keeps one (B, H, W, C) array at a time; a one-hot array would hold `bins`.
         histogram = xp.stack(
             [block_means(xp, xp.where(bins == k, lengths, 0.0), self.cell) for k in range(self.bins)], axis=-1
-        )  # (B, H/q, W/q, C, bins); means serve as well as sums, since the scale goes next
+        )  # (B, H/q, W/q, C, bins); means instead of sums, since normalisation removes the scale
         norm = xp.sqrt(xp.sum(histogram**2, axis=-1, keepdims=True))
         rows, columns, channels, _ = histogram.shape[1:]
         return xp.reshape(histogram / (norm + 1e-12), (-1, rows, columns, channels * self.bins))
 
 
 def _sobel(xp: Namespace, images: Array) -> tuple[Array, Array]:
-    """Horizontal and vertical Sobel gradients, left - right and top - bottom, each (B, H, W, C)."""
+    """Compute horizontal and vertical Sobel gradients, left - right and top - bottom, each (B, H, W, C)."""
     x = xp.concatenate([images[:, 1:2], images, images[:, -2:-1]], axis=1)
     x = xp.concatenate([x[:, :, 1:2], x, x[:, :, -2:-1]], axis=2)  # (B, H + 2, W + 2, C), the border reflected
     rows_smoothed = x[:, :-2] + 2 * x[:, 1:-1] + x[:, 2:]
