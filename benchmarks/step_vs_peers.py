@@ -10,12 +10,19 @@ and masks, from the same weights: forward, backward, clip, AdamW. Rounds alterna
 contender counts: other work on the machine only ever slows a step. The losses of the first step are printed beside the
 speeds: they are equal but for precision (of the ResNet not, which ours masks in another place). Figures are saved as
 they come.
+
+Our CPU kernels are those that a new run chooses (`simmim bench` prints their times). The last lines name each peer that
+our step of the same precision is behind, and the exit status is 1 if there is one. Behind means that the median over
+the rounds of the peer's time divided by ours is below 0.97. `--one-thread` compares processor time, for a machine with
+other work.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import os
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +39,7 @@ from simmim.interop.weight_names import to_transformers
 from simmim.method.targets import patchify
 from simmim.torch_engine.interop.export import arrays
 from simmim.torch_engine.models.family import find_family
+from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.perf.trial import build_update, random_batch
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import build_step
@@ -64,8 +72,18 @@ def settings(case: str, batch: int, device: str, *, tiny: bool) -> PretrainConfi
     )
 
 
+# Our step and the peers that do the same in the same precision.
+MATCHES = {
+    "simmim fp32": ("transformers fp32", "timm fp32"),
+    "simmim bf16": ("transformers tuned", "timm bf16"),
+    "simmim bf16 compiled": ("timm bf16 compiled",),
+}
+MARGIN = 0.97  # alike steps differ by so much in a few rounds
+
+
 def ours(config: PretrainConfig, **changes: Any) -> Step:
     config = dataclasses.replace(config, **changes)
+    config = dataclasses.replace(config, kernels=choose_kernels(config, int))
     step, update = build_update(config, World(device=torch.device(config.device)))
     batch = random_batch(config, config.batch_size, step.model.encoder.patch_size)
     return lambda: update(0, batch)[1][0]
@@ -208,7 +226,7 @@ def contenders(config: PretrainConfig, case: str, *, compiled: bool) -> dict[str
 
 
 def measure(
-    starts: dict[str, Callable[[], Step]], device: str, *, rounds: int, steps: int
+    starts: dict[str, Callable[[], Step]], device: str, *, rounds: int, steps: int, clock: Callable[[], float]
 ) -> Iterator[dict[str, dict[str, Any]]]:
     """Seconds a step of each contender, as far as known. One that cannot run says why, and the others go on."""
 
@@ -234,7 +252,7 @@ def measure(
             rows[name] = {"error": " ".join(str(error).split())[:300]}
             continue
         if device == "cuda":  # one at a time: together they would not fit
-            rows[name]["seconds"] = [timed(step, steps, wait) for _ in range(rounds)]
+            rows[name]["seconds"] = [timed(step, steps, wait, clock) for _ in range(rounds)]
             del step
             torch.cuda.empty_cache()
             yield rows
@@ -243,16 +261,16 @@ def measure(
             rows[name]["seconds"] = []
     for _ in range(rounds):
         for name, step in running.items():
-            rows[name]["seconds"].append(timed(step, steps, wait))
+            rows[name]["seconds"].append(timed(step, steps, wait, clock))
         yield rows
 
 
-def timed(step: Step, steps: int, wait: Callable[[], None]) -> float:
-    begun = time.perf_counter()
+def timed(step: Step, steps: int, wait: Callable[[], None], clock: Callable[[], float]) -> float:
+    begun = clock()
     for _ in range(steps):
         step()
     wait()
-    return (time.perf_counter() - begun) / steps
+    return (clock() - begun) / steps
 
 
 def report(title: str, rows: dict[str, dict[str, Any]], batch: int) -> None:
@@ -266,6 +284,22 @@ def report(title: str, rows: dict[str, dict[str, Any]], batch: int) -> None:
         row["images_per_second"] = batch / min(row["seconds"])
         row["ratio"] = min(base["seconds"]) / min(row["seconds"])
         print(f"  {name:24}{row['images_per_second']:10.2f}{row['ratio']:8.2f}{row['first_loss']:12.4f}", flush=True)
+
+
+def compare_with_peers(rows: dict[str, dict[str, Any]], device: str, *, compiled: bool) -> dict[str, float]:
+    """Return our speed relative to each peer, by "ours / peer": the median over the rounds."""
+    matches = dict(MATCHES)
+    if device == "cuda" and compiled:  # there the tuned peer is compiled
+        matches["simmim bf16"] = ("timm bf16",)
+        matches["simmim bf16 compiled"] = ("timm bf16 compiled", "transformers tuned")
+    return {
+        f"{mine} / {peer}": statistics.median(
+            theirs / own for own, theirs in zip(rows[mine]["seconds"], rows[peer]["seconds"], strict=True)
+        )
+        for mine, peers in matches.items()
+        for peer in peers
+        if rows.get(mine, {}).get("seconds") and rows.get(peer, {}).get("seconds")
+    }
 
 
 def profile_ours(config: PretrainConfig, path: Path, *, compiled: bool) -> None:
@@ -282,7 +316,7 @@ def profile_ours(config: PretrainConfig, path: Path, *, compiled: bool) -> None:
     print(f"wrote {path}")
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=["vit", "swin"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
@@ -290,31 +324,46 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="steps of a round (on a GPU: 10 or so)")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave out what is compiled")
+    parser.add_argument("--one-thread", action="store_true", help="one thread, and processor time (CPU only)")
     parser.add_argument("--only", nargs="+", help="these contenders only, by name")
     parser.add_argument("--profile", type=Path, help="write what our step's time goes into to files in this folder")
     parser.add_argument("--tiny", action="store_true", help="very small models, to see that this runs")
     parser.add_argument("--name", help="of the file in benchmarks/results (default: step_vs_peers_DEVICE)")
     arguments = parser.parse_args()
+    clock = time.perf_counter
+    if arguments.one_thread:
+        torch.set_num_threads(1)
+        clock = time.thread_time
     figures: dict[str, Any] = {}
     gpu = torch.cuda.get_device_name() if arguments.device == "cuda" else None
     name = arguments.name or f"step_vs_peers_{arguments.device}{'_tiny' if arguments.tiny else ''}"
-    facts = {**machine(), "gpu": gpu, "cases": figures}
+    facts = {**machine(), "gpu": gpu, "threads": torch.get_num_threads(), "cases": figures}
     for case in arguments.cases:
         config = settings(case, arguments.batch_size, arguments.device, tiny=arguments.tiny)
         starts = contenders(config, case, compiled=arguments.compile)
         starts = {name: start for name, start in starts.items() if not arguments.only or name in arguments.only}
         title = f"{config.model} at {config.image_size}, batch {config.batch_size}, {arguments.device}"
         figures[case] = {"what": title, "load_before": os.getloadavg()[0]}
-        for rows in measure(starts, arguments.device, rounds=arguments.rounds, steps=arguments.steps):
+        for rows in measure(starts, arguments.device, rounds=arguments.rounds, steps=arguments.steps, clock=clock):
             figures[case]["contenders"] = rows
             save(name, facts, quiet=True)
-        report(title, figures[case]["contenders"], config.batch_size)
+        rows = figures[case]["contenders"]
+        report(title, rows, config.batch_size)
+        figures[case]["relative"] = compare_with_peers(rows, arguments.device, compiled=arguments.compile)
         save(name, facts)
         if arguments.profile:
             arguments.profile.mkdir(parents=True, exist_ok=True)
             profile_ours(config, arguments.profile / f"step_{case}_{arguments.device}.txt", compiled=arguments.compile)
         torch.compiler.reset()
+    behind = [
+        f"BEHIND A PEER  {case}: {pair} is {ratio:.2f}"
+        for case, found in figures.items()
+        for pair, ratio in found["relative"].items()
+        if ratio < MARGIN
+    ]
+    print("\n".join(behind) or "ours is behind no peer")
+    return int(bool(behind) and not arguments.tiny)  # very small models say nothing of speed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
