@@ -29,7 +29,7 @@ demo: $(VENV)/ready
 	@echo "Look at runs/demo/reconstruction.png"
 
 test: $(VENV)/ready $(EXTRAS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/ready $(EXTRAS)
 	$(BIN)/python -m pytest -m slow

@@ -145,7 +145,7 @@ BAD_OPTIONS = {
     "--probe nowhere": "nowhere does not exist; give a folder of classes, a .csv, an .npz, hf:NAME or demo",
     "--probe images": "folder images has no class folders; put each class's images in a folder of its name",
     # the machine
-    "--device gpu": "--device 'gpu' is not known; choose from auto, cpu, cuda, tpu",
+    "--device gpu": "--device 'gpu' is not known; choose from auto, cuda, xpu, mps, tpu, cpu",
     "--decode gpu --device cpu": "--decode gpu is for --device cuda, and this is cpu; use --decode cpu",
     "--decode nvjpeg": "--decode 'nvjpeg' is not known; choose from cpu, gpu",
     "--decode gpu --readers processes": "--readers processes is not for --decode gpu; leave one of them out",
@@ -276,7 +276,7 @@ def test_too_many_broken_images_fail_the_run(here, capsys):
     # One thread, since several may find a broken image each before the first error is seen.
     assert main(tiny("--data torn --out torn_run --val-images 0 --steps 9 --workers 1")) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "simmim: 1 of 6 images (16.7%) cannot be read, more than --max-bad-fraction 0.01; "
+        "simmim: 1 of 6 images (16.7%) cannot be read, such as torn/0.png, more than --max-bad-fraction 0.01; "
         "they are listed in torn_run/bad_images.txt"
     )
 
@@ -284,7 +284,7 @@ def test_too_many_broken_images_fail_the_run(here, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
 def test_cuda_without_a_gpu_is_refused(capsys):
     assert error_of(tiny("--device cuda"), capsys) == (
-        "device 'cuda' is not here: PyTorch sees no NVIDIA GPU; use --device cpu, or see `simmim doctor`"
+        "device 'cuda' is not here: PyTorch sees no NVIDIA or AMD GPU; use --device cpu, or see `simmim doctor`"
     )
 
 

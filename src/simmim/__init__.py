@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from simmim.config.pretraining import PretrainConfig
     from simmim.data.sources import register_source
     from simmim.errors import UserError
+    from simmim.torch_engine.tasks.base import TaskSpec, register_task
     from simmim.torch_engine.train.storage import load_encoder, load_model
     from simmim.training.loop import Outcome
     from simmim.training.run_directory import Run
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PretrainConfig",
     "Run",
+    "TaskSpec",
     "UserError",
     "__version__",
     "finetune",
@@ -33,6 +35,7 @@ __all__ = [
     "pretrain",
     "probe",
     "register_source",
+    "register_task",
 ]
 
 # Loaded on first use, so that `import simmim` stays fast.
@@ -40,8 +43,10 @@ _HOMES = {
     "PretrainConfig": "simmim.config.pretraining",
     "Run": "simmim.training.run_directory",
     "UserError": "simmim.errors",
+    "TaskSpec": "simmim.torch_engine.tasks.base",
     "load_encoder": "simmim.torch_engine.train.storage",
     "load_model": "simmim.torch_engine.train.storage",
+    "register_task": "simmim.torch_engine.tasks.base",
     "register_source": "simmim.data.sources",
 }
 
@@ -69,9 +74,9 @@ def pretrain(**settings: Any) -> "Run":
 def finetune(task: str, **settings: Any) -> "Run":
     """Train an encoder for a task, or resume the run in `out`.
 
-    `task` is one of `simmim.config.tasks.TASK_CONFIGS`, and settings are the fields of its configuration there; `init`
-    is what the command line calls `--from`: a run, "scratch" or "timm:NAME". Returns the run. Raises what
-    `pretrain` does.
+    `task` is "classify", "segment", "detect" or one that `register_task` added. Settings are the fields of its
+    configuration in `simmim.config.tasks`; `init` is what the command line calls `--from`: a run, "scratch" or
+    "timm:NAME". Returns the run. Raises what `pretrain` does.
     """
     from simmim.config.tasks import find_task
     from simmim.config.validation import from_settings

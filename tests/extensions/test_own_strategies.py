@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import simmim
+from simmim.commands.reconstruct import reconstruct
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.toml import read_toml
 from simmim.method.heads import Head
@@ -44,6 +45,9 @@ class BrightnessTarget(Target):
 
     def encode(self, xp: Any, images: Any, stride: int) -> Any:
         return xp.mean(images, axis=3, keepdims=True) * self.gain
+
+    def decode(self, xp: Any, values: Any, images: Any, stride: int) -> Any:
+        return values / self.gain + xp.zeros_like(images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(strategy.kinds, strategy.kind, type(strategy))
 
 
-@pytest.mark.parametrize("names", [("mask",), ("target",), ("target", "loss"), ("head",), tuple(OWN)], ids="+".join)
+@pytest.mark.parametrize("names", [("mask",), ("target",), ("loss",), ("head",), tuple(OWN)], ids="+".join)
 def test_own_strategies_train_and_are_in_the_configuration(names: tuple[str, ...], tmp_path: Path) -> None:
     own = {name: OWN[name] for name in names}
     run = simmim.pretrain(out=str(tmp_path / "run"), steps=2, **SETTINGS | own)
@@ -106,6 +110,13 @@ def test_own_strategies_train_and_are_in_the_configuration(names: tuple[str, ...
     assert {name: getattr(config, name) for name in names} == own
     model = simmim.load_model(run.path)
     assert np.isfinite([float(value.sum()) for value in model.state_dict().values()]).all()
+    reconstruct(run.path, ("demo",), out=tmp_path / "picture.png", count=2)
+    assert (tmp_path / "picture.png").exists()
+
+
+def test_an_own_loss_of_values_is_refused_for_classes() -> None:
+    with pytest.raises(simmim.UserError, match=r"^loss quartic makes no sense for target clusters; use cross_entropy$"):
+        simmim.pretrain(out="run", target="clusters", loss=QuarticLoss(), **SETTINGS)
 
 
 def test_own_strategies_resume_to_the_same_weights(tmp_path: Path) -> None:

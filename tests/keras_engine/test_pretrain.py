@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.numpy import load_file
 
+from simmim.data.bad_images import BadImages
 from simmim.torch_engine.train.pretrain import judge_and_draw
 from simmim.torch_engine.train.storage import load_run
 from simmim.training.plan import Plan, open_images
@@ -97,7 +98,7 @@ def test_a_picture_and_a_validation_loss_are_written(whole: tuple[str, Path]) ->
 def test_the_torch_engine_loads_the_run_and_finds_the_same_validation_loss(whole: tuple[str, Path]) -> None:
     _, out = whole
     step, config = load_run(out)
-    loss, _ = judge_and_draw(step, config, Plan(config, open_images(config)).val_pixels())
+    loss, _ = judge_and_draw(step, config, Plan(config, open_images(config)).val_pixels(BadImages(None, total=8)))
     last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert loss == pytest.approx(last["val_loss"], abs=1e-5)
 
@@ -146,3 +147,27 @@ def test_a_tpu_that_tensorflow_does_not_find_is_refused_in_one_line(tmp_path: Pa
     assert re.match(
         r"simmim: device 'tpu' is not here: TensorFlow says .+; use tensorflow-tpu on", done.stderr.splitlines()[-1]
     )
+
+
+OWN_HEAD = """
+from dataclasses import dataclass
+import sys
+import simmim
+from simmim.method.heads import Head
+
+@dataclass(frozen=True, kw_only=True)
+class OwnHead(Head):
+    kind = "own"
+
+for attempt in range(2):
+    try:
+        simmim.pretrain(data="demo", out=sys.argv[1], engine="keras", device="cpu", image_size=64, head=OwnHead())
+    except simmim.UserError as error:
+        print(error)
+"""
+
+
+@have("keras", "jax")
+def test_each_training_of_a_process_refuses_a_head_without_a_keras_layer(tmp_path: Path) -> None:
+    done = run_python("-c", OWN_HEAD, str(tmp_path / "run"))
+    assert done.stdout.count("head own has no Keras layer; use --engine torch") == 2, done.stderr

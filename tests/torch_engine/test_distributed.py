@@ -11,8 +11,10 @@ import timm
 import torch
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.torch_engine.accelerators import choose_device
+from simmim.torch_engine.tpu.device import check_tpu_launch
 from simmim.torch_engine.train import distributed
-from simmim.torch_engine.train.distributed import World, check_tpu_launch, check_world, choose_device, spread
+from simmim.torch_engine.train.distributed import World, check_world, spread
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step, full_state, load_encoder
 from simmim.torch_engine.train.update import Update

@@ -146,15 +146,12 @@ def files(folder: Path, *, good: int, bad: int) -> ImageSource:
 
 
 def test_an_image_that_cannot_be_read_is_left_out(tmp_path: Path):
-    index, features = reader(max_bad_fraction=0.5)(files(tmp_path, good=4, bad=1))
+    index, features = reader(max_bad_fraction=0.5)(files(tmp_path, good=4, bad=1), "val")
     assert index.tolist() == [0, 2, 3, 4]
     assert len(features) == 4
 
 
 def test_too_many_images_that_cannot_be_read_are_refused(tmp_path: Path):
-    message = (
-        r"^2 of 5 labelled images cannot be read, such as .*1\.npy; "
-        r"mend them, or allow more with --max-bad-fraction \(now 0\.3\)$"
-    )
+    message = r"^2 of 5 images of val \(40.0%\) cannot be read, such as .*\.npy, more than --max-bad-fraction 0\.3$"
     with pytest.raises(ValueError, match=message):
-        reader(max_bad_fraction=0.3)(files(tmp_path, good=3, bad=2))
+        reader(max_bad_fraction=0.3)(files(tmp_path, good=3, bad=2), "val")

@@ -9,7 +9,7 @@ from timm.layers.norm import LayerNorm2d
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
-from simmim.torch_engine.train.distributed import fit_for_tpu
+from simmim.torch_engine.tpu.device import fit_for_tpu
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(3), BatchNormAct2d(3)])

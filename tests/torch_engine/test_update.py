@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simmim.method.losses import CrossEntropyLoss
+from simmim.method.targets import ClusterTarget
 from simmim.torch_engine.train import update as update_module
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.update import Update
@@ -157,6 +159,20 @@ def test_the_watch_over_host_reads_sees_one() -> None:
     for read in (lambda: x[0].item(), lambda: x[x > 0], lambda: x.nonzero(), lambda: bool(x.any())):
         with NoHostReads(), pytest.raises(AssertionError):
             read()
+
+
+def test_colour_clusters_are_on_the_device_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.config(target=ClusterTarget(centres=((0.0,) * 3, (1.0,) * 3)), loss=CrossEntropyLoss())
+    update, batch = tiny.update(settings), tiny.batch(settings)
+    on_device = torch.asarray
+
+    def fail_on_numbers(value: Any, **options: Any) -> torch.Tensor:
+        assert isinstance(value, torch.Tensor), "numbers of the host's"
+        return on_device(value, **options)
+
+    monkeypatch.setattr(torch, "asarray", fail_on_numbers)
+    update(0, batch)
+    assert not [name for name in update.model.state_dict() if "centres" in name]
 
 
 @pytest.mark.parametrize(

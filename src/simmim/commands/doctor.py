@@ -33,14 +33,13 @@ def examine() -> dict[str, str]:
         "compiler": _compiler(),
     }
     try:
+        from simmim.torch_engine.accelerators import describe_gpus
         from simmim.torch_engine.perf.kernel_choice import try_kernels
         from simmim.torch_engine.perf.trial import try_devices
-        from simmim.torch_engine.train.distributed import describe_cuda
     except ImportError as error:
         findings["training"] = f"does not work: {error}; install simmim again"
     else:
-        findings["cuda"] = describe_cuda()
-        findings |= try_devices() | try_kernels()
+        findings |= describe_gpus() | try_devices() | try_kernels()
     findings["tpu"] = describe_tpu()
     findings["compiling for TPUs"] = try_compiler()
     findings |= {name: _version(name) or "MISSING; install simmim again" for name in _required()}

@@ -156,7 +156,7 @@ def _compile_here() -> None:
         else:
             from simmim.torch_engine.tpu.lower import compile_step
         answer = dataclasses.asdict(compile_step(config, config.topology))
-    except ValueError as error:
+    except UserError as error:
         answer = {"error": str(error)}
     os.write(answers, json.dumps(answer).encode())
     os._exit(0)  # TorchTPU may abort as the interpreter ends
@@ -207,7 +207,7 @@ def try_compiler() -> str:
     script = "from simmim.hardware.tpu_compiler import available_hbm; print(available_hbm('v5e:1x1'))"
     try:
         check_machine(PretrainConfig())
-    except ValueError as error:
+    except UserError as error:
         return f"no: {error}"
     done = _run(script)
     if done.returncode:

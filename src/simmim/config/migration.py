@@ -10,11 +10,12 @@ from simmim.method.masks import MaskStrategy, RandomMask
 from simmim.method.strategy import Strategy
 from simmim.method.targets import PixelTarget, Target
 
-# Field of version 0.1 → family, default strategy, setting, the kind that has it (None: every kind), and old default.
+# Field of version 0.1 → family, default, setting, the kind that has it (None: every kind), and its default where
+# version 0.1 refused another value for other kinds (None: it ignored the value).
 _MOVED: dict[str, tuple[type[Strategy], Strategy, str, str | None, Any]] = {
     "mask_ratio": (MaskStrategy, RandomMask(), "ratio", None, None),
     "mask_cell": (MaskStrategy, RandomMask(), "cell", None, None),
-    "clusters": (Target, PixelTarget(), "clusters", "clusters", 128),
+    "clusters": (Target, PixelTarget(), "clusters", "clusters", None),
     "cluster_centres": (Target, PixelTarget(), "centres", "clusters", None),
     "decoder_depth": (Head, LinearHead(), "depth", "transformer", 2),
     "decoder_width": (Head, LinearHead(), "width", "transformer", 256),
@@ -30,7 +31,7 @@ def migrate(values: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any
         value = kept.pop(name)
         strategy = parse_strategy(family, kept.get(family.family, default))
         if only is not None and strategy.kind != only:
-            if value not in (None, usual):
+            if usual is not None and value not in (None, usual):
                 raise UserError(
                     f"{name.replace('_', ' ')} {value} is for {family.family} {only}, not {strategy.kind}; "
                     f"set {family.family} to {only}, or leave it out"

@@ -11,6 +11,7 @@ from simmim.config.field_types import (
     NONE_WORD,
     Count,
     Flip,
+    NotNegative,
     NotNegativeReal,
     Positive,
     PositiveReal,
@@ -28,9 +29,13 @@ class FinetuneConfig(TrainingConfig):
     """Supervised training from a pretrained encoder (SimMIM, appendix A)."""
 
     task: Suppress[str]
-    """Name in `TASK_CONFIGS`."""
+    """Name of the task."""
     classes: Suppress[tuple[str, ...] | None] = None
     """Class names in the order of their numbers, read from the data."""
+    model: Annotated[str, one_word(str, "STR", nothing=""), HINT] = "auto"
+    """The encoder's timm name (default: that of --from, or vit_small_patch16_224 from scratch)."""
+    channels: NotNegative = 0
+    """Channels of an image (0: the encoder's, 3 from scratch). The first layer is adapted to another number."""
     init: Annotated[str | None, one_word(str, "RUN|scratch|timm:NAME", nothing="none"), arg(name="from"), HINT] = None
     """Initial encoder weights: a run, scratch (random), or a timm model. Required."""
     flip: Flip = "horizontal"
@@ -134,15 +139,14 @@ class DetectConfig(FinetuneConfig):
     """Maximum gradient norm (as in ViTDet); none turns clipping off."""
 
 
+# By name. `simmim.torch_engine.tasks` has a module of each name; `simmim.register_task` adds a user's own.
 TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {
-    "classify": ClassifyConfig,
-    "segment": SegmentConfig,
-    "detect": DetectConfig,
+    kind.task: kind for kind in (ClassifyConfig, SegmentConfig, DetectConfig)
 }
 
 
 def find_task(name: str | None = None) -> type[FinetuneConfig]:
-    """Return a task's configuration class. Raises `UserError` for an unknown name."""
+    """Return the configuration class of a task. Raises `UserError` for an unknown name."""
     if name not in TASK_CONFIGS:
         what = "the task is missing" if name is None else f"task {name!r} is not known"
         raise UserError(f"{what}; choose from {', '.join(TASK_CONFIGS)}")

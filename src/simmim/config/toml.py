@@ -23,7 +23,7 @@ FORMAT = 2
 OPERATIONAL = {
     "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
     "shard", "plain_step", "kernels", "decode", "readers", "save_every_steps", "keep", "fresh", "log_every_steps",
-    "log", "picture_every_steps", "probe", "probe_every_epochs",
+    "log", "accept_changed_data", "picture_every_steps", "probe", "probe_every_epochs",
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from simmim.config.field_types import (
     NONE_WORD,
     Colour,
     Count,
+    Device,
     Flip,
     ImageSize,
     ModelArgs,
@@ -104,12 +105,12 @@ class TrainingConfig:
     seed: int = 0
     """Random seed."""
 
-    device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
+    device: Device = "auto"
     """Device to train on."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the forward pass (auto: bf16 if the hardware supports it, else fp32)."""
     compile: YesNo = None
-    """Compile the step with torch.compile (default: on CUDA and TPU only)."""
+    """Compile the step with torch.compile (default: on cuda and tpu only)."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     kernels: Kernels = Kernels()
@@ -121,6 +122,8 @@ class TrainingConfig:
     """Number of latest checkpoints to keep."""
     fresh: bool = False
     """Start a new run even if the run directory holds one. The old run is moved aside, not deleted."""
+    accept_changed_data: bool = False
+    """Resume although images were added, removed or renamed since the run began."""
     log_every_steps: Positive = 10
     """Steps between progress lines; metrics.jsonl records every step."""
     log: Annotated[tuple[Literal["wandb", "trackio"], ...], HINT] = ()
@@ -136,7 +139,7 @@ class TrainingConfig:
                 raise UserError(f"--{name} is missing; give {remedy}")
         if "://" in (self.out or ""):
             raise UserError(f"--out {self.out} is a URL; give a directory: mount the storage first (docs/tpu.md)")
-        self._check_colours()
+        self.check_colours()
         if self.schedule == "multistep" and not self.milestones:
             raise UserError("schedule multistep needs milestones; give the epochs, such as --milestones 700")
         if list(self.milestones) != sorted(self.milestones):
@@ -151,12 +154,13 @@ class TrainingConfig:
                 f"use {nearest}"
             )
 
-    def _check_colours(self) -> None:
+    def check_colours(self) -> None:
+        """Raise `UserError` unless mean and std fit each other, and the number of channels if it is decided."""
         if (self.mean is None) != (self.std is None):
             raise UserError("mean and std belong together; give both or neither")
         for name in ("mean", "std"):
             value = getattr(self, name)
-            if isinstance(value, tuple) and len(value) != self.channels:
-                raise UserError(f"{name} has {len(value)} values for {self.channels} channels; give one per channel")
+            if isinstance(value, tuple) and self.channels and len(value) != self.channels:
+                raise UserError(f"{name} has {len(value)} values for {self.channels} channels; give one a channel")
         if isinstance(self.std, tuple) and min(self.std) <= 0:
             raise UserError(f"std {min(self.std)} is not above 0; give each channel's own, or measure")

@@ -63,6 +63,9 @@ def from_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
         return pydantic.TypeAdapter(kind).validate_python(dict(values))
     except pydantic.ValidationError as failure:
         error = failure.errors()[0]
+        cause = error.get("ctx", {}).get("error")
+        if isinstance(cause, ValueError) and not isinstance(cause, UserError):
+            raise cause from None  # a validator's own bug
         name = str(error["loc"][0])
         default = fields[name].default
         # The message of a strategy names its family already.

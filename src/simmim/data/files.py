@@ -17,13 +17,16 @@ class PathList:
 
     def __init__(self, names: Sequence[str | Path], root: str | Path = ""):
         self._names = names
-        self._root = root
+        self._root = str(root)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return str(Path(self._root, self._names[index]))
+        name = str(self._names[index])
+        if "./" in name or "//" in name:
+            return str(Path(self._root, name))
+        return os.path.join(self._root, name)  # noqa: PTH118  # a third of a path's time, which counts for a million names
 
     def read(self, index: int) -> bytes:
         return Path(self.name(index)).read_bytes()

@@ -193,10 +193,11 @@ def eval_images(
     size: tuple[int, int],
     channels: int,
     dtype: DTypeLike,
+    bad_images: BadImages | None = None,
 ) -> NDArray[Any]:
-    """The middles of images (B, H, W, C), always the same; those that cannot be read are left out.
+    """Read the middles of images (B, H, W, C), always the same. Unreadable ones are left out and listed.
 
-    Raises a one-line `ValueError` where none of them can be read.
+    Raises `UserError` if none of them can be read.
     """
     crop, images, reason = CentreCrop(size=size), [], "it is empty"
     for index in map(int, indices):
@@ -204,6 +205,8 @@ def eval_images(
             images.append(load(read_raw(source, index), crop.box, size=size, channels=channels, dtype=dtype))
         except BadImage as error:
             reason = f"{source.name(index)}: {error}"
+            if bad_images is not None:
+                bad_images.add(source.name(index), str(error))
     if not images:
         raise UserError(f"none of {len(indices)} images can be read; the last: {reason}")
     return np.stack(images)
@@ -217,35 +220,52 @@ def eval_batches(
     dtype: DTypeLike,
     batch_size: int,
     threads: int,
+    bad_images: BadImages,
     fill: ArrayLike = 0,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """All images in order, by the batch: their indices (B,) and what `crop` shows (B, H, W, C). Bad ones are left out.
+    """Yield all images in order, in batches: their indices (B,) and what `crop` shows (B, H, W, C).
 
-    `fill` is the colour beyond an image.
+    Unreadable images are left out and listed in `bad_images`. `fill` is the colour beyond an image. Raises
+    `TooManyBadImages`.
     """
 
     def read(raw: Raw) -> NDArray[Any]:
         return load(raw, crop.box, size=crop.size, channels=channels, dtype=dtype, fill=fill)
 
-    for indices, images in readable_batches(source, read, batch_size=batch_size, threads=threads):
+    for indices, images in readable_batches(
+        source, read, batch_size=batch_size, threads=threads, bad_images=bad_images
+    ):
         yield np.array(indices, np.int64), np.stack(images)
 
 
 def readable_batches(
-    source: ImageSource, read: Callable[[Raw], NDArray[Any]], *, batch_size: int, threads: int
+    source: ImageSource,
+    read: Callable[[Raw], NDArray[Any]],
+    *,
+    batch_size: int,
+    threads: int,
+    bad_images: BadImages,
 ) -> Iterator[tuple[list[int], list[NDArray[Any]]]]:
-    """All images in order, by the batch: their indices, and what `read` makes of them. Bad ones are left out."""
+    """Yield all images in order, in batches: their indices, and what `read` makes of them.
+
+    Unreadable images are left out and listed in `bad_images`. Raises `TooManyBadImages`.
+    """
 
     def attempt(index: int) -> NDArray[Any] | None:
         try:
             return read(read_raw(source, index))
-        except BadImage:
+        except BadImage as error:
+            bad_images.add(source.name(index), str(error))
             return None
 
+    readable = False
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), batch_size):
             indices = range(start, min(start + batch_size, len(source)))
             pairs = zip(indices, pool.map(attempt, indices), strict=True)
             found = [(index, image) for index, image in pairs if image is not None]
             if found:
+                readable = True
                 yield [index for index, _ in found], [image for _, image in found]
+    if not readable:
+        raise bad_images.none_readable()

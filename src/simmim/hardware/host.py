@@ -42,7 +42,7 @@ _TPUS = {"0x005e": "v4", "0x0062": "v5p", "0x0063": "v5e", "0x006f": "v6e", "0x0
 
 
 def describe_tpu(devices: Path = Path("/sys/bus/pci/devices")) -> str:
-    """What TPU chips are in this machine, in one line; asks Linux alone, since asking a TPU takes it."""
+    """Describe the TPU chips of this machine in one line. Read sysfs; opening the TPU would lock it."""
     found = [
         _TPUS[number]
         for place in sorted(devices.glob("*"))

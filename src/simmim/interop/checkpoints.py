@@ -75,7 +75,7 @@ def read_checkpoint(path: Path, *, model: str | None = None, model_args: Mapping
         raise UserError(f"it is of no known kind: it holds {names} …; known are {_KNOWN}")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: what it says of its model is not understood ({error!r}); give --model") from None
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 

@@ -77,6 +77,12 @@ class JaxMachine:
     def main_says(self, number: int) -> int:
         return number if self.size == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
+    def share(self, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+        if self.size == 1:
+            return numbers
+        bits = np.ascontiguousarray(numbers).view(np.int32)  # JAX would round 64 bits to 32
+        return np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64)
+
     @property
     def copied(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())

@@ -40,6 +40,10 @@ class Machine(Protocol):
         """Broadcast a number from rank 0, once all have come here."""
         ...
 
+    def share(self, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Broadcast rank 0's numbers, which have the same shape on every rank."""
+        ...
+
 
 class Stepper(Protocol):
     """The training state on the devices. Every process calls these together, each with its part of the batch."""

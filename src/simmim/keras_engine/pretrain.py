@@ -40,6 +40,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         config,
         images,
         patch=architecture.arguments.get("patch_size", 1),  # a convolutional net has none
+        world=machine,
         backend=backend,
         image_size=config.image_size or architecture.image_size,
         device=machine.device,
@@ -68,6 +69,7 @@ def open_machine(backend: str, config: PretrainConfig) -> Machine:
 def check_options(config: PretrainConfig, backend: str, family: str) -> None:
     """Raise `UserError` for an option that this engine does not honour."""
     refused = {
+        f"--device {config.device}": (config.device not in ("auto", "cpu", "cuda", "tpu"), "use --engine torch"),
         "--precision fp16": (config.precision == "fp16", "use bf16, which needs no loss scale"),
         "--encode visible": (config.encode != "all", "use --engine torch"),
         "--head transformer with another depth or width": (
@@ -110,7 +112,7 @@ class KerasPretrainSession(PretrainSession):
     """A pretraining with Keras."""
 
     def __init__(self, plan: Plan, machine: Machine, start: int, model: MaskedImageModel, origin: str | None):
-        super().__init__(plan, machine, start)
+        super().__init__(plan, machine, start, plan.images.parts)
         config = plan.config
         self._machine, self._model, self._origin = machine, model, origin
         self._stepper = machine.start(model, config)
@@ -123,7 +125,7 @@ class KerasPretrainSession(PretrainSession):
         return self.plan.batches(reading, patch=encoder.patch_size, drop_path_layers=encoder.drop_paths.layers)
 
     def judge(self) -> tuple[float, NDArray[np.uint8] | None]:
-        return judge_and_draw(self._stepper, self._model, self.plan.config, self.plan.val_pixels())
+        return judge_and_draw(self._stepper, self._model, self.plan.config, self.val_pixels())
 
     def _save_encoder(self, state: State) -> None:
         save_encoder(self.run.encoder, self._model, state, self.plan.config)

@@ -72,6 +72,8 @@ class Target(Strategy, ABC, family="target"):
 
     classes: ClassVar[bool] = False
     """Whether a position has one class id instead of values, for losses of classes."""
+    arrays: ClassVar[tuple[str, ...]] = ()
+    """Settings that are arrays of numbers. An engine may keep its own arrays of them on its device."""
 
     @property
     def pitch(self) -> int:
@@ -222,6 +224,7 @@ class ClusterTarget(Target):
 
     kind: ClassVar[str] = "clusters"
     classes: ClassVar[bool] = True
+    arrays: ClassVar[tuple[str, ...]] = ("centres",)
     clusters: int = 128
     """Number of colours to find by k-means."""
     centres: Suppress[tuple[tuple[float, ...], ...] | None] = None

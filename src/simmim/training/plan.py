@@ -5,7 +5,7 @@ Shapes: `B` images, `C` channels, `H W` pixels.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -17,9 +17,10 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.config.training import TrainingConfig
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
+from simmim.data.decode import BadImage, decode
 from simmim.data.pipeline import Reading, eval_images, train_batches
 from simmim.data.readers.device_jpegs import Decode, device_batches
-from simmim.data.sources import ImageSource, SourceDefaults, Subset, defaults_of, open_source, sniff
+from simmim.data.sources import ImageSource, SourceDefaults, Subset, defaults_of, open_source, read_raw, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
@@ -28,7 +29,8 @@ from simmim.method.masks import upsample_mask
 from simmim.method.random_keys import sample_keys, uniforms
 from simmim.method.schedules import CosineSchedule, MultiStepSchedule, Schedule, scale_lr
 from simmim.method.targets import ClusterTarget, block_means
-from simmim.training.run_directory import Run
+from simmim.training.run_directory import Run, recall
+from simmim.training.trainer import World
 
 Batch = dict[str, NDArray[Any]]
 
@@ -46,6 +48,10 @@ class Images:
     dtype: np.dtype[Any]
     channels: int = 3
     defaults: SourceDefaults = field(default_factory=SourceDefaults)
+
+    @property
+    def parts(self) -> dict[str, ImageSource]:
+        return {"train": self.train, "val": self.val}
 
 
 def open_images(config: PretrainConfig) -> Images:
@@ -80,6 +86,11 @@ class TrainingPlan:
     @property
     def train_images(self) -> int:
         raise AssertionError
+
+    @property
+    def total_images(self) -> int:
+        """Images of which `max_bad_fraction` may be unreadable."""
+        return self.train_images
 
     @property
     def size(self) -> tuple[int, int]:
@@ -130,8 +141,7 @@ class TrainingPlan:
         ]
 
     def bad_images(self, run: Run) -> BadImages:
-        limit = self.config.max_bad_fraction
-        return BadImages(run.bad_images, total=self.train_images, max_fraction=limit)
+        return BadImages(run.bad_images, total=self.total_images, max_fraction=self.config.max_bad_fraction)
 
     def reading(self, bad_images: BadImages, *, start_step: int, rank: int, world: int) -> Reading:
         """What the process `rank` of `world` reads from `start_step` on."""
@@ -156,7 +166,9 @@ class Plan(TrainingPlan):
     images: Images
 
     @classmethod
-    def complete(cls, config: PretrainConfig, images: Images, *, patch: int, **machine: Any) -> "Plan":
+    def complete(
+        cls, config: PretrainConfig, images: Images, *, patch: int, world: World | None = None, **machine: Any
+    ) -> "Plan":
         """Decide whatever the configuration leaves open: from the images, and from what the engine says of the machine.
 
         `patch` is the side of the encoder's patches, in pixels; `machine` gives at least image_size, device, precision
@@ -172,16 +184,22 @@ class Plan(TrainingPlan):
             "mask": config.mask.for_patch(patch),
             **machine,
         }
-        if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
-            changes |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        elif not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
-            mean, std = measure_mean_std(images.train, channels=config.channels, dtype=images.dtype, seed=config.seed)
-            changes |= {"mean": mean, "std": std}
+        begun = recall(config)
+        if not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
+            old = begun and (begun.mean, begun.std)
+            if config.mean == "measure" and old == (IMAGENET_MEAN, IMAGENET_STD):
+                old = None  # the run did not measure: let it be compared
+            numbers = _measured_once(old, lambda: _mean_std(config, images), (2, config.channels), world)
+            changes |= {name: tuple(row) for name, row in zip(("mean", "std"), numbers.tolist(), strict=True)}
         plan = cls(dataclasses.replace(config, **changes), images)
         if config.warmup_epochs is None:
             plan = plan.replace(warmup_epochs=min(10.0, plan.total_steps / plan.steps_per_epoch / 10))
-        if isinstance(config.target, ClusterTarget) and config.target.centres is None:
-            plan = plan.replace(target=dataclasses.replace(config.target, centres=plan.find_clusters(config.target)))
+        target = config.target
+        if isinstance(target, ClusterTarget) and target.centres is None:
+            old = begun and getattr(begun.target, "centres", None)
+            shape = (target.clusters, config.channels)
+            centres = _measured_once(old, lambda: plan.find_clusters(target), shape, world)
+            plan = plan.replace(target=dataclasses.replace(target, centres=tuple(map(tuple, centres.tolist()))))
         assert plan.schedule
         return plan
 
@@ -191,6 +209,10 @@ class Plan(TrainingPlan):
     @property
     def train_images(self) -> int:
         return len(self.images.train)
+
+    @property
+    def total_images(self) -> int:
+        return len(self.images.train) + len(self.images.val)
 
     @property
     def picture_every_steps(self) -> int:
@@ -231,10 +253,22 @@ class Plan(TrainingPlan):
                 batch["drop_path"] = drop_path_numbers(config, epoch, index, drop_path_layers)
             yield batch
 
-    def val_pixels(self) -> NDArray[Any]:
-        """The images kept aside: (B, H, W, C) in 0..255, whole, always the same."""
+    def can_validate(self, bad_images: BadImages) -> bool:
+        """Return whether any image kept aside can be read; those that cannot, up to the first that can, are listed."""
+        for index in range(len(self.images.val)):
+            try:
+                decode(read_raw(self.images.val, index), channels=self.config.channels, dtype=self.images.dtype)
+            except BadImage as error:
+                bad_images.add(self.images.val.name(index), str(error))
+            else:
+                return True
+        return False
+
+    def val_pixels(self, bad_images: BadImages) -> NDArray[Any]:
+        """Read the images kept aside: (B, H, W, C) in 0..255, whole, always the same. Unreadable ones are left out."""
         val = self.images.val
-        return eval_images(val, range(len(val)), size=self.size, channels=self.config.channels, dtype=self.images.dtype)
+        how: dict[str, Any] = {"size": self.size, "channels": self.config.channels, "dtype": self.images.dtype}
+        return eval_images(val, range(len(val)), **how, bad_images=bad_images)
 
     def find_clusters(
         self, target: ClusterTarget, *, images: int = 500, colours: int = 100_000
@@ -270,6 +304,27 @@ class Plan(TrainingPlan):
             f"warning    each image is seen {views:.0f} times; from about {_VIEWS_THAT_HURT} on, more training made "
             "SimMIM worse: add images or train for less, and watch val_loss"
         ]
+
+
+def _mean_std(config: PretrainConfig, images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return ImageNet's mean and deviation for 8-bit RGB, unless asked to measure; else measure them."""
+    if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return measure_mean_std(images.train, channels=config.channels, dtype=images.dtype, seed=config.seed)
+
+
+def _measured_once(
+    begun: Any, find: Callable[[], Any], shape: tuple[int, ...], world: World | None
+) -> NDArray[np.float64]:
+    """Return numbers that the configuration leaves open, the same on every rank.
+
+    They are those that the run began with, if it has such, or else found by rank 0: measured twice, on two ranks or for
+    a resume on another machine, they could differ in the last bit.
+    """
+    if world is not None and world.rank:
+        return world.share(np.zeros(shape))
+    numbers = np.array(begun, np.float64) if np.shape(begun) == shape else np.array(find(), np.float64)
+    return numbers if world is None else world.share(numbers)
 
 
 def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:

@@ -110,6 +110,15 @@ class Run:
         return self.path / "tensorboard"
 
     @property
+    def data(self) -> Path:
+        """Counts and digests of the images."""
+        return self.path / "data.json"
+
+    @property
+    def data_names(self) -> Path:
+        return self.path / "data_names.gz"
+
+    @property
     def bad_images(self) -> Path:
         return self.path / "bad_images.txt"
 
@@ -153,6 +162,13 @@ def find_model(path: Path) -> Path:
             f"simmim finetune classify --from {path} --data LABELLED --out RUN2"
         )
     raise UserError(f"{path} is not a fine-tuned run; give the --out directory of simmim finetune")
+
+
+def recall(config: Config) -> Config | None:
+    """Return the configuration that the run in `config.out` began with; `None` where training starts anew."""
+    if config.out is None or config.fresh or not (run := Run(Path(config.out))).config.is_file():
+        return None
+    return run.read_config(type(config))
 
 
 def open_run(config: TrainingConfig) -> Run:

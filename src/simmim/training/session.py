@@ -1,7 +1,7 @@
 """A training from its complete plan to its end, the same for every engine and task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.data.bad_images import count_listed
 from simmim.data.pipeline import Reading
+from simmim.data.sources import ImageSource
+from simmim.training.data_record import check_data
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png
 from simmim.training.plan import Batch, Plan, TrainingPlan
@@ -26,12 +29,15 @@ class Session(ABC):
     trainer: Trainer
     loop: Loop
 
-    def __init__(self, plan: TrainingPlan, world: World, start: int):
-        """Open the run directory. Raises `UserError` where it holds another run."""
+    def __init__(self, plan: TrainingPlan, world: World, start: int, data: Mapping[str, ImageSource]):
+        """Open the run directory. Raises `UserError` where it holds another run, or one of other images than `data`."""
         assert plan.config.out is not None
+        self.warnings: list[str] = []
         self.plan, self.config, self.world, self.start = plan, plan.config, world, start
         if world.rank == 0:
-            open_run(plan.config)
+            run = open_run(plan.config)
+            if change := check_data(run, data, accept=plan.config.accept_changed_data):
+                self.warnings.append(f"the images changed since the run began: {change}")
         world.main_says(0)  # no process goes on before the directory is there
         self.run = Run(Path(plan.config.out))
 
@@ -70,6 +76,8 @@ class Session(ABC):
             self.loop.console.say(line)
         if 0 < self.start < plan.total_steps:
             self.loop.console.say(f"resumes    after step {self.start}")
+        for warning in self.warnings:
+            self.loop.console.say(f"warning    {warning}")
         outcome = self.loop.fit()
         for line in self._conclude(outcome):
             self.loop.console.say(line)
@@ -81,7 +89,7 @@ class Session(ABC):
         return self.read(self.plan.reading(bad_images, start_step=start_step, rank=world.rank, world=world.size))
 
     def _conclude(self, outcome: Outcome) -> Iterator[str]:
-        bad_images, total = len(self.plan.bad_images(self.run)), self.plan.total_steps
+        bad_images, total = count_listed(self.run.bad_images), self.plan.total_steps
         if bad_images:
             yield f"{bad_images} image{'s' * (bad_images > 1)} could not be read; {self.run.bad_images} lists them"
         if outcome.stopped_by is not None:
@@ -116,9 +124,16 @@ class PretrainSession(Session):
         """
 
     def events(self) -> list[Event]:
-        if not self.plan.config.val_images:
+        images = self.plan.config.val_images
+        if not images:
+            return []
+        if not self.plan.can_validate(self.plan.bad_images(self.run)):
+            self.warnings.append(f"none of the {images} images kept aside can be read: no pictures, no val_loss")
             return []
         return [Event(every_steps=self.plan.picture_every_steps, call=self._validate)]
+
+    def val_pixels(self) -> NDArray[Any]:
+        return self.plan.val_pixels(self.plan.bad_images(self.run))
 
     def result(self) -> Iterable[str]:
         return [f"the encoder is {self.run.encoder}"]

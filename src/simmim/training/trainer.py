@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from simmim.config.training import TrainingConfig
 from simmim.training.checkpoint_directory import checkpoint_path, checkpoint_step, newest_checkpoint
 from simmim.training.run_directory import Run
@@ -26,6 +29,10 @@ class World(Protocol):
 
     def main_says(self, number: int) -> int:
         """Broadcast a number from rank 0, once rank 0 has come here."""
+        ...
+
+    def share(self, numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Broadcast rank 0's numbers, which have the same shape on every rank."""
         ...
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simmim.data.bad_images import BadImages, TooManyBadImages
+from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage
 from simmim.data.sources import ImageSource
 from simmim.method.random_keys import sample_keys
@@ -84,9 +84,7 @@ class Loader:
                 return _Element(self.read(epoch, index, row), index, epoch)
             except BadImage as error:
                 self.bad_images.add(self.source.name(index), str(error))
-        raise TooManyBadImages(
-            f"none of the {len(self.source)} images can be read; they are listed in {self.bad_images.path}"
-        )
+        raise self.bad_images.none_readable()
 
 
 class Order:

@@ -67,7 +67,7 @@ def convert(config: ConvertConfig) -> list[str]:
     step = build_step(plan)
     try:
         resized, fresh = adopt(step.model, as_tensors(checkpoint.mapped.state))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(
             f"{config.checkpoint} does not fit {plan.model}: {error}; give the --model and --model-args that it is of"
         ) from None

@@ -75,7 +75,7 @@ def _why_another(source: Source, kind: str | None) -> str | None:
         return "whose models reconstruct square images"
     try:
         to_transformers(arrays(source.model), kind)
-    except ValueError as error:
+    except UserError as error:
         return f"whose {kind} is another model: {error}"
     places = 1 + backbone.patch_embed.num_patches
     if kind == "vit" and (backbone.pos_embed is None or backbone.pos_embed.shape[1] != places):

@@ -4,6 +4,8 @@ Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of th
 `h w` = `H/s W/s` feature-map cells, `n` hidden ones of an image, `D` features, `P` predicted values a cell.
 """
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +34,8 @@ class MaskedImageModel(nn.Module):
         self.cell_by_cell = cell_by_cell
         self.target = target
         self.loss = loss
+        for name in target.arrays:  # on the device once, rather than copied there at each step
+            self.register_buffer(f"target_{name}", torch.tensor(getattr(target, name)), persistent=False)
 
     def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         prediction = self.predict(images, mask)
@@ -57,16 +61,24 @@ class MaskedImageModel(nn.Module):
         """Return the sums whose ratio is the loss, so that a batch can be judged in parts. Arguments as for `judge`."""
         stride = self.encoder.stride
         with torch.autocast(images.device.type, enabled=False):
-            target = self.target(torch, images.float().permute(0, 2, 3, 1), stride)
+            target = self._target_here()(torch, images.float().permute(0, 2, 3, 1), stride)
             weights = self.target.weights(torch, mask, self.encoder.patch_size, stride)
             if hidden is not None:  # a map of n × 1 cells
                 prediction = prediction.unsqueeze(2)
                 target, weights = (hidden.of(each.flatten(1, 2)).unsqueeze(2) for each in (target, weights))
             return self.loss.sums(torch, prediction.float(), target, weights)
 
+    def _target_here(self) -> Target:
+        """Return the target with its arrays on the device."""
+        if not self.target.arrays:
+            return self.target
+        return dataclasses.replace(
+            self.target, **{name: getattr(self, f"target_{name}") for name in self.target.arrays}
+        )
+
     def show(self, prediction: Tensor, images: Tensor) -> Tensor | None:
         """Return what a prediction (B, h, w, P) shows: (B, H, W, C) in normalised colours, or `None`."""
-        return self.target.to_pixels(torch, prediction.float(), images.permute(0, 2, 3, 1), self.encoder.stride)
+        return self._target_here().to_pixels(torch, prediction.float(), images.permute(0, 2, 3, 1), self.encoder.stride)
 
 
 def mirror(values: Tensor, flip: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from simmim.config.field_types import Count, ImageSize, Positive, PositiveReal, Word, YesNo
+from simmim.config.field_types import Count, Device, ImageSize, Positive, PositiveReal, Word, YesNo
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings, validated
 from simmim.data.packed.format import PackedImages
@@ -18,6 +18,7 @@ from simmim.data.sources import ArrayImages, ImageSource, Subset, open_source, s
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
+from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.perf import profiling
 from simmim.torch_engine.perf.kernel_choice import KINDS, choose_kernels, describe_times, measure_kernels
@@ -49,7 +50,7 @@ class BenchConfig:
     """What reads images."""
     antialias: bool = True
     """Blur what is shrunk, as Pillow does."""
-    device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
+    device: Device = "auto"
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass."""
@@ -72,16 +73,16 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     for file in filter(None, (config.profile, config.save_calibration)):
         if not Path(file).absolute().parent.is_dir():  # fail before measuring, not after minutes
             raise UserError(f"{file} cannot be written: its folder is not there; make it, or give another file")
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
     source = open_source(config.data)
     plan = plan_of(config, source, device)
     training = plan.config
     figures = {
-        "device": distributed.device_name(torch.device(device)),
+        "device": describe_device(torch.device(device)),
         "kind": device,
         "memory_gib": device_memory(device) / 2**30,
         "cores": cpu_cores(),
-        "has_bf16": distributed.choose_precision("auto", device) == "bf16",
+        "has_bf16": choose_precision("auto", device) == "bf16",
         "torch": torch.__version__,
         "model": training.model,
         "image_size": list(training.image_size or ()),
@@ -92,7 +93,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "readers": training.readers,
         "antialias": training.antialias,
     }
-    with distributed.join(device) as world:
+    with distributed.join(device, training.precision) as world:
         plan = plan.replace(kernels=choose_kernels(plan.config, world.main_says))
         figures["kernels"] = {
             name: {"seconds": seconds, "chosen": getattr(plan.config.kernels, name)}
@@ -146,8 +147,8 @@ def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
         patch=sketch_encoder(config.model, size, {}).patch_size,
         image_size=size,
         device=device,
-        precision=distributed.choose_precision(config.precision, device),
-        compile=device != "cpu" if config.compile is None else config.compile,
+        precision=choose_precision(config.precision, device),
+        compile=find_accelerator(device).compiles if config.compile is None else config.compile,
     )
 
 
@@ -159,9 +160,9 @@ def _stored(source: ImageSource) -> str:
 
 
 def device_memory(device: str) -> int:
-    """Memory in bytes: the GPU's, else the machine's."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+    """Return the bytes of the device's own memory, or of the host's if it has none."""
+    if total := find_accelerator(device).total_memory:
+        return total(torch.device(device))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -178,7 +179,7 @@ def describe(figures: dict[str, Any]) -> str:
     size = "x".join(map(str, figures["image_size"]))
     share = f"{step['mfu']:.1%} of the peak" if step["mfu"] else f"{step['share_of_matmul']:.1%} of a large product's"
     gflops, rate = step["flops_per_image"] / 1e9, step["flops_per_second"] / 1e9
-    place = "on the GPU" if figures["kind"] == "cuda" else "of this process, libraries included"
+    place = "on the device" if find_accelerator(figures["kind"]).peak_memory else "of this process, libraries included"
     readers = f"{source['workers']} {figures['readers']}{' and nvJPEG' if figures['decode'] == 'gpu' else ''}"
     lines = [
         f"machine  {figures['device']}, torch {figures['torch']}",

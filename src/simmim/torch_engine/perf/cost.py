@@ -93,7 +93,7 @@ def _line(first: list[int], second: list[int]) -> np.ndarray:
 
 def _record(config: PretrainConfig, images: int) -> "_Tape":
     """One update of `images` images, with AdamW's averages there from the start."""
-    like = _LIKE[config.device]()
+    like = _LIKE.get(config.device, _LikeCuda)()
     with torch.device("meta"):
         step = build_step(config)
     config = dataclasses.replace(config, batch_size=images, accumulate_steps=1, device="cpu")
@@ -252,12 +252,10 @@ class _LikeCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# TorchTPU's autocast leaves norms and softmax in the precision of their input, as the CPU's does. Its kernel for bf16
-# attention is not followed, so memory is on the safe side.
+# Devices that do not autocast as CUDA does. TorchTPU's autocast leaves norms and softmax in the precision of their
+# input, as the CPU's does. Its kernel for bf16 attention is not followed, so memory is on the safe side.
 _LIKE: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "cpu": contextlib.nullcontext,
-    "cuda": _LikeCuda,
-    "auto": _LikeCuda,
     "tpu": lambda: sdpa_kernel(SDPBackend.MATH),
 }
 

@@ -19,6 +19,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.data.bad_images import BadImages
 from simmim.hardware.accelerators import gpu_peak_flops
 from simmim.hardware.roofline import Rates
+from simmim.torch_engine.accelerators import describe_device, find_accelerator
 from simmim.torch_engine.perf.cost import count_flops, measure_work
 from simmim.torch_engine.perf.trial import build_update, random_batch
 from simmim.torch_engine.train.distributed import World
@@ -39,9 +40,8 @@ class Trial:
         self.decoder = open_decoder(plan, world.device)
 
     def wait(self) -> None:
-        """Block until the device is idle."""
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()
+        """Wait until the device has finished its work."""
+        find_accelerator(self.world.device).synchronize()
 
     @contextlib.contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
@@ -62,7 +62,7 @@ def measure_step(trial: Trial, seconds: float) -> dict[str, Any]:
     seconds_a_step = median_time(lambda: trial.update(0, batch), seconds, trial.wait)
     memory = peak_memory(device)  # before anything else is allocated
     speed, flops = config.batch_size / seconds_a_step, count_flops(config)
-    peak = gpu_peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    peak = gpu_peak_flops(describe_device(device)) if find_accelerator(device).is_gpu else None
     rates = measure_rates(config, device, min(seconds, 2.0))
     work = measure_work(config)
     return {
@@ -116,9 +116,9 @@ def measure_end_to_end(trial: Trial, seconds: float) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of tensors on a GPU, else the peak resident size of this process, libraries included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Return the most bytes that tensors occupied on the device, or else that this process had resident."""
+    if peak := find_accelerator(device).peak_memory:
+        return peak(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
@@ -126,18 +126,13 @@ def peak_memory(device: torch.device) -> int:
 def measure_rates(config: PretrainConfig, device: torch.device, seconds: float) -> Rates:
     """What this machine reaches at best: FLOP/s of one large matrix product in the step's precision, and bytes/s of a
     copy that no cache holds."""
-    cuda = device.type == "cuda"
-    side, size = (8192, 2**30) if cuda else (2048, 2**28)
-
-    def wait() -> None:
-        if cuda:
-            torch.cuda.synchronize()
-
+    row = find_accelerator(device)
+    side, size = (8192, 2**30) if row.total_memory else (2048, 2**28)
     left, right = (torch.randn(side, side, device=device, dtype=DTYPES[config.precision]) for _ in range(2))
-    product = median_time(lambda: left @ right, seconds, wait)
+    product = median_time(lambda: left @ right, seconds, row.synchronize)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy = median_time(lambda: target.copy_(source), seconds, wait)
+    copy = median_time(lambda: target.copy_(source), seconds, row.synchronize)
     return Rates(flops=2 * side**3 / product, bandwidth=2 * size / copy)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.perf.measure import Trial
 
 READING = "next batch"
@@ -16,11 +17,12 @@ def profile_training(trial: Trial, path: Path, *, steps: int = 3, most: int = 10
     Returns the `most` operators with the largest self time: kernels on a GPU, else CPU operators. In the
     trace, `next batch` is the time spent waiting for input.
     """
-    on_gpu = trial.world.device.type == "cuda"
+    kind = find_accelerator(trial.world.device).profiled_as
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.__members__[kind]] if kind else [])
     with trial.batches() as batches:
         trial.update(0, next(batches))
         trial.wait()
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        with profile(activities=activities) as profiler:
             for step in range(steps):
                 with record_function(READING):
                     batch = next(batches)
@@ -29,11 +31,11 @@ def profile_training(trial: Trial, path: Path, *, steps: int = 3, most: int = 10
     profiler.export_chrome_trace(str(path))
 
     def own(event: Any) -> float:
-        return (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        return (event.self_device_time_total if kind else event.self_cpu_time_total) / 1e6
 
     events = list(profiler.key_averages())
-    if on_gpu:  # on a GPU, kernels are listed separately
-        events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
+    if kind:  # on a GPU, kernels are listed separately
+        events = [event for event in events if event.device_type.name == kind and not event.is_user_annotation]
     events.sort(key=own, reverse=True)
     total = sum(map(own, events))
     rows = [

@@ -7,6 +7,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.data.augment import FLIP_AXES
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.method.schedules import CosineSchedule
+from simmim.torch_engine.accelerators import ACCELERATORS, choose_precision
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_optimizer
@@ -49,8 +50,8 @@ def random_batch(config: PretrainConfig, size: int, patch: int, drop_path_layers
 def try_devices() -> dict[str, str]:
     """Run a step of a tiny model on each device; returns `training on DEVICE` → result."""
     found = {}
-    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        precision = distributed.choose_precision("auto", device)
+    for device in [row.name for row in ACCELERATORS.values() if row.automatic and row.find() is None]:
+        precision = choose_precision("auto", device)
         config = PretrainConfig(
             model="vit_tiny_patch16_224",
             model_args={"depth": 1, "embed_dim": 48},

@@ -6,29 +6,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simmim.config.tasks import FinetuneConfig
-from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
+from simmim.data.sources import ImageSource, sniff
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
 from simmim.torch_engine.models.encoders import default_image_size
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
 from simmim.training.run_directory import Run
 
+_SCRATCH = "vit_small_patch16_224"  # without --model
+
 
 @dataclass(frozen=True)
 class Origin:
-    """An encoder to start from: its timm description, and its weights under timm's names (`None` for scratch)."""
+    """An encoder to start from: its timm description, and its weights under timm's names."""
 
     model: str
     model_args: dict[str, Any]
     image_size: tuple[int, int]
     channels: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] | None
+    """`None` for scratch, as `std` and `weights`."""
+    std: tuple[float, ...] | None
     weights: dict[str, Tensor] | None
 
 
@@ -36,8 +41,8 @@ def find_origin(config: FinetuneConfig) -> Origin:
     """Find the encoder that `--from` names. Raises `UserError` if there is none."""
     assert config.init is not None
     if config.init == "scratch":
-        size = default_image_size(config.model)
-        return Origin(config.model, config.model_args, size, config.channels, IMAGENET_MEAN, IMAGENET_STD, None)
+        model = _SCRATCH if config.model == "auto" else config.model
+        return Origin(model, config.model_args, default_image_size(model), config.channels or 3, None, None, None)
     if config.init.startswith("timm:"):
         return _from_timm(config.init.removeprefix("timm:"), config)
     run = Run(Path(config.init))
@@ -71,20 +76,42 @@ def _from_timm(name: str, config: FinetuneConfig) -> Origin:
     return Origin(name, config.model_args, (height, width), 3, cfg["mean"], cfg["std"], model.state_dict())
 
 
-def with_encoder_facts(config: FinetuneConfig, origin: Origin, **machine: Any) -> FinetuneConfig:
-    """Return the configuration with the encoder's facts filled in. Only the warm-up stays open."""
-    mean, std = (config.mean, config.std) if isinstance(config.mean, tuple) else (origin.mean, origin.std)
+def with_encoder_facts(config: FinetuneConfig, origin: Origin, images: ImageSource, **machine: Any) -> FinetuneConfig:
+    """Return the configuration with the encoder's facts filled in. Only the warm-up stays open.
+
+    `images` are those to train on. Raises `UserError` for a `--model` that is not that of the weights.
+    """
+    if config.model not in ("auto", origin.model) and config.model.split(".")[0] != origin.model.split(".")[0]:
+        raise UserError(
+            f"--model {config.model} is not the encoder of --from {config.init}, which is {origin.model}; leave it out"
+        )
+    config = dataclasses.replace(config, channels=config.channels or origin.channels)
+    mean, std = _colours(config, origin, images)
+    config = dataclasses.replace(config, mean=mean, std=std)
+    config.check_colours()
     return dataclasses.replace(
         config,
         model=origin.model,
         model_args={**origin.model_args, **config.model_args},
         image_size=config.image_size or origin.image_size,
-        channels=origin.channels,
-        mean=mean,
-        std=std,
         layer_decay=config.layer_decay or find_family(origin.model).layer_decay,
         **machine,
     )
+
+
+def _colours(config: FinetuneConfig, origin: Origin, images: ImageSource) -> tuple[Any, Any]:
+    """Return mean and std, (C,) each: as given, else those of the encoder, else ImageNet's, else measured.
+
+    ImageNet's are for 8-bit colour images only. An encoder's do not apply to another number of channels.
+    """
+    if isinstance(config.mean, tuple) and isinstance(config.std, tuple):
+        return config.mean, config.std
+    if config.mean is None and origin.mean is not None and origin.channels == config.channels:
+        return origin.mean, origin.std
+    dtype = sniff(images, channels=config.channels)
+    if config.mean is None and config.channels == 3 and dtype == np.uint8:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return measure_mean_std(images, channels=config.channels, dtype=dtype, seed=config.seed)
 
 
 def create_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, **head: Any) -> nn.Module:
@@ -118,5 +145,5 @@ def load_backbone(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
             kept[name] = tensor
     try:
         backbone.load_state_dict(fit_backbone(kept, backbone)[0])
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"the encoder's weights do not fit {type(backbone).__name__}: {error}") from None

@@ -1,7 +1,12 @@
-"""What `simmim.torch_engine.train.finetune` asks of a task. Adding one: a file here and a row in `finetune.TASKS`."""
+"""The parts of a task: its data, its training step, its evaluation and its predictor.
+
+To add a task, write its configuration in `simmim.config.tasks` and a module of its name here that exports `TASK`, a
+`TaskSpec`. A task of your own needs neither: see `register_task`.
+"""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,15 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simmim.config.tasks import FinetuneConfig
+from simmim.config.tasks import TASK_CONFIGS, FinetuneConfig
+from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw, decode
 from simmim.data.pipeline import Reading
+from simmim.data.sources import ImageSource
 from simmim.errors import UserError
 from simmim.torch_engine.models.drop_path import DropPathDraws
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.train.storage import save_weights
 from simmim.training.plan import Batch, TrainingPlan
-from simmim.training.run_directory import write_json
+from simmim.training.run_directory import Run, write_json
 
 
 class TaskStep(PixelStep):
@@ -44,7 +51,7 @@ class TaskPlan(TrainingPlan):
 
     @classmethod
     def complete(cls, config: FinetuneConfig, count: int) -> "TaskPlan":
-        """Decide the warm-up that the configuration leaves open; a `ValueError` says what cannot be."""
+        """Decide the warm-up if the configuration leaves it open. Raises `UserError` for too large a batch."""
         if count < config.batch_size:
             raise UserError(
                 f"batch size {config.batch_size} is more than the {count} images to train on; use --batch-size {count}"
@@ -61,8 +68,20 @@ class TaskPlan(TrainingPlan):
         return self.count
 
 
+class TaskData(Protocol):
+    """Images to train on and to evaluate on."""
+
+    @property
+    def train(self) -> ImageSource: ...
+    @property
+    def val(self) -> ImageSource: ...
+
+
 class Task(Protocol):
     """One fine-tuning task on opened data."""
+
+    @property
+    def data(self) -> TaskData: ...
 
     best_figure: str
     """The figure of `evaluate` that decides which model is kept."""
@@ -71,22 +90,29 @@ class Task(Protocol):
     def train_count(self) -> int: ...
 
     def describe(self) -> list[str]:
-        """What the data holds, for a person."""
+        """Return lines that describe the data."""
         ...
 
     def build(self) -> TaskStep:
-        """The model with the encoder's weights in it."""
+        """Create the model with the encoder's weights in it."""
         ...
 
-    def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]: ...
+    def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
+        """Yield the training batches that `reading` asks for."""
+        ...
 
     def evaluate(self, step: TaskStep, out: Path) -> dict[str, float]:
-        """Figures on the evaluation images; tables and pictures go to the directory `out`."""
+        """Return figures on the evaluation images; write tables and pictures into the directory `out`."""
         ...
 
     def save(self, step: TaskStep, directory: Path) -> None:
         """Write the model for `simmim predict` and other tools, each file whole or not at all."""
         ...
+
+
+def evaluation_bad_images(config: FinetuneConfig, val: ImageSource, out: Path) -> BadImages:
+    """List the unreadable evaluation images beside the run's others."""
+    return BadImages(Run(out).bad_images, total=len(val), max_fraction=config.max_bad_fraction, part="val")
 
 
 def save_model(directory: Path, model: nn.Module, facts: dict[str, Any]) -> None:
@@ -96,25 +122,77 @@ def save_model(directory: Path, model: nn.Module, facts: dict[str, Any]) -> None
 
 
 class Predictor(Protocol):
-    """A fine-tuned model on images of any size. A task's predictor inherits from this; its file's
-    `load_predictor(directory, device)` reads it from what `Task.save` wrote.
-    """
+    """A fine-tuned model that takes images of any size. A task's predictor inherits from this."""
 
     channels: int
     dtype: np.dtype[Any]
-    """Of the pixels that `predict` and `draw` take: uint8, or float32 in 0..255."""
+    """Type of the pixels that `predict` and `draw` take: uint8, or float32 scaled to 0..255."""
 
     def read(self, raw: Raw) -> NDArray[Any]:
-        """What `predict` takes of an image as stored: all its pixels (H, W, C), or less. Raises `BadImage`."""
+        """Decode what `predict` needs of an image: all its pixels (H, W, C), or fewer. Raises `BadImage`."""
         return decode(raw, channels=self.channels, dtype=self.dtype)
 
     def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
-        """What the model finds in each image of a batch.
+        """Return what the model finds in each image of a batch, as dictionaries of JSON values.
 
-        "mask" (H, W), if it is there, is an array of class numbers, uint8 or uint16; all else goes into JSON as it is.
+        An optional "mask" (H, W) is an array of class numbers, uint8 or uint16. An optional "top" lists
+        [label, probability] pairs, most likely first.
         """
         ...
 
     def draw(self, image: NDArray[Any], prediction: dict[str, Any]) -> NDArray[np.uint8]:
-        """A picture (H, W, 3) of a whole image (H, W, C) and what was found in it."""
+        """Draw what was found into a picture (H, W, 3) of the whole image (H, W, C)."""
         ...
+
+
+class TaskData(Protocol):
+    """Labelled images, opened."""
+
+    classes: Sequence[str]
+    """Names of the classes in the order of their numbers; empty for a task without classes."""
+
+    @property
+    def train(self) -> ImageSource:
+        """The images to train on, by which `--mean measure` measures."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """All that `simmim finetune` and `simmim predict` need of a task."""
+
+    config: type[FinetuneConfig]
+    """Its configuration; the default of the field `task` is the task's name, the docstring its line of help."""
+    open_data: Callable[[Any], Any]
+    """Open the labelled images of a configuration, a `TaskData`. Raises `UserError`."""
+    create: Callable[[Any, Any, dict[str, Tensor] | None], Any]
+    """Create the `Task` of a complete configuration, the opened data, and the encoder's weights (`None`: scratch)."""
+    load_predictor: Callable[[Path, str], Predictor]
+    """Read what `Task.save` wrote into a directory, for a device."""
+    summarize: Callable[[dict[str, Any]], str]
+    """Return a prediction as one line of text."""
+
+
+_REGISTERED: dict[str, TaskSpec] = {}
+
+
+def register_task(spec: TaskSpec) -> None:
+    """Add a task of your own, for `simmim.finetune(name, …)` and `simmim.predict` in this process.
+
+    Raises `UserError` if the configuration has no name, or one that is taken by another task.
+    """
+    name = getattr(spec.config, "task", None)
+    if not name:
+        raise UserError(f"{spec.config.__name__} has no name; give its field task a default, such as 'regress'")
+    if TASK_CONFIGS.get(name, spec.config) is not spec.config:
+        raise UserError(f"task {name!r} exists already; choose another name")
+    TASK_CONFIGS[name], _REGISTERED[name] = spec.config, spec
+
+
+def find_spec(name: str) -> TaskSpec:
+    """Return the spec of a task by its name. Raises `UserError` for a task that is not registered here."""
+    if name in _REGISTERED:
+        return _REGISTERED[name]
+    if name not in TASK_CONFIGS:
+        raise UserError(f"task {name!r} is not known here; call simmim.register_task with its TaskSpec first")
+    return importlib.import_module(f"simmim.torch_engine.tasks.{name}").TASK

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from simmim.config.tasks import ClassifyConfig
 from simmim.data.augment import CentreCrop, RandomResizedCrop
+from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw
-from simmim.data.labelled.classes import LabelledImages
+from simmim.data.labelled.classes import LabelledImages, open_labelled
 from simmim.data.pipeline import Augment, Reading, eval_batches, load, train_batches
+from simmim.data.sources import sniff
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.metrics.classification import balanced_accuracy, class_table, confusion_matrix, top1
@@ -29,13 +31,11 @@ from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.backbones import create_backbone
-from simmim.torch_engine.tasks.base import Predictor, TaskStep
+from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, evaluation_bad_images
 from simmim.torch_engine.train.storage import save_hub
 from simmim.training.pictures import captioned, to_rgb
 from simmim.training.plan import Batch, drop_path_numbers
 from simmim.training.run_directory import write_json, written_whole
-
-_DTYPE = np.dtype(np.uint8)  # of pixels: the augmentations know no other
 
 
 class ClassifyStep(TaskStep):
@@ -90,8 +90,11 @@ class ClassifyTask:
     def __init__(self, config: ClassifyConfig, data: LabelledImages, weights: dict[str, Tensor] | None):
         self.config, self.data, self._weights = config, data, weights
         assert config.image_size is not None
+        self.dtype = sniff(data.train, channels=config.channels)
         if config.rand_augment and config.channels not in (1, 3):
             raise UserError(f"RandAugment needs images of 1 or 3 channels, not {config.channels}; use --rand-augment 0")
+        if config.rand_augment and self.dtype != np.uint8:
+            raise UserError("RandAugment needs 8-bit images, and these have more bits; use --rand-augment 0")
 
     @property
     def train_count(self) -> int:
@@ -128,7 +131,7 @@ class ClassifyTask:
             reading,
             crop=RandomResizedCrop(size=config.image_size, scale=config.crop_scale),
             channels=config.channels,
-            dtype=_DTYPE,
+            dtype=self.dtype,
             augment=self._augment(),
         )
         for number, found in enumerate(images, reading.start_step):
@@ -159,7 +162,7 @@ class ClassifyTask:
 
     @torch.no_grad()
     def evaluate(self, step: ClassifyStep, out: Path) -> dict[str, float]:
-        probabilities, indices = self._predict(step)
+        probabilities, indices = self._predict(step, evaluation_bad_images(self.config, self.data.val, out))
         labels = self.data.val_labels[indices]
         predictions = probabilities.argmax(axis=1)
         classes = len(self.data.classes)
@@ -172,7 +175,7 @@ class ClassifyTask:
             "balanced_accuracy": balanced_accuracy(labels, predictions, classes),
         }
 
-    def _predict(self, step: ClassifyStep) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _predict(self, step: ClassifyStep, bad_images: BadImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Class probabilities (N, K) of the evaluation images that can be read, and their indices (N,)."""
         config = self.config
         assert config.image_size is not None
@@ -182,9 +185,10 @@ class ClassifyTask:
                 self.data.val,
                 crop=CentreCrop(size=config.image_size, fraction=config.eval_crop),
                 channels=config.channels,
-                dtype=_DTYPE,
+                dtype=self.dtype,
                 batch_size=max(config.batch_size, 64),
                 threads=config.workers or cpu_cores(),
+                bad_images=bad_images,
             ):
                 probabilities.append(classify(step.evaluated, step, image))
                 indices.append(index)
@@ -193,7 +197,15 @@ class ClassifyTask:
     def save(self, step: ClassifyStep, directory: Path) -> None:
         model = step.evaluated
         config = self.config
-        save_hub(directory, model, model.state_dict(), config, classes=self.data.classes, crop=config.eval_crop)
+        save_hub(
+            directory,
+            model,
+            model.state_dict(),
+            config,
+            classes=self.data.classes,
+            crop=config.eval_crop,
+            dtype=self.dtype,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +217,7 @@ class ClassifyPredictor(Predictor):
     crop: CentreCrop
     channels: int
     classes: tuple[str, ...]
-    dtype: np.dtype[Any] = _DTYPE
+    dtype: np.dtype[Any]
 
     def read(self, raw: Raw) -> NDArray[Any]:
         """The part that evaluation crops; of a large JPEG no more is decoded than that needs."""
@@ -237,6 +249,7 @@ def load_predictor(directory: Path, device: str) -> ClassifyPredictor:
         crop=CentreCrop(size=(height, width), fraction=facts["crop_pct"]),
         channels=channels,
         classes=tuple(settings["label_names"]),
+        dtype=np.dtype(settings.get("pixel_dtype", "uint8")),  # not written by version 0.1
     )
 
 
@@ -269,3 +282,23 @@ def write_tables(matrix: NDArray[np.int64], classes: tuple[str, ...], out: Path)
     with written_whole(out / "confusion.png") as path:
         figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
+
+
+def _open(config: ClassifyConfig) -> LabelledImages:
+    assert config.data is not None
+    return open_labelled(
+        config.data,
+        val_fraction=config.val_fraction,
+        seed=config.seed,
+        labels_per_class=config.labels_per_class,
+        label_seed=config.label_seed,
+    )
+
+
+def _summarize(prediction: dict[str, Any]) -> str:
+    return ", ".join(f"{label} {probability:.3f}" for label, probability in prediction["top"])
+
+
+TASK = TaskSpec(
+    config=ClassifyConfig, open_data=_open, create=ClassifyTask, load_predictor=load_predictor, summarize=_summarize
+)

@@ -13,16 +13,24 @@ from torch import Tensor
 
 from simmim.config.tasks import DetectConfig
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize
+from simmim.data.bad_images import BadImages
 from simmim.data.decode import decode
-from simmim.data.labelled.detection import DetectionData, DetectionReader, decode_masks, encode_mask, import_rle
+from simmim.data.labelled.detection import (
+    DetectionData,
+    DetectionReader,
+    decode_masks,
+    encode_mask,
+    import_rle,
+    open_detection,
+)
 from simmim.data.pipeline import Reading, eval_batches, sample_batches
-from simmim.data.sources import read_raw
+from simmim.data.sources import read_raw, sniff
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import sample_keys
 from simmim.metrics.coco import average_precision
 from simmim.torch_engine.models.evaluating import evaluating
-from simmim.torch_engine.tasks.base import Predictor, TaskStep
+from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, evaluation_bad_images
 from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detector, save_detector
 from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
 from simmim.training.pictures import save_png
@@ -44,6 +52,8 @@ class DetectTask:
             raise UserError(
                 "detection does not run on tpu, where torchvision has no nms and roi_align; use cuda or cpu"
             )
+        if sniff(data.train, channels=config.channels) != np.uint8:
+            raise UserError("detection needs 8-bit images, and these have more bits; convert them first")
         assert config.image_size is not None
         self.letterbox = Letterbox(size=config.image_size)
         self.jitter = ScaleJitter(size=config.image_size, scale=config.scale_jitter)
@@ -85,7 +95,7 @@ class DetectTask:
             yield batch
 
     def evaluate(self, step: DetectStep, out: Path) -> dict[str, float]:
-        found = self._find(step)
+        found = self._find(step, evaluation_bad_images(self.config, self.data.val, out))
         results = [result for index, things in found.items() for result in coco_results(things, index + 1)]
         images = [index + 1 for index in found]
         figures, classes = average_precision(self.data.truth, results, images=images)
@@ -101,8 +111,8 @@ class DetectTask:
         save_png(side_by_side(pairs, ("truth", "found")), out / "detections.png")
         return figures
 
-    def _find(self, step: DetectStep) -> dict[int, Found]:
-        """What is found in each evaluation image that can be read. `ValueError` where too many cannot."""
+    def _find(self, step: DetectStep, bad_images: BadImages) -> dict[int, Found]:
+        """What is found in each evaluation image that can be read."""
         config, val = self.config, self.data.val
         found: dict[int, Found] = {}
         with evaluating(step):
@@ -113,16 +123,11 @@ class DetectTask:
                 dtype=np.uint8,
                 batch_size=config.batch_size,
                 threads=config.workers or cpu_cores(),
+                bad_images=bad_images,
                 fill=ground(config),
             ):
                 sizes = [(int(height), int(width)) for height, width in val.sizes[index]]
                 found |= zip(index.tolist(), step.find(image, sizes), strict=True)
-        bad = sorted(set(range(len(val))) - set(found))
-        if len(bad) > config.max_bad_fraction * len(val):
-            raise UserError(
-                f"{len(bad)} of {len(val)} images to evaluate on cannot be read or are not of the annotated size, such "
-                f"as {val.name(bad[0])}; mend them, or allow more with --max-bad-fraction"
-            )
         return found
 
     def _pair(self, index: int, found: Found) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -213,3 +218,20 @@ def draw_predicted(image: NDArray[Any], prediction: dict[str, Any], classes: Seq
     if drawn and "rle" in drawn[0]:
         masks = np.moveaxis(decode_masks([entry["rle"] for entry in drawn], *image.shape[:2]), 2, 0).astype(bool)
     return draw_objects(image, boxes, labels, texts, masks)
+
+
+def _open(config: DetectConfig) -> DetectionData:
+    assert config.data is not None
+    return open_detection(
+        config.data, val_fraction=config.val_fraction, seed=config.seed, masks=config.detector == "mask_rcnn"
+    )
+
+
+def _summarize(prediction: dict[str, Any]) -> str:
+    drawn = [box for box in prediction["boxes"] if box["score"] >= DRAWN_SCORE]
+    return ", ".join(f"{box['label']} {box['score']:.3f}" for box in drawn) or "nothing"
+
+
+TASK = TaskSpec(
+    config=DetectConfig, open_data=_open, create=DetectTask, load_predictor=load_predictor, summarize=_summarize
+)

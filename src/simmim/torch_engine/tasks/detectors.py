@@ -16,6 +16,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from simmim.config.tasks import DetectConfig
 from simmim.errors import UserError
+from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.tasks.pyramid import Pyramid, SimplePyramid
 
 TWO_STAGES = ("faster_rcnn", "mask_rcnn")
@@ -98,7 +99,8 @@ class KeyedSampler:
         positive: list[Tensor] = []
         negative: list[Tensor] = []
         for number, match in zip(self.keys.numbers, matched, strict=True):
-            with torch.random.fork_rng([match.device] if match.is_cuda else []):
+            kind = match.device.type
+            with torch.random.fork_rng([match.device] if find_accelerator(kind).numbered else [], device_type=kind):
                 torch.manual_seed(number + self.stream)
                 chosen = self.sampler([match])
             positive += chosen[0]

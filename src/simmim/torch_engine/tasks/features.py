@@ -5,6 +5,7 @@ Shapes: `B` images of a batch, `N` images, `C` channels, `H W` pixels, `h w` fea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simmim.data.augment import CentreCrop
+from simmim.data.bad_images import BadImages
 from simmim.data.pipeline import eval_batches
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError
@@ -52,10 +54,11 @@ class PooledFeatures(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureReader:
-    """Features of the images of a source, in evaluation's crops.
+    """Read the images of a source in evaluation's crops, and compute their features.
 
-    `model` turns normalised images (B, C, H, W) into features (B, D); it is in evaluation mode, as `pixels` (which
-    normalises) on the device. `size` is (H, W); images are read as `dtype` in `workers` threads.
+    `model` turns normalised images (B, C, H, W) into features (B, D); it is in evaluation mode, like `pixels` (which
+    normalises) on the device. `size` is (H, W); images are read as `dtype` in `workers` threads. Unreadable ones are
+    listed in the file `listed_in`, if there is one.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -67,13 +70,15 @@ class FeatureReader:
     batch_size: int
     workers: int
     max_bad_fraction: float
+    listed_in: Path | None = None
 
     @torch.no_grad()
-    def __call__(self, source: ImageSource) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The indices (N,) of the images that can be read, and their features (N, D).
+    def __call__(self, source: ImageSource, part: str = "val") -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the indices (N,) of the readable images, and their features (N, D).
 
-        `ValueError` where more than `max_bad_fraction` of them cannot.
+        `part` names the set in messages. Raises `TooManyBadImages`.
         """
+        bad_images = BadImages(self.listed_in, total=len(source), max_fraction=self.max_bad_fraction, part=part)
         device, dtype = self.pixels.mean.device, DTYPES[self.precision]
         indices, features = [], []
         for index, image in eval_batches(
@@ -83,17 +88,10 @@ class FeatureReader:
             dtype=self.dtype,
             batch_size=self.batch_size,
             threads=self.workers,
+            bad_images=bad_images,
         ):
             images = self.pixels.normalize(torch.from_numpy(image).to(device))
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 features.append(self.model(images).float().cpu().numpy())
             indices.append(index)
-        found = np.concatenate(indices) if indices else np.zeros(0, np.int64)
-        bad = np.setdiff1d(np.arange(len(source)), found)
-        if len(bad) > self.max_bad_fraction * len(source) or not len(found):
-            example = f", such as {source.name(int(bad[0]))}" if len(bad) else ""
-            raise UserError(
-                f"{len(bad)} of {len(source)} labelled images cannot be read{example}; "
-                f"mend them, or allow more with --max-bad-fraction (now {self.max_bad_fraction:g})"
-            )
-        return found, np.concatenate(features)
+        return np.concatenate(indices), np.concatenate(features)

@@ -1,37 +1,29 @@
-"""`simmim predict`: what a fine-tuned model finds in new images.
+"""`simmim predict`: run a fine-tuned model on new images.
 
 Shapes: `H W` pixels, `C` channels.
 """
 
 import json
 import re
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from numpy.typing import NDArray
 from tyro.conf import Positional, arg
 
-from simmim.config.field_types import Count, Positive, Word
+from simmim.config.field_types import Count, Device, Positive, Word
 from simmim.config.validation import from_settings
 from simmim.data.decode import BadImage, decode
 from simmim.data.sources import ImageSource, open_files, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
-from simmim.torch_engine.tasks import classify, detect, segment
-from simmim.torch_engine.tasks.base import Predictor
-from simmim.torch_engine.train import distributed
+from simmim.torch_engine.accelerators import choose_device
+from simmim.torch_engine.tasks.base import Predictor, find_spec
 from simmim.training.run_directory import find_model, find_task_of, new_directory
 from simmim.training.tracking import progress
 
-# How each task's model is read from its directory, for a device.
-PREDICTORS: dict[str, Callable[[Path, str], Predictor]] = {
-    "classify": classify.load_predictor,
-    "segment": segment.load_predictor,
-    "detect": detect.load_predictor,
-}
 _TOP = 5
 
 
@@ -47,8 +39,8 @@ class PredictConfig:
     out: Word = None
     """A new directory for predictions.json and a picture of each image."""
     batch_size: Positive = 64
-    """Images that are looked at together."""
-    device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
+    """Images in one forward pass."""
+    device: Device = "auto"
     """Accelerator."""
     top: Count = None
     """Classes that a classifier names for each image (default: 5)."""
@@ -57,7 +49,7 @@ class PredictConfig:
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:
-    """What the model of a run finds in images; see `simmim.predict`."""
+    """Run a fine-tuned model on images; see `simmim.predict`."""
     config = from_settings(PredictConfig, vars(config))
     directory = find_model(Path(config.run))
     task = find_task_of(directory)
@@ -65,7 +57,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     if config.top is not None and task != "classify":
         raise UserError(f"--top is for classifiers, and {config.run} is fine-tuned for {task}; leave it out")
     source = open_files(config.images)
-    predictor = PREDICTORS[task](directory, distributed.choose_device(config.device))
+    predictor = find_spec(task).load_predictor(directory, choose_device(config.device))
 
     def find(out: Path | None) -> dict[str, Any]:
         album = _Album(source, predictor, config.top or _TOP, out)
@@ -81,8 +73,9 @@ def predict(config: PredictConfig) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any], out: str | None) -> str:
-    """What was found as a person reads it: a line an image."""
-    rows = [(_summary(prediction), prediction["image"]) for prediction in found["images"]]
+    """Format predictions as text, one line for each image."""
+    summarize = find_spec(found["task"]).summarize
+    rows = [(summarize(prediction), prediction["image"]) for prediction in found["images"]]
     width = max(len(summary) for summary, _ in rows)
     lines = [f"{summary:{width}}  {name}" for summary, name in rows]
     lines += [f"{bad['image']} could not be read: {bad['reason']}" for bad in found["bad_images"]]
@@ -91,19 +84,9 @@ def describe(found: dict[str, Any], out: str | None) -> str:
     return "\n".join(lines).encode(errors="backslashreplace").decode()  # a file's name need not be text
 
 
-def _summary(prediction: dict[str, Any]) -> str:
-    if "top" in prediction:
-        return ", ".join(f"{label} {probability:.3f}" for label, probability in prediction["top"])
-    if "shares" in prediction:
-        shares = sorted(prediction["shares"].items(), key=lambda pair: -pair[1])
-        return ", ".join(f"{label} {share:.1%}" for label, share in shares if share > 0)
-    drawn = [box for box in prediction["boxes"] if box["score"] >= detect.DRAWN_SCORE]
-    return ", ".join(f"{box['label']} {box['score']:.3f}" for box in drawn) or "nothing"
-
-
 @dataclass(frozen=True)
 class _Image:
-    """An image as it was read: what the model takes of it, and the whole (H, W, C) where a picture is drawn."""
+    """An image that was read: the pixels for the model, and the whole image (H, W, C) if a picture is drawn."""
 
     index: int
     pixels: NDArray[Any]
@@ -112,7 +95,7 @@ class _Image:
 
 @dataclass(frozen=True)
 class _Album:
-    """Images on their way from a source to what is kept of them; pictures and masks go into the directory `out`."""
+    """Read, predict and save images; pictures and masks go into the directory `out`."""
 
     source: ImageSource
     predictor: Predictor
@@ -146,7 +129,7 @@ class _Album:
         return kept
 
     def look(self, *, batch_size: int, threads: int) -> dict[str, Any]:
-        """What was found in each image, in order, and which could not be read."""
+        """Return the predictions in order, and the images that could not be read."""
         found: list[dict[str, Any]] = []
         count = len(self.source)
         starts = range(0, count, batch_size)

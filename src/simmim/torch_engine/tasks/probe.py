@@ -4,6 +4,7 @@ Shapes: `N` images, `D` features, `K` classes.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -14,18 +15,19 @@ from torch import Tensor
 from torch.nn import functional
 from tyro.conf import Positional, arg
 
-from simmim.config.field_types import Count, Positive, PositiveReal
+from simmim.config.field_types import Count, Device, Positive, PositiveReal
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
 from simmim.data.labelled.classes import LabelledImages, hold_out, open_labelled
 from simmim.data.sources import sniff
 from simmim.hardware.host import cpu_cores
 from simmim.metrics.classification import balanced_accuracy, knn_predict, top1
+from simmim.torch_engine.accelerators import choose_device, choose_precision
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep, PretrainStep
 from simmim.torch_engine.tasks.features import FeatureReader, Pool, PooledFeatures
-from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.storage import load_encoder
+from simmim.training.run_directory import Run
 
 NEIGHBOURS = 20
 # Strengths of the linear probe's L2 penalty that are tried, from strong to weak.
@@ -64,7 +66,7 @@ class ProbeConfig:
     """Share of images that may be unreadable."""
     batch_size: Positive = 64
     """Images that are encoded at a time."""
-    device: Literal["auto", "cpu", "cuda", "tpu"] = "auto"
+    device: Device = "auto"
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the encoder (auto: bf16 where the hardware has it, else fp32)."""
@@ -75,7 +77,7 @@ class ProbeConfig:
 def probe(config: ProbeConfig) -> dict[str, Any]:
     """Accuracy on held-out images of a classifier on frozen features; see `simmim.probe` for the figures."""
     config = from_settings(ProbeConfig, vars(config))
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
     backbone: Any = load_encoder(config.run).to(device)
     facts = backbone.pretrained_cfg
     channels, height, width = facts["input_size"]
@@ -93,7 +95,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         size=(height, width),
         channels=channels,
         dtype=sniff(images.train, channels=channels),
-        precision=distributed.choose_precision(config.precision, device),
+        precision=choose_precision(config.precision, device),
         batch_size=config.batch_size,
         workers=config.workers or cpu_cores(),
         max_bad_fraction=config.max_bad_fraction,
@@ -120,8 +122,8 @@ class Features:
 
     @classmethod
     def read(cls, images: LabelledImages, read: FeatureReader) -> "Features":
-        train, train_features = read(images.train)
-        val, val_features = read(images.val)
+        train, train_features = read(images.train, "probe train")
+        val, val_features = read(images.val, "probe val")
         return cls(
             train_features, images.train_labels[train], val_features, images.val_labels[val], len(images.classes)
         )
@@ -244,6 +246,7 @@ class KnnCheck:
             batch_size=min(config.batch_size, 64),
             workers=config.workers or cpu_cores(),
             max_bad_fraction=config.max_bad_fraction,
+            listed_in=Run(Path(config.out)).bad_images if config.out else None,
         )
         with evaluating(step):
             features = Features.read(self._images, read)

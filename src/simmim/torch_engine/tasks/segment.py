@@ -17,7 +17,7 @@ from torch import Tensor
 from simmim.config.tasks import SegmentConfig
 from simmim.config.validation import from_settings
 from simmim.data.decode import Raw, decode
-from simmim.data.labelled.segmentation import IGNORE, SegmentationImages, crop_mask
+from simmim.data.labelled.segmentation import IGNORE, SegmentationImages, crop_mask, open_segmentation
 from simmim.data.pipeline import Reading, Sample, load, readable_batches, sample_batches
 from simmim.data.sources import read_raw, sniff
 from simmim.errors import UserError
@@ -25,7 +25,7 @@ from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import sample_keys
 from simmim.metrics.classification import class_table, confusion_matrix, intersection_over_union
 from simmim.torch_engine.tasks.augment import ColourJitter
-from simmim.torch_engine.tasks.base import TaskStep, save_model
+from simmim.torch_engine.tasks.base import TaskSpec, TaskStep, evaluation_bad_images, save_model
 from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, build_step, to_picture, windows
 from simmim.training.pictures import class_panel, save_png
 from simmim.training.plan import Batch, drop_path_numbers
@@ -105,7 +105,10 @@ class SegmentTask:
             return decode(raw, channels=self.config.channels, dtype=self.dtype)
 
         batch_size, threads = self.config.batch_size, self.config.workers or cpu_cores()
-        for indices, images in readable_batches(self.data.val, read, batch_size=batch_size, threads=threads):
+        bad_images = evaluation_bad_images(self.config, self.data.val, out)
+        for indices, images in readable_batches(
+            self.data.val, read, batch_size=batch_size, threads=threads, bad_images=bad_images
+        ):
             for index, image, predicted in zip(indices, images, predictor.masks(images), strict=True):
                 true = self.data.val_mask(index)
                 judged = true != IGNORE
@@ -113,8 +116,6 @@ class SegmentTask:
                 if index in drawn:
                     name = f"{index}-{Path(self.data.val.name(index)).stem}.png"
                     save_png(class_panel(to_picture(image), true, predicted, classes), out / "overlays" / name)
-        if not matrix.any():
-            raise UserError(f"none of the {len(self.data.val)} images to evaluate on can be read")
         table, ious = class_table(matrix, self.data.classes, "pixels"), intersection_over_union(matrix)
         for row, iou in zip(table.values(), ious.tolist(), strict=True):
             row["iou"] = None if math.isnan(iou) else iou
@@ -139,3 +140,18 @@ def load_predictor(directory: Path, device: str) -> SegmentPredictor:
     step = build_step(config, None, len(classes))
     step.model.load_state_dict(load_file(directory / "model.safetensors"))
     return SegmentPredictor(step.eval().to(device), config, classes, np.dtype(facts["dtype"]))
+
+
+def _open(config: SegmentConfig) -> SegmentationImages:
+    assert config.data is not None
+    return open_segmentation(config.data, val_fraction=config.val_fraction, seed=config.seed)
+
+
+def _summarize(prediction: dict[str, Any]) -> str:
+    shares = sorted(prediction["shares"].items(), key=lambda pair: -pair[1])
+    return ", ".join(f"{label} {share:.1%}" for label, share in shares if share > 0)
+
+
+TASK = TaskSpec(
+    config=SegmentConfig, open_data=_open, create=SegmentTask, load_predictor=load_predictor, summarize=_summarize
+)

@@ -7,7 +7,6 @@ creates collectives on real devices only.
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,11 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.hardware.tpu_compiler import CompilerReport, StepFacts, compile_stablehlo, report_of, topology_devices
 from simmim.method.schedules import CosineSchedule
-from simmim.method.targets import ClusterTarget
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.perf.trial import random_batch
+from simmim.torch_engine.tpu.device import exact_fp32, fit_for_tpu
 from simmim.torch_engine.tpu.torchtpu import Trace, tracing
-from simmim.torch_engine.train.distributed import World, exact_fp32_on_tpu, fit_for_tpu
+from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step
 from simmim.torch_engine.train.update import Update
@@ -90,7 +89,7 @@ def lower(config: PretrainConfig) -> Lowered:
         step.model.encoder.backbone.set_grad_checkpointing(True)
     with tracing() as trace:
         device = torch.device("tpu")
-        exact_fp32_on_tpu()
+        exact_fp32()
         _place(step, trace)
         fit_for_tpu(step)
         optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=device)
@@ -104,9 +103,6 @@ def lower(config: PretrainConfig) -> Lowered:
                     "exp_avg": trace.input(f"exp_avg {name}", parameter),
                     "exp_avg_sq": trace.input(f"exp_avg_sq {name}", parameter),
                 }
-        if isinstance(step.model.target, ClusterTarget):  # its centres would be copied to the device
-            centres: Any = trace.input("centres", torch.empty(step.model.target.clusters, config.channels))
-            step.model.target = dataclasses.replace(step.model.target, centres=centres)
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
         update = Update(step, optimizer, schedule, config=config, world=World(device=device))
         encoder = step.model.encoder

@@ -1,27 +1,22 @@
 """Fine-tuning with the PyTorch engine: one session for every task, on the loop that pretraining uses."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from timm.optim._param_groups import param_groups_layer_decay
 
-from simmim.config.tasks import ClassifyConfig, DetectConfig, FinetuneConfig, SegmentConfig
+from simmim.config.tasks import FinetuneConfig
 from simmim.config.validation import validated
-from simmim.data.labelled.classes import open_labelled
-from simmim.data.labelled.detection import open_detection
-from simmim.data.labelled.segmentation import open_segmentation
 from simmim.data.pipeline import Reading
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
+from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
 from simmim.torch_engine.models.kernels import set_kernels
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.tasks.backbones import find_origin, with_encoder_facts
-from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep
-from simmim.torch_engine.tasks.classify import ClassifyTask
-from simmim.torch_engine.tasks.detect import DetectTask
-from simmim.torch_engine.tasks.segment import SegmentTask
+from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep, find_spec
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_adamw
 from simmim.torch_engine.train.trainer import TorchTrainer
@@ -33,58 +28,30 @@ from simmim.training.session import Session
 from simmim.training.trainer import find_start
 
 
-def open_classify(config: ClassifyConfig) -> Any:
-    assert config.data is not None
-    return open_labelled(
-        config.data,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        labels_per_class=config.labels_per_class,
-        label_seed=config.label_seed,
-    )
-
-
-def open_segment(config: SegmentConfig) -> Any:
-    assert config.data is not None
-    return open_segmentation(config.data, val_fraction=config.val_fraction, seed=config.seed)
-
-
-def open_detect(config: DetectConfig) -> Any:
-    assert config.data is not None
-    masks = config.detector == "mask_rcnn"
-    return open_detection(config.data, val_fraction=config.val_fraction, seed=config.seed, masks=masks)
-
-
-# What each task's configuration opens and runs.
-TASKS: dict[type[FinetuneConfig], tuple[Callable[[Any], Any], Callable[..., Any]]] = {
-    ClassifyConfig: (open_classify, ClassifyTask),
-    SegmentConfig: (open_segment, SegmentTask),
-    DetectConfig: (open_detect, DetectTask),
-}
-
-
 def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
-    """Fine-tune, or resume; see `simmim.finetune`. One-line `ValueError` for what a user can mend."""
+    """Fine-tune, or resume; see `simmim.finetune`. Raises `UserError` for settings that cannot work."""
     config = validated(config)
     if config.init is None:
         raise UserError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
-    open_data, create_task = TASKS[type(config)]
-    device = distributed.choose_device(config.device)
+    spec = find_spec(config.task)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
     origin = find_origin(config)
-    data = open_data(config)
-    with distributed.join(device) as world:
+    data = spec.open_data(config)
+    with distributed.join(device, precision) as world:
         distributed.check_world(config, world)
         config = with_encoder_facts(
             config,
             origin,
+            data.train,
             device=device,
-            precision=distributed.choose_precision(config.precision, device),
-            compile=device != "cpu" if config.compile is None else config.compile,
+            precision=precision,
+            compile=find_accelerator(device).compiles if config.compile is None else config.compile,
             workers=config.workers or reading_cores(),
             classes=tuple(data.classes),
         )
         config = dataclasses.replace(config, kernels=choose_kernels(config, world.main_says))
-        task: Task = create_task(config, data, origin.weights)
+        task = spec.create(config, data, origin.weights)
         plan = TaskPlan.complete(config, task.train_count)
         torch.manual_seed(plan.config.seed)
         start = find_start(plan.config, world)
@@ -99,7 +66,7 @@ class FinetuneSession(Session):
     world: distributed.World
 
     def __init__(self, task: Task, plan: TaskPlan, world: distributed.World, start: int, step: TaskStep):
-        super().__init__(plan, world, start)
+        super().__init__(plan, world, start, {"train": task.data.train, "val": task.data.val})
         config = plan.config
         self.task, self.step = task, step
         distributed.place(step, world.device)
@@ -137,13 +104,10 @@ class FinetuneSession(Session):
         return figures
 
     def introduce(self) -> Iterator[str]:
-        config = self.plan.config
+        config, device = self.plan.config, describe_device(self.world.device)
         parameters = sum(parameter.numel() for parameter in self.step.backbone.parameters())
         yield f"model      {config.model}, {parameters / 1e6:.1f} M parameters, from {config.init}"
-        yield (
-            f"device     {distributed.device_name(self.world.device)}, {config.precision}, {self.world.size} "
-            f"process{'es' * (self.world.size > 1)}"
-        )
+        yield f"device     {device}, {config.precision}, {self.world.size} process{'es' * (self.world.size > 1)}"
         yield from self.task.describe()
         yield from self.plan.describe()
 

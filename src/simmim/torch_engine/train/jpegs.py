@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from simmim.data.pipeline import Reading
 from simmim.data.readers.device_jpegs import Jpeg
 from simmim.errors import UserError
+from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.models.masked import Encoder
 from simmim.training.plan import Batch, Plan
 
@@ -34,7 +35,7 @@ class JpegDecoder:
 
     def __init__(self, device: torch.device, *, size: tuple[int, int], channels: int):
         self._device, self._size, self._channels = device, size, channels
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if find_accelerator(device).decodes_jpegs else None
 
     def __call__(self, images: NDArray[np.uint8], jpegs: Sequence[Jpeg | None], fill: Callable[[int], None]) -> Tensor:
         """(B, H, W, C) → (B, H, W, C) uint8, which the device has when this returns."""
@@ -105,7 +106,7 @@ def open_decoder(plan: Plan, device: torch.device) -> JpegDecoder | None:
     config = plan.config
     if config.decode == "cpu":
         return None
-    if device.type != "cuda":
+    if not find_accelerator(device).decodes_jpegs:
         raise UserError(f"--decode gpu is for --device cuda, and this is {device.type}; use --decode cpu")
     if plan.images.dtype != np.uint8:
         raise UserError(f"--decode gpu gives 8 bits, and the images of {config.data} have more; use --decode cpu")

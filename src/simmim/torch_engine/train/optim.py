@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.models.masked import Encoder
 
 
@@ -44,9 +45,8 @@ def create_adamw(
 ) -> torch.optim.AdamW:
     """AdamW; its learning rate is set at every step, by the schedule.
 
-    Fused on every device that trains: only so can a step skip itself there, see `Update`. On a TPU the rate is a tensor
-    there, since TorchTPU makes a constant of a number and would compile AdamW again for each.
+    Fused, so that a step can skip itself on the device; see `Update`.
     """
-    if device.type == "tpu":
+    if find_accelerator(device).rate_is_tensor:
         groups = [group | {"lr": torch.full((), 0.0, device=device)} for group in groups]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=device.type in ("cpu", "cuda", "tpu"))
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)

@@ -11,6 +11,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import validated
 from simmim.data.pipeline import Reading
 from simmim.method.masks import upsample_mask
+from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.family import find_family
@@ -35,21 +36,23 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     """Pretrain, or resume; see `simmim.pretrain`. Raises `UserError` for settings that cannot work."""
     config = validated(config)
     find_family(config.model)
-    device = distributed.choose_device(config.device)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
     image_size = config.image_size or default_image_size(config.model)
     patch = sketch_encoder(config.model, image_size, config.model_args).patch_size
     images = open_images(config)
     check = KnnCheck(config) if config.probe else None
-    with distributed.join(device) as world:
+    with distributed.join(device, precision) as world:
         distributed.check_world(config, world)
         plan = Plan.complete(
             config,
             images,
             patch=patch,
+            world=world,
             image_size=image_size,
             device=device,
-            precision=distributed.choose_precision(config.precision, device),
-            compile=device != "cpu" if config.compile is None else config.compile,
+            precision=precision,
+            compile=find_accelerator(device).compiles if config.compile is None else config.compile,
         )
         plan = plan.replace(kernels=choose_kernels(plan.config, world.main_says))
         decoder = open_decoder(plan, world.device)
@@ -77,7 +80,7 @@ class TorchPretrainSession(PretrainSession):
         decoder: JpegDecoder | None,
         origin: str | None,
     ):
-        super().__init__(plan, world, start)
+        super().__init__(plan, world, start, plan.images.parts)
         config = plan.config
         self.step, self._check, self._decoder, self._origin = step, check, decoder, origin
         distributed.place(step, world.device)
@@ -104,7 +107,7 @@ class TorchPretrainSession(PretrainSession):
 
     def judge(self) -> tuple[float, NDArray[np.uint8] | None] | None:
         step = self._whole_step()
-        return None if step is None else judge_and_draw(step, self.plan.config, self.plan.val_pixels())
+        return None if step is None else judge_and_draw(step, self.plan.config, self.val_pixels())
 
     def _probe(self, done: int) -> dict[str, float]:
         """Return the accuracy of a k-NN vote on the encoder's features of the labelled images."""
@@ -133,13 +136,13 @@ class TorchPretrainSession(PretrainSession):
             save_hub(self.run.encoder, self.step.model.encoder.backbone, weights, self.plan.config)
 
     def introduce(self) -> Iterator[str]:
-        config = self.plan.config
+        config, device = self.plan.config, describe_device(self.world.device)
         parameters = sum(parameter.numel() for parameter in self.step.parameters())
         yield f"model      {config.model}, {parameters / 1e6:.1f} M parameters"
         if self._origin:
             yield f"start      {self._origin} from {config.init_from}"
         yield (
-            f"device     {distributed.device_name(self.world.device)}, {config.precision}"
+            f"device     {device}, {config.precision}"
             f"{', compiled' if config.compile else ''}, {self.world.size} process{'es' * (self.world.size > 1)}"
             f"{', JPEGs by nvJPEG' if self._decoder else ''}"
         )

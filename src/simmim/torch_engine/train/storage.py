@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
@@ -41,11 +42,13 @@ def save_hub(
     config: TrainingConfig,
     classes: tuple[str, ...] | None = None,
     crop: float = 1.0,
+    dtype: np.dtype[Any] | None = None,
 ) -> None:
     """Write a timm hub directory, which timm and Transformers load with nothing of ours; each file whole or not at all.
 
     `state` holds the weights under timm's names; `backbone` says how to build the module again; `classes` are the
-    names of what it tells apart, and `crop` the share of an image's short side that it is to see.
+    names of what it tells apart, and `crop` the share of an image's short side that it is to see. `dtype` is that of
+    the pixels that a predictor decodes.
     """
     assert config.image_size is not None and isinstance(config.mean, tuple) and isinstance(config.std, tuple)
     data_config = {
@@ -62,6 +65,8 @@ def save_hub(
         settings["model_args"].pop("num_classes", None)
         if classes is not None:
             settings["label_names"] = list(classes)
+        if dtype is not None:
+            settings["pixel_dtype"] = dtype.name
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
@@ -138,7 +143,7 @@ def initialize(model: MaskedImageModel, source: str, name: str) -> str:
     elif path.exists():
         try:
             checkpoint = read_checkpoint(path, model=name)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"--init-from {error}") from None
         state, target = as_tensors(checkpoint.mapped.state), checkpoint.settings.get("target", "pixels")
     else:
@@ -147,7 +152,7 @@ def initialize(model: MaskedImageModel, source: str, name: str) -> str:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     try:
         resized, fresh = adopt(model, state)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"--init-from {source} does not fit the encoder: {error}; use the same --model") from None
     kept = [*resized, *(f"new {part}" for part in fresh)]
     return f"{len(state)} tensors" + (f" ({'; '.join(kept)})" if kept else "")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from simmim.config.training import TrainingConfig
 from simmim.method.random_keys import sample_keys
 from simmim.method.schedules import Schedule
+from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.train.distributed import World, full_tensor, gradient_sync, local_part
 from simmim.training.trainer import FIGURES
 
@@ -50,6 +51,7 @@ class Update:
         self.model, self.optimizer = model, optimizer
         self._schedule, self._config, self._world, self._after = schedule, config, world, after
         self._dtype = DTYPES[config.precision]
+        self._pins = find_accelerator(world.device).pins
         fp16 = config.precision == "fp16"
         self._optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self._statistics = [buffer for name, buffer in model.named_buffers() if name.endswith(_BATCH_NORM_STATISTICS)]
@@ -109,7 +111,7 @@ class Update:
             if isinstance(value, Tensor):
                 return value
             tensor = torch.from_numpy(np.ascontiguousarray(value))
-            return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+            return (tensor.pin_memory() if self._pins else tensor).to(device, non_blocking=True)
 
         return {name: send(value) for name, value in batch.items()}
 

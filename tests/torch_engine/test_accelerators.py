@@ -1,0 +1,127 @@
+"""Rows of capabilities: a new row is used everywhere, and what the rows of GPUs set is undone."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from simmim.errors import UserError
+from simmim.torch_engine.accelerators import ACCELERATORS, Accelerator, choose_device, choose_precision, describe_gpus
+from simmim.torch_engine.perf.bench import device_memory
+from simmim.torch_engine.perf.measure import Trial, peak_memory
+from simmim.torch_engine.train.distributed import World, join, place
+
+from . import tiny
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A row for PyTorch's meta device, ahead of the others. Returns the calls of its functions, as they happen."""
+    calls: list[str] = []
+
+    @contextlib.contextmanager
+    def arithmetic(precision: str) -> Iterator[None]:
+        calls.append(f"arithmetic {precision}")
+        yield
+        calls.append("restored")
+
+    row = Accelerator(
+        name="meta",
+        find=lambda: None,
+        has_bf16=lambda: True,
+        autocasts=("bf16",),
+        automatic=True,
+        pins=True,
+        device_name=lambda device: "Abacus 3000",
+        total_memory=lambda device: 123,
+        peak_memory=lambda device: 45,
+        synchronize=lambda: calls.append("synchronize"),
+        arithmetic=arithmetic,
+        fit=lambda module: calls.append("fit"),
+    )
+    rows = {"meta": row, **ACCELERATORS}
+    monkeypatch.setattr("simmim.torch_engine.accelerators.ACCELERATORS", rows)
+    return calls
+
+
+def test_auto_takes_the_first_automatic_row_that_is_found(fake: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose_device("auto") == "meta"
+    rows = {"meta": dataclasses.replace(Accelerator(name="meta", find=lambda: "is broken")), **ACCELERATORS}
+    monkeypatch.setattr("simmim.torch_engine.accelerators.ACCELERATORS", rows)
+    assert choose_device("auto") != "meta"
+    with pytest.raises(UserError, match="device 'meta' is broken"):
+        choose_device("meta")
+
+
+def test_precision_is_that_of_the_row(fake: list[str]) -> None:
+    assert choose_precision("auto", "meta") == "bf16"
+    with pytest.raises(UserError, match="--precision fp16 is not for --device meta; use bf16 or fp32"):
+        choose_precision("fp16", "meta")
+
+
+def test_a_training_joins_and_leaves_by_the_row(fake: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with join("meta", "bf16") as world:
+        place(torch.nn.Linear(2, 2), world.device)
+    assert fake == ["arithmetic bf16", "fit", "restored"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device meta trains in one process, not 2"), join("meta"):
+        pass
+
+
+def test_measuring_asks_the_row(fake: list[str]) -> None:
+    trial = Trial.__new__(Trial)
+    trial.world = World(device=torch.device("meta"))
+    trial.wait()
+    assert fake == ["synchronize"]
+    assert device_memory("meta") == 123
+    assert peak_memory(torch.device("meta")) == 45
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_a_batch_is_pinned_where_the_row_says_so(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = dataclasses.replace(ACCELERATORS["cpu"], pins=pins)
+    monkeypatch.setitem(ACCELERATORS, "cpu", row)
+    update, pinned = tiny.update(tiny.config()), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(1) or tensor)
+    update._to_device({"image": np.zeros((2, 3))})
+    assert bool(pinned) == pins
+
+
+def test_a_gpu_row_is_described_with_what_pytorch_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dataclasses.replace(
+        ACCELERATORS["cuda"], find=lambda: None, device_name=lambda _: "RTX", built_for=lambda: "X 1"
+    )
+    missing = dataclasses.replace(ACCELERATORS["xpu"], find=lambda: "is not here", built_for=lambda: "Y 2")
+    unbuilt = dataclasses.replace(ACCELERATORS["mps"], built_for=lambda: None)
+    for row in (found, missing, unbuilt):
+        monkeypatch.setitem(ACCELERATORS, row.name, row)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert describe_gpus() == {"cuda": "2 × RTX, X 1", "xpu": "none seen (torch is built for Y 2)"}
+
+
+@pytest.mark.parametrize(("precision", "convolutions"), [("fp32", False), ("bf16", True)])
+@pytest.mark.filterwarnings("error")
+def test_fp32_on_cuda_has_no_tf32_in_products_and_convolutions(precision: str, convolutions: bool) -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        with ACCELERATORS["cuda"].arithmetic(precision):
+            assert not matmul.allow_tf32
+            assert cudnn.allow_tf32 == convolutions
+        assert matmul.allow_tf32 and cudnn.allow_tf32
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_joining_on_cuda_sets_the_arithmetic_of_the_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    before = torch.backends.cudnn.allow_tf32
+    with join("cuda", precision) as world:
+        assert world.device == torch.device("cuda", 0)
+        assert torch.backends.cudnn.allow_tf32 == (before and precision != "fp32")
+    assert torch.backends.cudnn.allow_tf32 == before
