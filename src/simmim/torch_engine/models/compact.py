@@ -1,7 +1,7 @@
 """Swin and SwinV2 that see visible cells only (UM-MAE, arXiv 2205.10063 §3).
 
-A mask leaves one cell of each 2×2 visible, or none. The visible cells, each in the place of its 2×2, are an image of
-half the sides, on which the backbone runs as on any other: a quarter of the tokens, and nothing in it is changed.
+A mask leaves one cell of each 2×2 visible, or none. The visible cells, each in the place of its 2×2, form an image of
+half the sides. The unchanged backbone runs on it, with a quarter of the tokens.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `h w` 2×2s of cells, `c` side of a cell in pixels, `D` features.
 """
@@ -29,18 +29,19 @@ _RATIO = 0.8125  # one cell of each 2×2, and the paper's secondary masking of a
 class CompactEncoder(SwinEncoder):
     """Images (B, C, H, W) and mask (B, H/p, W/p) → features of cells (B, H/c, W/c, D/r).
 
-    r is the side, in cells, of what a vector of the last stage sees. Without a mask: the plain model's features, one of
-    D for each r × r cells.
+    r is the side, in cells, of the field of a vector of the last stage. Without a mask the result is the plain model's
+    features, one vector of D for each r × r cells.
 
-    Where a mask hides all four cells of a 2×2 (the paper's secondary masking), the mask token takes the place of one's
-    patches. After the last stage a layer, which is the merging of patches in reverse, makes r × r vectors of each. They
-    return to the places of their cells (of four hidden ones: to the first), and `hidden_token` is in all others, for a
-    head that mixes cells and adds positions of its own.
+    Where a mask hides all four cells of a 2×2 (the paper's secondary masking), the mask token replaces the patches of
+    one cell. After the last stage a linear layer, patch merging in reverse, makes r × r vectors of each vector. They
+    return to the places of their cells (of four hidden cells: to the first). `hidden_token` fills all other places, for
+    a head that mixes cells and adds its own positions.
 
-    Patches are as far apart for the backbone as they are on the half image. The paper's Swin is another: it computes a
-    pair's bias from where the two were in the image.
+    For the backbone, distances between patches are those on the half image. The paper's Swin computes a pair's bias
+    from their places in the whole image.
 
-    `ValueError` for an image that cannot be halved, a model whose stages do not fit cells, and masks that show more.
+    Raises:
+        UserError: the image cannot be halved, the model's stages do not fit cells, or masks show more cells.
     """
 
     without_decay = frozenset({"mask_token", "hidden_token"})
@@ -86,7 +87,7 @@ class CompactEncoder(SwinEncoder):
         return None
 
     def _check(self, mask: Tensor) -> None:
-        """Waits for the device."""
+        """Raise `UserError` for other masks. Waits for the device."""
         cells = mask[:, :: self._patches, :: self._patches]
         if (_squares(cells).sum(-1) < 3).any() or not torch.equal(self._of_patches(cells), mask):
             raise UserError(
@@ -95,11 +96,11 @@ class CompactEncoder(SwinEncoder):
             )
 
     def _hidden(self, mask: Tensor) -> Tensor:
-        """Which cells of each 2×2 are hidden: (B, h, w, 4)."""
+        """Return which cells of each 2×2 are hidden: (B, h, w, 4)."""
         return _squares(mask[:, :: self._patches, :: self._patches])
 
     def _of_patches(self, cells: Tensor) -> Tensor:
-        """A mask of cells as one of patches."""
+        """Turn a mask of cells into one of patches."""
         return cells.repeat_interleave(self._patches, 1).repeat_interleave(self._patches, 2)
 
     def _hide(self, images: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ def _squares(cells: Tensor) -> Tensor:
 
 
 def _first_visible(squares: Tensor) -> Tensor:
-    """Which of the four is the first visible, or the first where all are hidden: (B, h, w, 4) → (B, h, w)."""
+    """Return the first visible cell of four, or the first if all are hidden: (B, h, w, 4) → (B, h, w)."""
     return squares.int().argmin(-1)
 
 

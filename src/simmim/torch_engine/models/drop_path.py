@@ -1,4 +1,4 @@
-"""Stochastic depth whose random numbers come in with the batch.
+"""Stochastic depth with random numbers from the batch.
 
 Shapes: `B` images.
 """
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class DropPathDraws:
-    """The random numbers of one step's drop path: (B, number of drop-path layers), uniform in [0, 1)."""
+    """Random numbers of one step's drop path: (B, number of drop-path layers), uniform in [0, 1)."""
 
     def __init__(self) -> None:
         self.uniform: Tensor | None = None
@@ -17,10 +17,10 @@ class DropPathDraws:
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382) whose random numbers come in with the batch.
+    """Stochastic depth (arXiv 1603.09382) with random numbers from the batch.
 
-    So an image's draws depend on the seed, the epoch and the image only: the same after a resume and on any number of
-    processes, and no accelerator needs a random generator inside the step.
+    An image's draws depend only on the seed, the epoch and the image. They are the same after a resume and for any
+    world size, and no accelerator needs a random generator inside the step.
     """
 
     def __init__(self, rate: float, draws: DropPathDraws):
@@ -40,7 +40,7 @@ class DropPath(nn.Module):
 
 
 def route_drop_path(backbone: nn.Module) -> DropPathDraws:
-    """Replace timm's drop path, which draws on the device, by ours; it has no parameters, so no name changes."""
+    """Replace timm's drop path, which draws on the device. It has no parameters, so no name changes."""
     draws = DropPathDraws()
     for module in list(backbone.modules()):
         for name, child in module.named_children():
