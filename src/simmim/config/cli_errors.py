@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
-from simmim.config.option_groups import show_in_groups
+from simmim.config.option_groups import show_in_groups, wide_output
 from simmim.errors import UserError
 
 Arguments = TypeVar("Arguments")
@@ -74,7 +74,7 @@ def parse(
         with contextlib.ExitStack() as redirected:
             redirected.enter_context(contextlib.redirect_stderr(box))
             if unlisted is not None:
-                redirected.enter_context(contextlib.redirect_stdout(help_text))
+                redirected.enter_context(wide_output(help_text))
             return tyro.cli(kind, prog=f"simmim {command}", description=description, args=args, **extra)
     except SystemExit as end:
         if not end.code:

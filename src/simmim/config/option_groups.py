@@ -1,9 +1,12 @@
 """Options of a training in groups, for `--help`."""
 
+import contextlib
+import io
+import os
 import re
 import shutil
 import textwrap
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 # Options by group, in the order of the help; `mask.*` stands for every setting of a strategy.
 _GROUPS = {
@@ -25,6 +28,21 @@ _GROUPS = {
 }
 _ORDER = {option: (group, place) for group, names in _GROUPS.items() for place, option in enumerate(names.split())}
 _COLUMN = 28  # where the help text starts
+
+
+@contextlib.contextmanager
+def wide_output(stream: io.StringIO) -> Iterator[None]:
+    """Redirect standard output to `stream` without line breaks: on a narrow terminal tyro breaks inside words."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "1000"
+    try:
+        with contextlib.redirect_stdout(stream):
+            yield
+    finally:
+        if columns is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = columns
 
 
 def show_in_groups(text: str, rest: str, hidden: Collection[str] = ()) -> str:
@@ -56,7 +74,9 @@ def _show(invocation: str, words: str, width: int) -> list[str]:
     """Wrap one option; its help starts in a column of its own."""
     start = f"  {invocation}  ".ljust(_COLUMN)
     column = " " * _COLUMN
-    wrapped = textwrap.wrap(words, width, initial_indent=column, subsequent_indent=column, break_on_hyphens=False)
+    wrapped = textwrap.wrap(
+        words, width, initial_indent=column, subsequent_indent=column, break_on_hyphens=False, break_long_words=False
+    )
     if len(start) > _COLUMN or not wrapped:
         return [start.rstrip(), *wrapped]
     return [start + wrapped[0][_COLUMN:], *wrapped[1:]]
