@@ -262,7 +262,7 @@ def test_another_number_of_channels_is_a_bad_image(raw: bytes, channels: int, me
 
 
 def test_a_float_image_among_8_bit_ones_is_a_bad_image():
-    with pytest.raises(BadImage, match="has float32 values, and the images before it have 8 bits"):
+    with pytest.raises(BadImage, match="has float32 values, but earlier images have 8 bits"):
         decode(npy(np.zeros((9, 7), np.float32)), channels=1, dtype=np.uint8)
 
 

@@ -242,7 +242,7 @@ def test_a_missing_or_broken_file_gets_its_line(data: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match=r"train/annotations\.json is not JSON: Expecting property name"):
         open_detection(".")
     Path(FILE).unlink()
-    with pytest.raises(ValueError, match=r"train/annotations\.json is not there; write the boxes of train/images"):
+    with pytest.raises(ValueError, match=r"train/annotations\.json does not exist; write the boxes of train/images"):
         open_detection(".")
     with pytest.raises(ValueError, match="images has no folder train; give one with train/images and train/annot"):
         open_detection("images")

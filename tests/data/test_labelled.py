@@ -151,7 +151,7 @@ FOLDERS = {
     "no classes": (["1.png"], "folder {0} has no class folders; put each class's images in a folder of its name"),
     "unknown class": (
         ["train/a/1.png", "train/b/2.png", "val/c/3.png"],
-        "class c of {0} is evaluated on and not trained on; give it images to train on, or remove it",
+        "class c of {0} has images to evaluate on but none to train on; add some, or remove it",
     ),
     "one image": (
         ["a/1.png", "a/2.png", "b/3.png"],

@@ -151,7 +151,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "colours": (
         lambda root: write(root / "train/masks/deep/0.png", np.zeros((10, 12, 3), np.uint8)),
-        "mask data/train/masks/deep/0.png holds RGB colours; write one class number a pixel, of 8 or 16 bits",
+        "mask data/train/masks/deep/0.png holds RGB colours; write one class number per pixel, of 8 or 16 bits",
     ),
     "damaged": (
         lambda root: (root / "train/masks/deep/0.png").write_text("no image"),

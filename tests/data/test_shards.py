@@ -97,7 +97,7 @@ def test_a_broken_image_keeps_its_number_and_stays_broken(packed: Path):
     source = open_packed(str(packed))
     broken = [index for index in range(len(source)) if source.is_broken(index)]
     assert [source.name(index) for index in broken] == ["a/6.jpg"]
-    with pytest.raises(BadImage, match="when it was packed"):
+    with pytest.raises(BadImage, match="when packed"):
         source.read(broken[0])
 
 
@@ -132,7 +132,7 @@ def test_classes_and_splits_of_a_packed_folder_are_those_of_the_loose_one(classe
 
 def test_packed_images_without_class_folders_are_no_labelled_ones(photos: Path, tmp_path: Path):
     pack(PackConfig(images=str(photos / "a b"), out=str(tmp_path / "flat")))
-    with pytest.raises(ValueError, match=r"were in no class folders when they were packed; pack a folder of them"):
+    with pytest.raises(ValueError, match=r"were not in class folders when packed; pack a folder of class folders"):
         open_labelled(str(tmp_path / "flat"))
 
 
@@ -247,5 +247,7 @@ def test_a_url_without_shards_is_one_line(url: str, message: str):
 
 def test_more_shards_than_files_may_be_open_are_refused(packed: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("resource.getrlimit", lambda kind: (202, 4096))
-    with pytest.raises(ValueError, match=r"has 3 shards, and this process may open 202 files; raise that by ulimit .*"):
+    with pytest.raises(
+        ValueError, match=r"has 3 shards, and this process may open 202 files; raise the limit with ulimit .*"
+    ):
         open_packed(str(packed))

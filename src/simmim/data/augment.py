@@ -1,4 +1,4 @@
-"""Which part of an image is seen, and its resizing. Flips and colours are the engine's, on the device.
+"""Crop and resize images. The engine flips and changes colours, on the device.
 
 Shapes: `B` images, `H W` pixels, `C` channels; a size is (H, W).
 """
@@ -18,11 +18,11 @@ from simmim.method.random_keys import draws, sample_keys, uniforms
 
 FLIP_AXES: dict[Flip, int] = {"none": 0, "horizontal": 1, "both": 2}
 _SHARP = 1.1
-"""A side that shrinks by less is only interpolated: there is no aliasing to be seen."""
+"""Sides that shrink by less are only interpolated, as aliasing is invisible."""
 
 
 class Box(NamedTuple):
-    """A rectangle of pixels; it may reach beyond the image."""
+    """Rectangle of pixels; may extend beyond the image."""
 
     top: int
     left: int
@@ -30,17 +30,17 @@ class Box(NamedTuple):
     width: int
 
     def scaled(self, vertical: float, horizontal: float) -> "Box":
-        """The same rectangle of the image at these shares of its height and width, to half a pixel."""
+        """Scale the box for an image at these shares of its height and width, to half a pixel."""
         scales = (vertical, horizontal, vertical, horizontal)
         return Box(*(round(side * scale) for side, scale in zip(self, scales, strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomResizedCrop:
-    """Draw the box that is cut out and resized to `size`, as torchvision does (SimMIM §4.1: scale 0.67–1).
+    """Draw a box to crop and resize to `size`, as torchvision does (SimMIM §4.1: scale 0.67–1).
 
-    `scale` is the box's share of the image's area, `ratio` its width over its height, relative to those of `size`: an
-    image is squashed by 4/3 at the most, for square and other sizes alike. Raises `ValueError`.
+    `scale` is the box's share of the image's area, `ratio` its aspect ratio relative to that of `size`: by default,
+    images are squashed by 4/3 at most, also for sizes that are not square. Raises `UserError`.
     """
 
     size: tuple[int, int]
@@ -55,7 +55,7 @@ class RandomResizedCrop:
             raise UserError(f"crop ratio {self.ratio} is not a range of positive numbers; use (0.75, 1.333)")
 
     def box(self, key: int, height: int, width: int) -> Box:
-        """The box for an image's key; the largest box in the middle where ten draws don't fit."""
+        """Draw an image's box by its key; after ten failed draws, return the largest box in the middle."""
         aspect = self.size[1] / self.size[0]
         narrowest, widest = self.ratio[0] * aspect, self.ratio[1] * aspect
         smallest, largest = self.scale
@@ -72,7 +72,7 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class CentreCrop:
-    """The box in the middle with the shape of `size`, `fraction` of the largest one (0.875 = 224/256)."""
+    """Centre box with the shape of `size` and `fraction` of the largest sides (0.875 = 224/256)."""
 
     size: tuple[int, int]
     fraction: float = 0.875
@@ -88,7 +88,7 @@ class CentreCrop:
 
 @dataclass(frozen=True, kw_only=True)
 class Letterbox:
-    """The box with the shape of `size` that holds the whole image, at its top left."""
+    """Box with the shape of `size` and the whole image at its top left."""
 
     size: tuple[int, int]
 
@@ -96,17 +96,16 @@ class Letterbox:
         _check_crop_size(self.size)
 
     def box(self, height: int, width: int) -> Box:
-        pixels = max(height / self.size[0], width / self.size[1])  # of the image for one of the result
+        pixels = max(height / self.size[0], width / self.size[1])  # image pixels per result pixel
         return Box(0, 0, max(1, round(pixels * self.size[0])), max(1, round(pixels * self.size[1])))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleJitter:
-    """Large-scale jittering (arXiv 2012.07177): a box with the shape of `size` in which the image is of a random scale.
+    """Large-scale jittering (arXiv 2012.07177): a box with the shape of `size` and the image at a random scale.
 
-    1 is the scale at which the whole image just fits. An image that is smaller lies at the top left of its box; of one
-    that is larger a random part is seen, with the middle of a random object in it, where there are objects, so that no
-    step is spent on an image that lost them all. Raises `ValueError`.
+    At scale 1 the whole image just fits. A smaller image lies at the top left of its box. A larger one is cropped at
+    random, around the middle of a random object if there are any, so that no step lacks objects. Raises `UserError`.
     """
 
     size: tuple[int, int]
@@ -118,9 +117,9 @@ class ScaleJitter:
             raise UserError(f"scale jitter {self.scale} is not a range of positive numbers; use 0.1 2.0")
 
     def box(self, key: NDArray[np.uint64], height: int, width: int, objects: NDArray[np.floating]) -> Box:
-        """The box for an image's key (1,) and the boxes of its objects, (n, 4) of left, top, right, bottom."""
+        """Draw the box by an image's key (1,) and its objects' boxes, (n, 4) of left, top, right, bottom."""
         scale, vertical, horizontal, which = uniforms(key, 4)[0]
-        pixels = max(height / self.size[0], width / self.size[1])  # of the image for one of the result
+        pixels = max(height / self.size[0], width / self.size[1])  # image pixels per result pixel
         pixels /= self.scale[0] + (self.scale[1] - self.scale[0]) * scale
         rows, columns = (max(1, round(pixels * side)) for side in self.size)
         x = y = None
@@ -131,7 +130,7 @@ class ScaleJitter:
 
 
 def _begin(draw: float, length: int, part: int, within: int | None) -> int:
-    """Where a random part of a length begins that has the place `within` in it, if that is given."""
+    """Draw the start of a random part of a length, one that contains `within` if given."""
     first, last = 0, max(length - part, 0)
     if within is not None:
         first, last = max(first, min(within - part + 1, last)), min(last, max(within, first))
@@ -139,21 +138,21 @@ def _begin(draw: float, length: int, part: int, within: int | None) -> int:
 
 
 def draw_flips(seed: int, epoch: ArrayLike, index: ArrayLike, flip: Flip) -> NDArray[np.bool_]:
-    """Draw which images to mirror, each way half of them: (B, 0) for none, (B, 1) for horizontal, (B, 2) for both.
+    """Draw flips, with probability 1/2 each: (B, 0) for none, (B, 1) for horizontal, (B, 2) for both.
 
-    The first column mirrors left to right, the second upside down.
+    The first column flips left-right, the second upside down.
     """
     return uniforms(sample_keys(seed, epoch, index, stream="flip"), FLIP_AXES[flip]) < 0.5
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:
-    """How many times smaller (1, 2, 4 or 8) an image may be decoded, with `box` still no smaller than `size`."""
+    """Return the reduction (1, 2, 4 or 8) at which to decode, with `box` still no smaller than `size`."""
     spare = min(box.height / size[0], box.width / size[1])
     return next((factor for factor in (8, 4, 2) if factor <= spare), 1)
 
 
 def visible(box: Box, height: int, width: int, size: tuple[int, int]) -> tuple[Box, Box]:
-    """The part of `box` that is inside an image, and where that lies when `box` is resized to `size`."""
+    """Return the part of `box` inside an image, and its place when `box` is resized to `size`."""
     top, left = max(box.top, 0), max(box.left, 0)
     bottom, right = min(box.top + box.height, height), min(box.left + box.width, width)
     rows = [round((row - box.top) * size[0] / box.height) for row in (top, bottom)]
@@ -170,12 +169,12 @@ def crop_resize(
     out: NDArray[Any] | None = None,
     antialias: bool = True,
 ) -> NDArray[Any]:
-    """Cut `box` out of an image (H, W, C) and resize it to `size`, without aliasing; beyond the image is `fill`.
+    """Cut `box` out of an image (H, W, C) and resize it to `size`, without aliasing; `fill` lies beyond the image.
 
-    The result is written into `out`, if given, an array of its shape and of the image's dtype. It is close to what
-    Pillow's and torchvision's antialiased bilinear resizing give (docs/speed.md says how close), in a quarter of the
-    time, by three steps that OpenCV has vectorised: a blur over 3×3 pixels, which `antialias` may leave out, bilinear
-    interpolation to a power of two times `size`, and halving by means of 2×2 pixels.
+    `out`, if given, takes the result; it has its shape and the image's dtype. Values are close to the antialiased
+    bilinear resizing of Pillow and torchvision (docs/speed.md has figures), in a quarter of the time. Three steps are
+    vectorised by OpenCV: a 3×3 blur (if `antialias`), bilinear interpolation to a power of two times `size`, and
+    halving by means of 2×2 pixels.
     """
     channels = image.shape[2]
     if out is None:
@@ -188,7 +187,7 @@ def crop_resize(
         out[rows, columns] = crop_resize(image, part, (place.height, place.width), antialias=antialias)
         return out
     crop = image[box.top : bottom, box.left : right]
-    block = 64  # OpenCV takes no more than 128 channels at once
+    block = 64  # OpenCV takes at most 128 channels at once
     if channels <= block:
         return _resize(crop, size, out, antialias)
     for first in range(0, channels, block):
@@ -212,15 +211,15 @@ def _resize(pixels: NDArray[Any], size: tuple[int, int], out: NDArray[Any], anti
 
 
 def _halvings(have: int, want: int) -> int:
-    """How often a side is halved after interpolation, which shrinks it by 2.2 at the most: the blur suits no more."""
+    """Return how often to halve a side after interpolation, which shrinks by at most 2.2, the limit of the blur."""
     return max(0, math.ceil(math.log2(have / want / 2.2)))
 
 
 def _blur(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
-    """What bilinear interpolation to (`height`, `width`) lacks of an antialiasing filter.
+    """Complete bilinear interpolation to (`height`, `width`) to an antialiasing filter.
 
-    A triangle as wide as s pixels, for shrinking by s, has the variance s²/6, of which interpolation gives 1/6. The
-    kernel (w, 1 - 2w, w) has 2w, which makes w = (s² - 1) / 12; with /8 photographs come out closest to the triangle's.
+    To shrink by s, a triangle filter has variance s²/6, of which interpolation supplies 1/6. The kernel (w, 1 - 2w, w)
+    has variance 2w, so w = (s² - 1) / 12; on photographs, /8 comes closest to the triangle filter.
     """
     down, right = pixels.shape[0] / height, pixels.shape[1] / width
     if max(down, right) < _SHARP:
@@ -231,7 +230,7 @@ def _blur(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
 
 
 def _sigma(shrinking: float) -> float:
-    """The standard deviation for which GaussianBlur gives 3 pixels their weights."""
+    """Return the standard deviation that gives GaussianBlur's 3 pixels these weights."""
     weight = min(1 / 4, (shrinking**2 - 1) / 8)
     return math.sqrt(0.5 / math.log((1 - 2 * weight) / weight)) if shrinking >= _SHARP else 0.0
 
@@ -240,12 +239,12 @@ def _sigma(shrinking: float) -> float:
 def _opencv() -> ModuleType:
     import cv2
 
-    cv2.setNumThreads(1)  # images are spread over threads already
+    cv2.setNumThreads(1)  # threads already work on different images
     return cv2
 
 
 def _middle(height: int, width: int, ratio: float, fraction: float = 1.0) -> Box:
-    """The box in the middle of an image that has this width over height, and `fraction` of the largest such sides."""
+    """Return the centre box of an image with this aspect ratio and `fraction` of the largest sides."""
     box_height = max(1, round(fraction * min(height, width / ratio)))
     box_width = max(1, round(fraction * min(width, height * ratio)))
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)

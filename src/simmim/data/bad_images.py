@@ -70,7 +70,7 @@ class BadImages:
         return f"; they are listed in {self.path}" if self.path else ""
 
     def _catch_up(self) -> None:
-        """Read the lines that are new in the file."""
+        """Read new lines of the file."""
         if self.path is None or not self.path.exists():
             return
         with self.path.open("rb") as file:

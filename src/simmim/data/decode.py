@@ -1,8 +1,8 @@
-"""From the bytes of an image file to pixels (H, W, C).
+"""Decode image files to pixels (H, W, C).
 
-Pixels are uint8, or float32 in the same 0..255 scale where a data set is deeper than 8 bits. Pillow reads what it
-can keep whole. libjpeg-turbo (through simplejpeg) decodes JPEGs to the same values in less time, and at a half, a
-quarter or an eighth of the size for a fraction of it. tifffile reads TIFFs with many bands or deep colour.
+Pixels are uint8, or float32 in the same 0..255 scale for data deeper than 8 bits. Pillow reads formats that it keeps
+without loss. libjpeg-turbo (through simplejpeg) decodes JPEGs faster to the same values, and at a half, a quarter or an
+eighth of the size for a fraction of the time. tifffile reads TIFFs with many bands or deep colour.
 
 Shapes: `H W` pixels, `C` channels.
 """
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 Raw: TypeAlias = "bytes | NDArray[Any] | Image.Image"
 
 MAX_PIXELS = 178_956_970
-"""A picture with more pixels is refused as a decompression bomb, as Pillow does by default."""
+"""Limit against decompression bombs, Pillow's default."""
 
-# Only formats that hold pixels: Pillow hands others, such as EPS, to programs outside. JPEG first, as the most usual.
+# Pixel formats only: Pillow passes others, such as EPS, to external programs. JPEG first, as the most common.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "TGA")
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION_TAG = 274
 
-# What each of Pillow's modes is converted to; a mode that is not here stays as it is.
+# Conversions of Pillow's modes; other modes stay unchanged.
 _MODES = {"1": "L", "La": "LA", "P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
 _MODES |= dict.fromkeys(("CMYK", "YCbCr", "LAB", "HSV"), "RGB")
 _BANDS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4}
@@ -38,37 +38,37 @@ _DEEP_MODES = {"I;16": np.uint16, "I;16B": np.uint16, "I;16L": np.uint16, "I": n
 
 
 class BadImage(UserError):
-    """An image that cannot be used; the message is the reason, in one line."""
+    """Unusable image; the message is the reason, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """An image whose header has been read: its size when upright, and its pixels on demand."""
+    """Image with a parsed header: its upright size, and its pixels on demand."""
 
     height: int
     width: int
     bands: int
-    """Values a pixel as stored, transparency included."""
+    """Stored values per pixel, including transparency."""
     has_alpha: bool = False
     """Whether the last band is transparency."""
     dtype: np.dtype[Any]
-    """Of the stored values."""
+    """Type of the stored values."""
     read: Callable[[int], NDArray[Any]]
-    """How many times smaller (1, 2, 4 or 8) a JPEG may come → stored values (h, w, bands), upright."""
+    """Reduction (1, 2, 4 or 8) allowed for a JPEG → stored values (h, w, bands), upright."""
     jpeg_orientation: int | None = None
-    """The rotation (1..8) that EXIF names, for a JPEG in greys or YCbCr, which all decoders take; else `None`."""
+    """EXIF rotation (1..8) of a grey or YCbCr JPEG, which all decoders accept; else `None`."""
 
     @property
     def channels(self) -> int:
-        """Values a pixel without transparency."""
+        """Values per pixel, without transparency."""
         return self.bands - self.has_alpha
 
     def fits(self, channels: int) -> bool:
-        """Whether `decode` can give this many channels: those stored, or grey ↔ colour."""
+        """Return whether `decode` can return this many channels: as stored, or grey ↔ colour."""
         return channels == self.bands or {channels, self.channels} <= {1, 3}
 
     def decode(self, *, channels: int, dtype: DTypeLike, reduction: int = 1) -> NDArray[Any]:
-        """Pixels (H, W, `channels`), or a JPEG's at 1/`reduction` of the size; `BadImage` where that cannot be."""
+        """Return pixels (H, W, `channels`), of a JPEG at 1/`reduction` of the size. Raises `BadImage`."""
         if not self.fits(channels):
             raise BadImage(f"has {self.channels} channels, not {channels}")
         with _BlameTheImage():
@@ -80,21 +80,21 @@ class Picture:
             if dtype == np.float32:
                 return pixels.astype(np.float32)
             if self.dtype != np.uint16:
-                raise BadImage(f"has {self.dtype} values, and the images before it have 8 bits")
+                raise BadImage(f"has {self.dtype} values, but earlier images have 8 bits")
             return np.rint(pixels).astype(np.uint8)
 
 
 def decode(raw: Raw, *, channels: int, dtype: DTypeLike) -> NDArray[Any]:
-    """Pixels (H, W, `channels`) of an image file's bytes, an array (H, W) or (H, W, C), or a Pillow image.
+    """Decode an image file's bytes, an array (H, W) or (H, W, C), or a Pillow image to pixels (H, W, `channels`).
 
-    `dtype` is uint8 or float32, both in 0..255: 16-bit values are divided by 257; any other deep values are kept as
-    they are. Transparency is laid on white, EXIF rotation undone, the first frame taken. Raises `BadImage`.
+    `dtype` is uint8 or float32, both in 0..255: 16-bit values are divided by 257; other deep values are unchanged.
+    Transparency is blended with white, EXIF rotation undone, and the first frame taken. Raises `BadImage`.
     """
     return open_picture(raw).decode(channels=channels, dtype=dtype)
 
 
 def open_picture(raw: Raw) -> Picture:
-    """Read the header of an image; raises `BadImage`, also for a header that claims more than `MAX_PIXELS`."""
+    """Read an image's header. Raises `BadImage`, also for more than `MAX_PIXELS`."""
     with _BlameTheImage():
         if isinstance(raw, np.ndarray):
             return _open_array(raw)
@@ -110,7 +110,7 @@ def open_picture(raw: Raw) -> Picture:
 
 
 class _BlameTheImage:
-    """Decoders raise anything at all on damaged bytes: OSError, SyntaxError, struct.error, …"""
+    """Turn a decoder's errors (OSError, SyntaxError, struct.error, …) into `BadImage`."""
 
     def __enter__(self) -> None:
         pass
@@ -131,9 +131,9 @@ def _identify(raw: bytes) -> "Image.Image":
 
 def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
     if image.format == "TIFF":
-        image.load()  # turns the picture upright as it loads, and changes its size
+        image.load()  # loading turns the image upright and changes its size
     stored = image.getexif().get(_ORIENTATION_TAG)
-    orientation = next((known for known in range(1, 9) if known == stored), 1)  # any other turns nothing
+    orientation = next((known for known in range(1, 9) if known == stored), 1)  # other values mean no rotation
     width, height = image.size if orientation < 5 else image.size[::-1]
     mode = _MODES.get(image.mode, image.mode)
     if "transparency" in image.info and mode in ("L", "RGB"):
@@ -161,7 +161,7 @@ def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
 
 
 def _is_grey_or_ycbcr(jpeg: Any) -> bool:
-    """Adobe's marker may say that colours are stored as RGB, and so may the names of the components."""
+    """Return whether a JPEG is grey or YCbCr. Adobe's marker or component names may declare RGB."""
     components = [component[0] for component in jpeg.layer]
     return len(components) == 1 or (components in ([1, 2, 3], [0, 1, 2]) and jpeg.info.get("adobe_transform", 1) == 1)
 
@@ -180,12 +180,12 @@ def _jpeg_pixels(raw: bytes, image: "Image.Image", reduction: int) -> NDArray[An
     least_height, least_width = -(-height // reduction), -(-width // reduction)
     try:
         return simplejpeg.decode_jpeg(raw, colorspace, min_height=least_height, min_width=least_width)
-    except ValueError:  # it refuses what Pillow only frowns at, so Pillow is the judge of a damaged file
+    except ValueError:  # it is stricter than Pillow, which decides what is damaged
         return _pillow_pixels(image, image.mode)
 
 
 def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """Undo the rotation (1..8) that EXIF names."""
+    """Undo an EXIF rotation (1..8)."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -208,7 +208,7 @@ def _open_array(pixels: NDArray[Any]) -> Picture:
 
 
 def _open_npy(raw: bytes) -> Picture:
-    # np.load would allocate what the header claims before it looks for the bytes.
+    # np.load would allocate the size in the header before it checks for the bytes.
     file = io.BytesIO(raw)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
@@ -254,7 +254,7 @@ def _open_tiff(raw: bytes) -> Picture:
 
 
 def _pillow_reads_tiff(bands: int, bits: int, extra: tuple[int, ...]) -> bool:
-    """Whether Pillow keeps every bit: it drops the low byte of deep colour, and bands of no known meaning (0)."""
+    """Return whether Pillow keeps every bit: it drops low bytes of deep colour, and bands of unknown meaning (0)."""
     return (bands == 1 and bits <= 32) or (bands <= 4 and bits <= 8 and 0 not in extra)
 
 
@@ -264,12 +264,12 @@ def _check_size(height: int, width: int, bands: int) -> None:
 
 
 def _scaled_to_255(values: NDArray[Any]) -> NDArray[Any]:
-    """Stored values as uint8 or float32; only 8- and 16-bit values have a known scale."""
+    """Convert stored values to uint8 or float32; only 8- and 16-bit values have a known scale."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == np.bool_:
         return values * np.uint8(255)
-    with np.errstate(over="ignore"):  # a float64 beyond float32 turns into infinity, refused below
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite and is refused below
         pixels = values.astype(np.float32)
     if values.dtype == np.uint16:
         pixels /= 257
@@ -279,7 +279,7 @@ def _scaled_to_255(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _on_white(pixels: NDArray[Any]) -> NDArray[Any]:
-    """Lay (H, W, C + transparency) on a white ground: (H, W, C)."""
+    """Blend (H, W, C + transparency) with white: (H, W, C)."""
     opacity = pixels[..., -1:].astype(np.float32) / 255
     laid = pixels[..., :-1] * opacity + 255 * (1 - opacity)
     return np.rint(laid).astype(np.uint8) if pixels.dtype == np.uint8 else laid

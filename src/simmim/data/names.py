@@ -1,4 +1,4 @@
-"""Names of many images, in the memory of their bytes."""
+"""Memory-efficient sequence of image names."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from typing import overload
 
 
 class Names(Sequence[str]):
-    """Strings end to end: of a million, half the memory of a list, and no more while they are gathered one by one."""
+    """Compact string sequence; uses half the memory of a list, also while it is built."""
 
     def __init__(self, names: Iterable[str]):
         self._text = bytearray()

@@ -1,4 +1,4 @@
-"""Mean and standard deviation of a data set's pixels, by which the engines normalise images.
+"""Mean and standard deviation of a data set's pixels, for normalisation.
 
 Shapes: `H W` pixels, `C` channels.
 """
@@ -24,10 +24,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def measure_mean_std(
     source: ImageSource, *, channels: int, dtype: DTypeLike, seed: int, limit: int = 1000
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation (C,) of pixels / 255, over the middles of up to `limit` images drawn by `seed`.
+    """Measure mean and standard deviation (C,) of pixels / 255, over centre crops of up to `limit` images.
 
-    Images are resized to 224×224 first, since models see resized ones, which vary less. Those that cannot be read are
-    left out; a one-line `ValueError` where that is all. A channel that never changes gets the deviation 1.
+    `seed` draws the images. They are resized to 224×224 first, since models see resized images, which vary less.
+    Unreadable images are skipped. A constant channel gets deviation 1. Raises `UserError` if no image can be read.
     """
     crop = CentreCrop(size=(224, 224))
 
@@ -46,5 +46,5 @@ def measure_mean_std(
         raise UserError(f"none of {len(drawn)} images can be read, so their mean and deviation are not known")
     mean, mean_square = np.mean(found, axis=0)
     std = np.sqrt(np.maximum(mean_square - np.square(mean), 0))
-    changes = std > 1e-6 * np.abs(mean)  # less is the rounding of constants
+    changes = std > 1e-6 * np.abs(mean)  # smaller values are rounding errors of constants
     return tuple(mean.tolist()), tuple(np.where(changes, std, 1.0).tolist())

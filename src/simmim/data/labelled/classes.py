@@ -1,5 +1,6 @@
-"""Labelled images for probes and classification: folders of classes, loose or packed, CSV lists, `.npz` arrays, Hugging
-Face sets, demo.
+"""Labelled images for probes and classification.
+
+Sources: folders of classes (loose or packed), CSV lists, `.npz` arrays, Hugging Face data sets, demo.
 
 Shapes: `N` images, `K` classes.
 """
@@ -25,7 +26,7 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images to train on and to evaluate on, with their classes (N,) by number; `classes` (K,) are the names."""
+    """Training and evaluation images with class numbers (N,); `classes` (K,) are the names."""
 
     train: ImageSource
     train_labels: Labels
@@ -42,11 +43,13 @@ def open_labelled(
     labels_per_class: int | None = None,
     label_seed: int = 0,
 ) -> LabelledImages:
-    """Open `train/CLASS/*` with `val|test/CLASS/*` or one folder of classes, loose or packed, a CSV of
+    """Open labelled images.
+
+    `data` is `train/CLASS/*` with `val|test/CLASS/*` or one folder of classes, loose or packed, a CSV of
     `path,label[,split]`, an `.npz` of x_train, y_train, x_test and y_test, `hf:NAME_OR_PATH`, or `demo`.
 
-    Without a split of its own, `val_fraction` of each class is kept to evaluate on, drawn by `seed`. With
-    `labels_per_class`, only so many images of each class are trained on, drawn by `label_seed`. One-line `ValueError`s.
+    Without a split, `val_fraction` of each class is held out for evaluation, drawn by `seed`. With `labels_per_class`,
+    only this many images of each class are trained on, drawn by `label_seed`. Raises `UserError`.
     """
     path = Path(data).expanduser()
     if data == "demo":
@@ -70,8 +73,8 @@ def open_labelled(
     unknown = np.setdiff1d(found.val_labels, found.train_labels)
     if len(unknown):
         raise UserError(
-            f"class {found.classes[unknown[0]]} of {data} is evaluated on and not trained on; "
-            "give it images to train on, or remove it"
+            f"class {found.classes[unknown[0]]} of {data} has images to evaluate on but none to train on; "
+            "add some, or remove it"
         )
     return found if labels_per_class is None else _few(found, labels_per_class, label_seed)
 
@@ -89,7 +92,7 @@ def _few(images: LabelledImages, count: int, seed: int) -> LabelledImages:
 
 
 def hold_out(labels: Labels, fraction: float, seed: int) -> NDArray[np.bool_]:
-    """Which images (N,) to keep aside, drawn by `seed`: `fraction` of each class, one at least and never all."""
+    """Choose images (N,) to hold out, drawn by `seed`: `fraction` of each class, at least one and never all."""
     order = np.argsort(sample_keys(seed, 0, np.arange(len(labels)), stream="val"))
     held = np.zeros(len(labels), np.bool_)
     for label in np.unique(labels):
@@ -128,7 +131,7 @@ def _open_folders(root: Path, val_fraction: float, seed: int) -> LabelledImages:
 
 
 def evaluation_folder(root: Path) -> Path | None:
-    """The part of a data set's folder that is not trained on, if it has one."""
+    """Return a data set's folder of evaluation images, or `None` without one."""
     return next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
 
 
@@ -150,7 +153,7 @@ def _read_classes(folder: Path) -> tuple[PathList, list[str]]:
 
 
 def _open_packed(data: str, val_fraction: float, seed: int) -> LabelledImages:
-    """As `_open_folders`, by the names that the images had when they were packed."""
+    """Open packed folders of classes, by the names that images had when packed."""
     packed = open_packed(data)
     names = packed.names()
     parts = {name.split("/")[0] for name in names}
@@ -164,14 +167,14 @@ def _open_packed(data: str, val_fraction: float, seed: int) -> LabelledImages:
 
 
 def _packed_classes(packed: PackedImages, names: list[str], folder: str, data: str) -> tuple[Subset, list[str]]:
-    """The images in the class folders of `folder`, in the order of `_read_classes`, and each one's class."""
+    """Return the images in class folders of `folder`, in the order of `_read_classes`, and their classes."""
     found = []
     for index, name in enumerate(names):
         label, slash, file = name.removeprefix(folder).partition("/")
         if slash and name.startswith(folder):
             found.append((label, file, index))
     if not found:
-        raise UserError(f"the images of {data} were in no class folders when they were packed; pack a folder of them")
+        raise UserError(f"the images of {data} were not in class folders when packed; pack a folder of class folders")
     found.sort()
     return Subset(packed, np.array([index for _, _, index in found])), [label for label, _, _ in found]
 
@@ -237,13 +240,13 @@ def _open_hugging_face(name: str, val_fraction: float, seed: int) -> LabelledIma
 
 
 def _columns(dataset: Any, name: str) -> tuple[ImageSource, list[str]]:
-    """The images of a part of a Hugging Face set, and the name of each one's class."""
+    """Return the images of a Hugging Face split and their class names."""
     named = [column for column, feature in dataset.features.items() if type(feature).__name__ == "ClassLabel"]
     column = next(iter(named or ("label",)))
     if column not in dataset.features:
         raise UserError(f"data set hf:{name} has no column of labels, only {', '.join(dataset.features)}; give another")
     values = list(dataset[column])
-    if any(value is None or value == -1 for value in values):  # -1: the label is kept secret
+    if any(value is None or value == -1 for value in values):  # -1: the label is withheld
         raise UserError(f"column {column} of hf:{name} has images without label; remove them, or give another set")
     names = [dataset.features[column].int2str(value) for value in values] if named else list(map(str, values))
     return HuggingFaceImages(dataset, image_column(dataset, name)), names

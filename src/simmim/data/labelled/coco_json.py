@@ -1,4 +1,4 @@
-"""COCO's JSON of boxes, read and checked: whatever is wrong is said in one line that names the place."""
+"""Read and validate COCO JSON; errors are one line that names the file and entry."""
 
 import json
 import math
@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 from simmim.errors import UserError
 
-# Files round and tools count pixels from 0 or 1: a box may reach so many pixels out of its image, and is cut there.
+# Files round, and tools count pixels from 0 or 1. A box may exceed its image by this many pixels and is clipped.
 _TOLERANCE = 1.0
 
 
 @dataclass(frozen=True)
 class CocoFile:
-    """Images, each with its annotations, and the categories' names by number.
+    """Images with their annotations, and category names by number.
 
-    An image has `file` (its path), height and width. Annotations have what COCO has, and `bbox` lies in the image;
-    `left_out` counts those whose box has no area.
+    An image has `file` (its path), height and width. Annotations are COCO's, with `bbox` clipped to the image;
+    `left_out` counts dropped annotations whose box has no area.
     """
 
     path: Path
@@ -36,9 +36,9 @@ class CocoFile:
 
 
 def read_coco(folder: Path, *, masks: bool) -> CocoFile:
-    """The annotations.json of a folder whose image files are in its `images`, or where file_name says from the folder.
+    """Read annotations.json of a folder. Image files are in its `images`, or at file_name relative to the folder.
 
-    With `masks`, each annotation has to have a segmentation. One-line `ValueError`s.
+    With `masks`, each annotation needs a segmentation. Raises `UserError`.
     """
     path = folder / "annotations.json"
     lists = _read_lists(path)
@@ -85,7 +85,7 @@ def read_coco(folder: Path, *, masks: bool) -> CocoFile:
 
 def _read_lists(path: Path) -> dict[str, list[Any]]:
     if not path.is_file():
-        raise UserError(f"{path} is not there; write the boxes of {path.parent / 'images'} to it, as COCO's JSON")
+        raise UserError(f"{path} does not exist; write the boxes of {path.parent / 'images'} to it as COCO JSON")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -104,7 +104,7 @@ def _need(entry: Any, keys: tuple[str, ...], place: str) -> None:
 
 
 def _check_box(box: Any, image: Mapping[str, Any], place: str) -> list[float]:
-    """COCO's (left, top, width, height), cut off at the image's edges."""
+    """Validate a box (left, top, width, height) and clip it to the image."""
     if not (isinstance(box, list) and len(box) == 4 and all(_is_number(side) for side in box)):
         raise UserError(f"{place} has the box {box}; give [left, top, width, height] in pixels")
     left, top, width, height = box

@@ -1,4 +1,4 @@
-"""Images with boxes, and masks where there are some, for detection: folders of images beside COCO's JSON.
+"""Images with boxes and optional masks for detection: folders of images with COCO JSON.
 
 Shapes: `N` images, `n` objects of an image, `H W` pixels, `K` classes. A box is (left, top, right, bottom) in pixels.
 """
@@ -23,13 +23,13 @@ from simmim.method.random_keys import sample_keys
 
 Boxes = NDArray[np.float64]
 
-# An object of which a crop shows less is not there: what is left says little of its class.
+# Objects of which a crop shows a smaller share are dropped: the rest says little about their class.
 _LEAST_SHOWN = 0.1
 
 
 @dataclass(frozen=True)
 class Objects:
-    """The objects of an image, crowds left out."""
+    """Objects of an image, without crowds."""
 
     boxes: Boxes
     """(n, 4)."""
@@ -40,7 +40,7 @@ class Objects:
 
 
 class AnnotatedImages:
-    """Image files of known sizes (N, 2) with their objects, an `ImageSource`; one of another size is a bad image."""
+    """`ImageSource` of files with known sizes (N, 2) and objects. A file of another size is a bad image."""
 
     def __init__(self, files: Sequence[str], sizes: NDArray[np.int64], objects: Sequence[Objects]):
         self._files = PathList(files)
@@ -65,11 +65,11 @@ class AnnotatedImages:
 
 @dataclass(frozen=True)
 class DetectionData:
-    """Images to train on and to evaluate on, the names of their classes (K,), and the truth about the latter.
+    """Training and evaluation images, class names (K,) and ground truth of the evaluation images.
 
-    `left_out` counts the boxes without area, which COCO's own files have and of which nothing can be learned.
-    `truth` is what COCO's evaluation takes: image, annotation and category numbers all count from 1 on, those of images
-    and classes in the order of `val` and `classes`.
+    `left_out` counts dropped boxes without area, which COCO's own files contain. `truth` is the input of COCO's
+    evaluation: image, annotation and category numbers start at 1, with images and classes in the order of `val` and
+    `classes`.
     """
 
     train: AnnotatedImages
@@ -82,8 +82,8 @@ class DetectionData:
 def open_detection(data: str, *, val_fraction: float = 0.2, seed: int = 0, masks: bool = False) -> DetectionData:
     """Open `train/images` with `train/annotations.json` (COCO), and the same in `val` or `test`.
 
-    Without a folder to evaluate on, `val_fraction` of the images is kept for that, drawn by `seed`. With `masks`, each
-    object has to have one. One-line `ValueError`s that name the file and what is wrong in it.
+    Without an evaluation folder, `val_fraction` of the images is held out, drawn by `seed`. With `masks`, each object
+    needs one. Raises `UserError` that names the file and the entry.
     """
     root = Path(data).expanduser()
     if not (root / "train").is_dir():
@@ -151,10 +151,10 @@ def _truth(file: CocoFile, numbers: Mapping[int, int]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionReader:
-    """Reads what is trained on of an image: a jittered view and its objects, the same for the same seed and epoch.
+    """Read a jittered training view of an image and its objects, deterministic by seed and epoch.
 
-    Gives image (H, W, C) uint8; boxes (n, 4) float32 in its pixels; label (n,), where 0 is no class and so numbers
-    count from 1 on; mask (n, H, W) bool if asked for. Raises `BadImage`.
+    Returns image (H, W, C) uint8; boxes (n, 4) float32 in its pixels; label (n,) from 1 on, since 0 is the background;
+    mask (n, H, W) bool if `masks`. Raises `BadImage`.
     """
 
     images: AnnotatedImages
@@ -198,14 +198,14 @@ def _areas(boxes: Boxes) -> NDArray[np.float64]:
 
 
 def boxes_in_image(boxes: NDArray[np.floating], height: int, width: int, size: tuple[int, int]) -> Boxes:
-    """Boxes (n, 4) found in the letterbox of `size` of an image, in its own pixels; they may reach beyond it."""
+    """Convert boxes (n, 4) from an image's letterbox of `size` to its own pixels; they may exceed the image."""
     part, place = visible(Letterbox(size=size).box(height, width), height, width, size)
     scale = np.array([part.width / place.width, part.height / place.height] * 2)
     return boxes.astype(np.float64) * scale
 
 
 def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> NDArray[np.uint8]:
-    """(H, W, n) of 0 and 1 of COCO's polygons or run lengths, compressed or not. Raises `BadImage` for damaged ones."""
+    """Decode COCO polygons or run lengths to (H, W, n) of 0 and 1. Raises `BadImage` for damaged ones."""
     rle = import_rle()
     try:
         return rle.decode([rle.segmToRle(shape, width, height) for shape in segmentations])
@@ -214,13 +214,13 @@ def decode_masks(segmentations: Sequence[Any], height: int, width: int) -> NDArr
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """COCO's compressed run lengths of a mask (H, W), ready for JSON."""
+    """Encode a mask (H, W) as COCO's compressed run lengths, ready for JSON."""
     found = import_rle().encode(np.asfortranarray(mask, np.uint8))
     return {"size": [int(side) for side in found["size"]], "counts": found["counts"].decode()}
 
 
 def import_rle() -> Any:
-    """faster-coco-eval's run lengths; a one-line `ValueError` where it is missing."""
+    """Import faster-coco-eval's run-length module. Raises `UserError` if it is missing."""
     try:
         from faster_coco_eval.core import mask
     except ImportError as error:

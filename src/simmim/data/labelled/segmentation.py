@@ -1,7 +1,6 @@
-"""Images with a class for every pixel, and the parts of them that a model of a fixed size sees.
+"""Images with a class for every pixel, and their windows for a model of a fixed size.
 
-Shapes: `H W` pixels, `K` classes; a size is (H, W). Class 255 is no class: such pixels are neither trained on nor
-judged.
+Shapes: `H W` pixels, `K` classes; a size is (H, W). Pixels of class 255 are ignored in training and evaluation.
 """
 
 import json
@@ -25,7 +24,7 @@ from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import uniforms
 
 IGNORE = 255
-_HIGHEST = 65535  # class number of a mask
+_HIGHEST = 65535  # largest class number of a mask
 
 Mask = NDArray[Any]
 """(H, W) class numbers, uint8 or uint16."""
@@ -33,7 +32,7 @@ Mask = NDArray[Any]
 
 @dataclass(frozen=True)
 class SegmentationImages:
-    """Images to train on and to evaluate on; `train_mask` and `val_mask` read the mask of one by its number."""
+    """Training and evaluation images; `train_mask` and `val_mask` read a mask by its image's number."""
 
     train: ImageSource
     train_mask: Callable[[int], Mask]
@@ -42,15 +41,15 @@ class SegmentationImages:
     classes: tuple[str, ...]
     """(K,) names."""
     pixels: NDArray[np.int64]
-    """(K,) pixels of each class to train on."""
+    """(K,) training pixels of each class."""
 
 
 def open_segmentation(data: str, *, val_fraction: float = 0.2, seed: int = 0) -> SegmentationImages:
     """Open `train/images`, `train/masks` and `val|test/…`; a mask is a PNG of class numbers, named like its image.
 
-    Classes may be named by `classes.txt` (a name a line) or `id2label.json` (`{"0": "wall", …}`); without, the masks
-    to train on say how many there are. Without `val` or `test`, `val_fraction` of the images is kept to evaluate on,
-    drawn by `seed`. Every mask is read once, so that a mistake shows before the training does. One-line `ValueError`s.
+    `classes.txt` (one name per line) or `id2label.json` (`{"0": "wall", …}`) names the classes; without them, the
+    training masks determine their number. Without `val` or `test`, `val_fraction` of the images is held out for
+    evaluation, drawn by `seed`. Every mask is read once, to find errors before training. Raises `UserError`.
     """
     root = Path(data).expanduser()
     if not (root / "train" / "images").is_dir():
@@ -78,7 +77,7 @@ def open_segmentation(data: str, *, val_fraction: float = 0.2, seed: int = 0) ->
 
 @dataclass(frozen=True)
 class _Part:
-    """Images and their masks; both are asked for by number."""
+    """Images and masks of a split, by number."""
 
     path: Path
     images: ImageSource
@@ -105,7 +104,7 @@ class _Part:
         return read_mask(Path(self.masks.name(index)))
 
     def count_pixels(self) -> list[NDArray[np.int64]]:
-        """For each mask, its pixels of class 0, 1 … up to its highest class."""
+        """Count the pixels of each class 0, 1, … of every mask."""
         with ThreadPoolExecutor(cpu_cores()) as pool:
             return list(pool.map(self._count, range(len(self.images))))
 
@@ -113,7 +112,7 @@ class _Part:
         mask = self.read(index)
         try:
             picture = open_picture(read_raw(self.images, index))
-        except BadImage:  # skipped and listed where images are read
+        except BadImage:  # the reader skips and lists it
             pass
         else:
             if mask.shape != (picture.height, picture.width):
@@ -124,7 +123,7 @@ class _Part:
         return np.bincount(mask[mask != IGNORE])
 
     def total(self, counts: list[NDArray[np.int64]], classes: int, limit: str) -> NDArray[np.int64]:
-        """The pixels of each class (K,) in all masks; `ValueError` for a class that is none of them."""
+        """Sum the pixels of each class (K,) over all masks. Raises `UserError` for an unknown class."""
         total = np.zeros(classes, np.int64)
         for index, count in enumerate(counts):
             if len(count) > classes:
@@ -139,7 +138,7 @@ class _Part:
 
 
 def read_mask(path: Path) -> Mask:
-    """The class numbers of a PNG: its values, or those of a palette (not their colours). One-line `ValueError`."""
+    """Read the class numbers of a PNG: its values or palette indices, not colours. Raises `UserError`."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -148,18 +147,18 @@ def read_mask(path: Path) -> Mask:
             mode, mask = image.mode, np.asarray(image)
     except UnidentifiedImageError:
         raise UserError(f"mask {path} is not an image; write it again as PNG") from None
-    except Exception as error:  # damaged files raise anything at all
+    except Exception as error:  # damaged files raise arbitrary errors
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"mask {path} cannot be read: {reason}; write it again as PNG") from error
     if mode not in ("1", "L", "P", "I;16", "I"):
-        raise UserError(f"mask {path} holds {mode} colours; write one class number a pixel, of 8 or 16 bits")
+        raise UserError(f"mask {path} holds {mode} colours; write one class number per pixel, of 8 or 16 bits")
     if mode == "I" and (beyond := mask[(mask < 0) | (mask > _HIGHEST)]).size:
         raise UserError(f"mask {path} has the value {beyond[0]}; write class numbers from 0 to {_HIGHEST}")
     return mask.astype(np.uint8 if mode in ("1", "L", "P") else np.uint16)
 
 
 def _read_names(root: Path) -> tuple[tuple[str, ...], str]:
-    """The names of classes that a data set gives, none if it doesn't, and the file that does."""
+    """Return a data set's class names, empty without a list, and the file that lists them."""
     text, table = root / "classes.txt", root / "id2label.json"
     if text.is_file():
         lines = text.read_text(encoding="utf-8-sig").splitlines()
@@ -174,7 +173,7 @@ def _read_names(root: Path) -> tuple[tuple[str, ...], str]:
 
 
 def crop_mask(mask: Mask, box: Box, size: tuple[int, int]) -> Mask:
-    """Cut `box` out of a mask and bring it to `size`, each pixel taking the class of the nearest."""
+    """Cut `box` out of a mask and resize it to `size` by nearest neighbour."""
     rows = box.top + ((np.arange(size[0]) + 0.5) * box.height / size[0]).astype(np.int64)
     columns = box.left + ((np.arange(size[1]) + 0.5) * box.width / size[1]).astype(np.int64)
     return mask[rows[:, None], columns]
@@ -182,11 +181,11 @@ def crop_mask(mask: Mask, box: Box, size: tuple[int, int]) -> Mask:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """What a model of a fixed `size` sees of an image: in evaluation, and zoomed at random in training.
+    """Windows of an image for a model of a fixed `size`: regular in evaluation, zoomed at random in training.
 
-    `whole`: the whole image, squeezed to `size`. Else windows of `size` at the image's own resolution, that overlap by
-    a third; a smaller image is enlarged until it holds one. `zoom` is the range by which training magnifies such a
-    window, as far as the image holds it. Raises `ValueError`.
+    With `whole`, the only window is the whole image, resized to `size`. Otherwise windows of `size` at the image's own
+    resolution overlap by a third; smaller images are enlarged to hold one. `zoom` is the range of random magnification
+    in training, limited by the image. Raises `UserError`.
     """
 
     size: tuple[int, int]
@@ -198,12 +197,12 @@ class Windows:
             raise UserError(f"zoom {self.zoom} is not a range of positive numbers; use 0.5 2.0")
 
     def boxes(self, height: int, width: int) -> list[Box]:
-        """The windows that cover an image."""
+        """Return windows that cover an image."""
         rows, columns = (max(1, round(side)) for side in self._window(height, width))
         return [Box(y, x, rows, columns) for y in _starts(height, rows) for x in _starts(width, columns)]
 
     def random_box(self, key: NDArray[np.uint64], height: int, width: int) -> Box:
-        """The part of an image that training sees, for its key (1,)."""
+        """Draw the training window of an image by its key (1,)."""
         magnify, down, right = uniforms(key, 3)[0]
         low, high = self.zoom
         rows, columns = self._window(height, width)
@@ -219,6 +218,6 @@ class Windows:
 
 
 def _starts(length: int, window: int) -> list[int]:
-    """Where windows begin that cover a length, evenly spaced and at most two thirds of a window apart."""
+    """Return evenly spaced starts of windows that cover a length, at most two thirds of a window apart."""
     count = 1 + math.ceil((length - window) / (window * 2 / 3))
     return [round(start) for start in np.linspace(0, length - window, count).tolist()]

@@ -1,8 +1,8 @@
-"""Packed images: ArrayRecord files whose index says where each image's bytes lie.
+"""Packed images: ArrayRecord files with an index of each image's bytes.
 
-`DIRECTORY/pack.json` says what was packed and how; `00000.array_record` holds images, and `00000.json` is its index.
-Any reader of ArrayRecord reads the shards. Here an image is one positional read instead, of a local file or of a range
-in object storage: the records are not compressed, and ArrayRecord's own reader copies pixels four times.
+`DIRECTORY/pack.json` records the source and the settings; `00000.array_record` holds images, and `00000.json` is its
+index. Any ArrayRecord reader reads the shards. This module reads an image in one positional read of a local file or one
+range request, since records are not compressed and ArrayRecord's own reader copies pixels four times.
 """
 
 import hashlib
@@ -24,70 +24,70 @@ from simmim.errors import UserError
 
 MANIFEST = "pack.json"
 UNFINISHED = "packing.json"
-"""In the place of `MANIFEST` as long as the shards are being written."""
+"""Takes the place of `MANIFEST` while shards are being written."""
 VERSION = 1
 FORMS = ("original", "jpeg", "webp", "raw")
 
-# ArrayRecord's files are Riegeli's: every 64 KiB there are 24 bytes that belong to no record
+# ArrayRecord files are Riegeli files: every 64 KiB begins with a block header of 24 bytes
 # (github.com/google/riegeli/blob/master/doc/riegeli_records_file_format.md).
 BLOCK, BLOCK_HEADER = 1 << 16, 24
-_MOST_PARTS = 1024  # that one call of preadv fills, on Linux and macOS
+_MOST_PARTS = 1024  # buffers per call of preadv, on Linux and macOS
 _TRIES = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Index:
-    """What a shard holds, image by image; a broken image has no bytes."""
+    """Index of a shard, image by image; a broken image has no bytes."""
 
     bytes: int
-    """Of the shard's file."""
+    """Size of the shard file."""
     sha256: str
-    """Of the shard's file."""
+    """Digest of the shard file."""
     names: list[str]
     begins: list[int]
-    """Where in the file the bytes of an image begin."""
+    """Offset of each image's bytes in the file."""
     sizes: list[int]
-    """How many there are, without the block headers among them."""
+    """Number of bytes, without block headers."""
     crc32: list[int]
     shapes: list[tuple[int, int, int]] | None
-    """(H, W, C) of raw pixels; `None` where the bytes are those of an image file."""
+    """(H, W, C) of raw pixels; `None` for image files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackSettings:
-    """Which images are packed, and how."""
+    """Packed images and packing settings."""
 
     version: int = VERSION
     form: str
     short_side: int | None
-    """Pixels of the shorter side, to which larger images were reduced."""
+    """Pixels of the shorter side to which larger images were reduced."""
     quality: int | None
     shard_size: int
-    """Images of a shard; the last one may have fewer."""
+    """Images per shard; the last one may have fewer."""
     images: int
     names_sha256: str
-    """Of their names, a line each."""
+    """Digest of the images' names, one per line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(PackSettings):
-    """What a directory of shards holds: `pack.json`."""
+    """Contents of a directory of shards: `pack.json`."""
 
     bad_images: int
     bytes: int
     shards: list[dict[str, Any]]
-    """`images`, `bytes` and `sha256` of each, and `index_sha256` of its index."""
+    """`images`, `bytes` and `sha256` of each shard, and `index_sha256` of its index."""
 
 
 class Storage(Protocol):
-    """Files of one directory, wherever it is."""
+    """Files of one directory, local or remote."""
 
     def read(self, name: str) -> bytes: ...
 
     def size(self, name: str) -> int: ...
 
     def read_range(self, name: str, begin: int, size: int) -> NDArray[np.uint8]:
-        """`size` bytes of records from `begin` on, without block headers. Called from several threads at once."""
+        """Read `size` bytes of records from `begin` on, without block headers. Called concurrently."""
         ...
 
 
@@ -100,7 +100,7 @@ def index_name(number: int) -> str:
 
 
 def pieces(begin: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where `size` bytes of records from `begin` on lie in the file: (offset, length) between block headers."""
+    """Yield (offset, length) in the file of `size` bytes of records from `begin` on, between block headers."""
     while size > 0:
         length = min(size, BLOCK - begin % BLOCK)
         yield begin, length
@@ -109,7 +109,7 @@ def pieces(begin: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 class LocalStorage:
-    """A directory of this machine; shards stay open."""
+    """Local directory; shards stay open."""
 
     def __init__(self, root: Path):
         self._root = root
@@ -126,7 +126,7 @@ class LocalStorage:
 
     def read_range(self, name: str, begin: int, size: int) -> NDArray[np.uint8]:
         file = self._files.get(name)
-        if file is None:  # two threads may both open it; one of the two is closed again
+        if file is None:  # two threads may both open it; the extra one is closed
             file = self._files.setdefault(name, (self._root / name).open("rb", buffering=0))
         found = np.empty(size, np.uint8)
         between = np.empty(BLOCK_HEADER, np.uint8)
@@ -143,7 +143,7 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """A directory in object storage, through fsspec: an image is one request for a range of bytes."""
+    """Directory in object storage, through fsspec; one range request per image."""
 
     def __init__(self, url: str):
         import fsspec
@@ -173,13 +173,13 @@ class RemoteStorage:
         return found
 
     def _again(self, request: Any) -> Any:
-        """A network fails now and then; what is not there stays away."""
+        """Retry a request, as networks fail at times; a missing file is not retried."""
         for trial in range(_TRIES):
             try:
                 return request()
             except FileNotFoundError:
                 raise
-            except Exception as error:  # each storage raises errors of its own
+            except Exception as error:  # each storage raises its own errors
                 if trial == _TRIES - 1:
                     raise OSError(f"{type(error).__name__}: {error}") from error
                 time.sleep(0.1 * 4**trial)
@@ -187,7 +187,7 @@ class RemoteStorage:
 
 
 class Shard:
-    """What reading needs of an `Index`, in little memory."""
+    """Compact form of an `Index`, for reading."""
 
     def __init__(self, index: Index):
         self.names = Names(index.names)
@@ -196,7 +196,7 @@ class Shard:
 
 
 class PackedImages:
-    """The images of a directory of shards, under the names and in the order that they had when they were packed."""
+    """Images of a directory of shards, with the names and order that they had when packed."""
 
     def __init__(self, storage: Storage, manifest: Manifest, shards: list[Shard]):
         self.manifest = manifest
@@ -211,7 +211,7 @@ class PackedImages:
         return self._shards[shard].names[place]
 
     def names(self) -> list[str]:
-        """Of all images, relative to the folder that was packed."""
+        """Return the names of all images, relative to the packed folder."""
         return [name for shard in self._shards for name in shard.names]
 
     def is_broken(self, index: int) -> bool:
@@ -223,7 +223,7 @@ class PackedImages:
         shard = self._shards[number]
         size = int(shard.sizes[place])
         if not size:
-            raise BadImage("could not be read when it was packed")
+            raise BadImage("could not be read when packed")
         data = self._storage.read_range(shard_name(number), int(shard.begins[place]), size)
         return data.tobytes() if shard.shapes is None else data.reshape(shard.shapes[place])
 
@@ -233,11 +233,11 @@ def is_packed(path: Path) -> bool:
 
 
 def open_packed(data: str) -> PackedImages:
-    """The packed images of a directory, or of a URL that fsspec opens. One-line `ValueError`s for what is damaged."""
+    """Open packed images of a directory or an fsspec URL. Raises `UserError` for damaged ones."""
     storage = RemoteStorage(data) if "://" in data else LocalStorage(Path(data).expanduser())
     manifest = read_manifest(storage, data)
     _check_open_files(data, len(manifest.shards))
-    with ThreadPoolExecutor(16) as pool:  # for object storage, which answers slowly but many at once
+    with ThreadPoolExecutor(16) as pool:  # object storage is slow per request but serves many at once
         shards = pool.map(lambda number: _open_shard(storage, manifest, number, data), range(len(manifest.shards)))
         return PackedImages(storage, manifest, list(shards))
 
@@ -277,7 +277,7 @@ def _open_shard(storage: Storage, manifest: Manifest, number: int, data: str) ->
 
 
 def read_index(text: bytes, sha256: str | None = None) -> Index:
-    """The index of a shard, checked against its digest. A `ValueError` says what is wrong with it."""
+    """Read a shard's index and check its digest. Raises `ValueError`."""
     if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
         raise UserError("does not match its checksum")
     return Index(**json.loads(text))
@@ -290,5 +290,5 @@ def _check_open_files(data: str, shards: int) -> None:
     if "://" not in data and shards > most - 200:
         raise UserError(
             f"{data} has {shards} shards, and this process may open {most} files; "
-            f"raise that by ulimit -n {shards + 1000}, or pack with a larger --shard-size"
+            f"raise the limit with ulimit -n {shards + 1000}, or pack with a larger --shard-size"
         )

@@ -1,4 +1,4 @@
-"""Write images into shards (`simmim.data.packed.format`) and verify them.
+"""Write images to shards (`simmim.data.packed.format`) and verify them.
 
 Shapes: `H W` pixels, `C` channels.
 """
@@ -23,31 +23,31 @@ _CHUNK_HEADER = 40
 
 
 class Packed(NamedTuple):
-    """What is kept of an image: the bytes of a file, or raw pixels and their shape (H, W, C)."""
+    """Stored image: the bytes of a file, or raw pixels and their shape (H, W, C)."""
 
     data: bytes
     shape: tuple[int, int, int] | None = None
 
 
 class Form(Protocol):
-    """What of an image is kept. Raises `BadImage` for one that cannot be read, or not be kept in this form."""
+    """Convert an image to its stored form. Raises `BadImage` if it cannot be read or has no such form."""
 
     def __call__(self, raw: Raw) -> Packed: ...
 
 
 @dataclass(frozen=True)
 class Original:
-    """The file, byte for byte; an array as `.npy`."""
+    """Keep the file byte for byte; arrays as `.npy`."""
 
     def __call__(self, raw: Raw) -> Packed:
         picture = open_picture(raw)
-        picture.decode(channels=picture.channels, dtype=np.float32, reduction=8)  # reads all of a JPEG, computes little
+        picture.decode(channels=picture.channels, dtype=np.float32, reduction=8)  # reads all of a JPEG at little cost
         return Packed(_file_bytes(raw))
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawPixels:
-    """uint8 pixels, which need no decoding."""
+    """Store uint8 pixels, which need no decoding."""
 
     short_side: int | None = None
 
@@ -59,7 +59,7 @@ class RawPixels:
 
 @dataclass(frozen=True, kw_only=True)
 class Jpeg:
-    """JPEG with halved colour resolution. A JPEG that is small enough is kept byte for byte."""
+    """Store JPEG with halved colour resolution. Small enough JPEGs are kept byte for byte."""
 
     short_side: int | None = None
     quality: int = 90
@@ -84,7 +84,7 @@ class Jpeg:
 
 @dataclass(frozen=True, kw_only=True)
 class WebP:
-    """Lossy WebP: about a third smaller than JPEG, and slower to read. A WebP that is small enough is kept."""
+    """Store lossy WebP: about a third smaller than JPEG, slower to read. Small enough WebPs are kept."""
 
     short_side: int | None = None
     quality: int = 90
@@ -116,7 +116,7 @@ def _is_small(raw: bytes, short_side: int | None) -> bool:
 
 
 def _small_pixels(raw: Raw, short_side: int | None) -> NDArray[np.uint8]:
-    """Pixels (H, W, C), upright and without transparency, made smaller to this shorter side, never larger."""
+    """Return pixels (H, W, C), upright, without transparency, reduced to this shorter side, never enlarged."""
     picture = open_picture(raw)
     if picture.dtype not in (np.uint8, np.bool_):
         raise BadImage(f"has {picture.dtype} values, which only --form original keeps")
@@ -131,17 +131,19 @@ def _small_pixels(raw: Raw, short_side: int | None) -> NDArray[np.uint8]:
 
 
 class Entry(NamedTuple):
-    """An image of a shard; `packed` is `None` for a broken one, which keeps its number and has no bytes."""
+    """Image of a shard; `packed` is `None` for a broken one, which keeps its number and has no bytes."""
 
     name: str
     packed: Packed | None
 
 
 def write_shard(path: Path, entries: Iterable[Entry], *, raw: bool) -> Index:
-    """Write images into a new ArrayRecord file, and say where their bytes lie."""
+    """Write images to a new ArrayRecord file. Returns its index."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # one image a group: read one by one
+    writer = ArrayRecordWriter(
+        str(path), "group_size:1,uncompressed"
+    )  # one image per group, since images are read one by one
     names: list[str] = []
     sizes: list[int] = []
     sums: list[int] = []
@@ -167,10 +169,10 @@ def write_shard(path: Path, entries: Iterable[Entry], *, raw: bool) -> Index:
 
 
 def _record_begins(path: Path, sizes: list[int]) -> Iterator[int]:
-    """Where the bytes of each record begin in a file of uncompressed records, one a chunk.
+    """Yield the offset of each record's bytes in a file of uncompressed records, one per chunk.
 
-    A chunk is a header (its second number is the length of its data, its fourth begins with its type), then data whose
-    last bytes are the record. Positions that do not count block headers are called dense here.
+    A chunk is a header (its second number is the length of its data, its fourth begins with its type), then data that
+    ends with the record. "Dense" positions exclude block headers.
     """
 
     def in_file(dense: int) -> int:
@@ -196,7 +198,7 @@ def _record_begins(path: Path, sizes: list[int]) -> Iterator[int]:
 
 
 def find_damage(path: Path, storage: Storage, index: Index) -> str | None:
-    """What is wrong with a shard: its digest, or an image that is not where its index says; `None` if nothing."""
+    """Describe damage to a shard: a wrong digest, or an image missing from its place; `None` if intact."""
     if _digest(path) != index.sha256:
         return "does not match its checksum"
     for image, begin, size, crc32 in zip(index.names, index.begins, index.sizes, index.crc32, strict=True):

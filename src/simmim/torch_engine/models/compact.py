@@ -22,8 +22,8 @@ from simmim.torch_engine.models.masked import SwinEncoder
 from simmim.torch_engine.models.savings import Chosen, replace_class
 
 CELL = 16
-"""Pixels of a side of a cell, as in the paper: one vector of a head's map."""
-_RATIO = 0.8125  # one cell of each 2×2, and the paper's secondary masking of a quarter of these
+"""Side of a cell in pixels, as in the paper: one vector of a head's map."""
+_RATIO = 0.8125  # one cell of each 2×2, with the paper's secondary masking of a quarter of these
 
 
 class CompactEncoder(SwinEncoder):
@@ -79,7 +79,7 @@ class CompactEncoder(SwinEncoder):
             )
 
     def save_work(self, *, visible_patches: bool, last_block: bool) -> None:
-        super().save_work(visible_patches=False, last_block=False)  # both are for the map of the whole image
+        super().save_work(visible_patches=False, last_block=False)  # both need the map of the whole image
 
     def _seen(self, mask: Tensor | None, visible: Chosen | None) -> Chosen | None:
         if mask is not None and visible is None:
@@ -104,7 +104,7 @@ class CompactEncoder(SwinEncoder):
         return cells.repeat_interleave(self._patches, 1).repeat_interleave(self._patches, 2)
 
     def _hide(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) → the visible cells, (B, C, H/2, W/2)."""
+        """Gather the visible cells: (B, C, H, W) → (B, C, H/2, W/2)."""
         mask = self._state.mask
         if mask is None:
             return images
@@ -146,7 +146,7 @@ def _check_model(patch: int, last: int, image_size: tuple[int, int]) -> None:
 
 
 def _squares(cells: Tensor) -> Tensor:
-    """(B, 2h, 2w) → (B, h, w, 4): each 2×2, row by row."""
+    """Group each 2×2, row by row: (B, 2h, 2w) → (B, h, w, 4)."""
     _, rows, columns = cells.shape
     return cells.unflatten(2, (columns // 2, 2)).unflatten(1, (rows // 2, 2)).transpose(2, 3).flatten(3)
 
@@ -157,9 +157,9 @@ def _first_visible(squares: Tensor) -> Tensor:
 
 
 def _take_halves_too(block: Any) -> None:
-    """Let a block also take maps of half the sides, with the windows that timm gives to a model of that size.
+    """Let a block also accept maps of half the sides, with the windows of a timm model of that size.
 
-    A map smaller than the window is one window, with the biases in the middle of the table.
+    A map smaller than the window is one window, with the biases from the middle of the table.
     """
     half = copy.copy(block)  # the same weights
     half.input_resolution = tuple(side // 2 for side in block.input_resolution)
@@ -210,7 +210,7 @@ _HALVES: dict[type, type[nn.Module]] = {SwinTransformerBlock: _SwinBlock, SwinTr
 
 @contextlib.contextmanager
 def _with(module: Any, **values: Any) -> Iterator[None]:
-    """Set attributes of a module within the context, those that it has."""
+    """Set existing attributes of a module within the context."""
     before = {name: getattr(module, name) for name in values if hasattr(module, name)}
     for name in before:
         setattr(module, name, values[name])

@@ -1,8 +1,8 @@
-"""timm backbones that accept a mask. `families/` says which wrapper a model takes.
+"""timm backbones that accept a mask. `families/` selects the wrapper of a model.
 
 The backbone inside is a plain timm module with timm's parameter names; a run saves it as its encoder. Hooks and
-replaced classes in the backbone share a `ForwardState` with the encoder and hold no reference to it, so that a
-discarded encoder frees its memory at once.
+replaced classes in the backbone share a `ForwardState` with the encoder. They do not refer to the encoder itself, so
+that a discarded encoder frees its memory at once.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `h w` patches or feature-map cells, `N` tokens, `D` features.
 """
@@ -31,15 +31,17 @@ NEEDS_WHOLE_MAPS = "needs whole maps for its convolutions"
 
 
 class Encoder(nn.Module):
-    """Images (B, C, H, W) and mask (B, h, w) in units of `patch_size` → features (B, H / stride, W / stride, D).
+    """Encode images (B, C, H, W) and mask (B, h, w) as features (B, H / stride, W / stride, D).
 
-    `visible` and `hidden` must be the cells of the mask. They save work that a loss of the hidden cells does not need:
-    with `hidden` the result is the features of these n cells only, (B, n, D).
+    The mask is in units of `patch_size`.
+
+    `visible` and `hidden` must be the cells of the mask. They skip work that a loss over hidden cells does not need:
+    with `hidden`, the result is the features of these n cells only, (B, n, D).
     """
 
     # Parameters that AdamW does not decay, besides biases and 1-D ones; see `simmim.torch_engine.train.optim`.
     without_decay: ClassVar[frozenset[str]] = frozenset({"mask_token"})
-    # Whether the encoder needs `visible`. Without it the encoder counts the mask, which waits for the device.
+    # Whether the encoder needs `visible`. Without it, the encoder counts the mask, which waits for the device.
     needs_visible: ClassVar[bool] = False
     # `Family.last_blocks`
     last_blocks: Mapping[type[nn.Module], type[LastBlock]] = {}
@@ -54,7 +56,7 @@ class Encoder(nn.Module):
         self._short = False
         backbone.get_submodule(token_module).register_forward_hook(partial(self._put_mask_token, self._state))
         for name, parameter in backbone.named_parameters():
-            # Parts that only a classifier uses. DDP would wait for their gradients for ever.
+            # Only a classifier uses these parts. DDP would wait for their gradients forever.
             if name.split(".")[0] in ("head", "fc_norm", "attn_pool"):
                 parameter.requires_grad_(False)
 
@@ -73,23 +75,23 @@ class Encoder(nn.Module):
         raise AssertionError
 
     def check_masks(self, masks: MaskStrategy, model: str) -> None:
-        """Raise `UserError` if `model` cannot take the masks of a strategy."""
+        """Raise `UserError` if `model` does not support a strategy's masks."""
 
     def _token_features(self) -> int:
         """Return the number of features of the mask token."""
         raise AssertionError
 
     def _token_mask(self, mask: Tensor) -> Tensor | None:
-        """Return where the mask token goes, (B, h, w); `None` for nowhere."""
+        """Return the places of the mask token, (B, h, w), or `None`."""
         return mask
 
     @staticmethod
     def _put_mask_token(state: ForwardState, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        """Put the mask token into the output of `token_module`: a forward hook."""
+        """Insert the mask token into the output of `token_module`, as a forward hook."""
         raise AssertionError
 
     def save_work(self, *, visible_patches: bool, last_block: bool) -> None:
-        """Make these savings from now on, in calls that give `visible` or `hidden`, where the backbone allows it."""
+        """Enable savings in calls with `visible` or `hidden`, if the backbone supports them."""
         if visible_patches and hasattr(self.backbone, "patch_embed"):
             embed_visible(self.backbone.patch_embed, self._state)
         self._short = last_block and shorten_last_block(self.backbone, self._state, self.last_blocks)
@@ -126,7 +128,7 @@ class Encoder(nn.Module):
         return cells
 
     def _hide(self, images: Tensor) -> Tensor:
-        """Return the images that the backbone gets."""
+        """Return the input images of the backbone."""
         return images
 
     def _to_map(self, features: Tensor, images: Tensor) -> Tensor:
@@ -169,7 +171,7 @@ class TokenEncoder(Encoder):
 class VisibleEncoder(TokenEncoder):
     """ViT and DeiT that see visible patches only (MAE, arXiv 2111.06377 §3).
 
-    Hidden patches are left out after positions are added. In the feature map the mask token takes their places, for a
+    Hidden patches are dropped after positions are added. In the feature map the mask token takes their places, for a
     head that mixes cells and adds its own positions. All masks of a batch must leave the same number visible.
     """
 
@@ -180,7 +182,7 @@ class VisibleEncoder(TokenEncoder):
         backbone.norm_pre.register_forward_pre_hook(partial(_leave_out, self._state, backbone.num_prefix_tokens))
 
     def save_work(self, *, visible_patches: bool, last_block: bool) -> None:
-        super().save_work(visible_patches=visible_patches, last_block=False)  # it has no hidden tokens
+        super().save_work(visible_patches=visible_patches, last_block=False)  # there are no hidden tokens
 
     def _seen(self, mask: Tensor | None, visible: Chosen | None) -> Chosen | None:
         return choose(mask, count_visible(mask), hidden=False) if mask is not None and visible is None else visible
@@ -198,7 +200,7 @@ class VisibleEncoder(TokenEncoder):
 
 
 def _leave_out(state: ForwardState, prefix: int, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Drop hidden tokens, (B, prefix + N, D) → (B, prefix + n, D): a pre-hook. The first `prefix` tokens are kept."""
+    """Drop hidden tokens, (B, prefix + N, D) → (B, prefix + n, D), as a pre-hook. Keep the first `prefix` tokens."""
     (tokens,) = inputs
     if state.patches is None:
         return tokens
@@ -206,7 +208,7 @@ def _leave_out(state: ForwardState, prefix: int, module: nn.Module, inputs: tupl
 
 
 def count_visible(mask: Tensor) -> int:
-    """Return how many patches each mask of (B, h, w) leaves visible. Waits for the device.
+    """Return the number of visible patches of each mask in (B, h, w). Waits for the device.
 
     Raises:
         UserError: the masks differ in their number.
@@ -215,14 +217,14 @@ def count_visible(mask: Tensor) -> int:
     least, most = int(counts.min()), int(counts.max())
     if least != most:
         raise UserError(
-            f"masks leave {least} to {most} patches visible, and an encoder of visible patches takes as many of every "
-            "image; give masks that hide the same number"
+            f"masks leave {least} to {most} patches visible, but an encoder of visible patches needs equal numbers in "
+            "every image; give masks that hide the same number"
         )
     return least
 
 
 class SwinEncoder(TokenEncoder):
-    """Swin and SwinV2: masked like plain transformers; the last stage's map is the feature map."""
+    """Swin and SwinV2: masked like ViT; the last stage's map is the feature map."""
 
     without_decay = frozenset({"mask_token"})
 
@@ -235,18 +237,18 @@ class SwinEncoder(TokenEncoder):
 
 
 class ConvEncoder(Encoder):
-    """Convolutional nets, after A2MIM (arXiv 2205.13943).
+    """Convolutional networks, after A2MIM (arXiv 2205.13943).
 
     A token in place of the patch embedding gains nothing (SimMIM on ResNet-50: 79.9 against 79.8 supervised), because
-    a convolution mixes it with its neighbours at once. So hidden pixels take the mean colour (0 after normalisation),
-    and the mask token replaces the hidden cells of the third stage's output, at 16 pixels a cell, where features are
-    local summaries already.
+    a convolution mixes it with its neighbours at once. Therefore hidden pixels take the mean colour (0 after
+    normalisation), and the mask token replaces hidden cells of the third stage's output (16 pixels a side), whose
+    features already summarise their surroundings.
     """
 
     def __init__(self, backbone: Any, stage: str):
         self._stage = next(info for info in backbone.feature_info if info["module"] == stage)
         module = backbone.get_submodule(stage)
-        # timm's ResNet calls the blocks of a stage past it when it checkpoints activations; the others do not.
+        # With activation checkpointing, timm's ResNet calls the blocks of a stage instead of the stage.
         super().__init__(backbone, f"{stage}.{len(module) - 1}" if isinstance(module, nn.Sequential) else stage)
 
     @property
@@ -261,7 +263,7 @@ class ConvEncoder(Encoder):
         if mask is None:
             return images
         pixels = mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)
-        return torch.where(pixels.unsqueeze(1), 0.0, images)  # channels last in memory, as pixels come
+        return torch.where(pixels.unsqueeze(1), 0.0, images)  # channels last in memory, like the input
 
     @staticmethod
     def _put_mask_token(state: ForwardState, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Weights for another size than they were trained at: positions, relative-bias tables, channels.
+"""Resize weights: positions, relative-bias tables, channels.
 
 Shapes: `O` outputs, `C` channels, `N` tokens, `D` features, `P` predicted values of a cell, `T` entries of a
 relative-bias table (rows × columns of distances, then the rows of the class token), `A` attention heads.
@@ -18,15 +18,15 @@ from simmim.errors import UserError
 
 _TABLE = "relative_position_bias_table"
 SHARED_BIAS = f"rel_pos_bias.{_TABLE}"
-_CLASS_ROWS = 3  # of a table: from the class token, to it, and to itself
+_CLASS_ROWS = 3  # rows of a table: from the class token, to it, and to itself
 
 
 def fit_backbone(weights: Mapping[str, Tensor], backbone: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-    """A timm module's weights made to fit `backbone`, of the same kind with another image size, window or channels.
+    """Resize a timm module's weights for `backbone`, of the same kind with another image size, window or channels.
 
-    A relative bias that all blocks of the checkpoint share goes to each where `backbone` has none to share. Returns
-    the weights and what was resized, one line a kind. `ValueError` for a weight that is missing or too much, or has a
-    shape that no rule resizes; it says what is wrong and leaves the remedy to the caller.
+    A relative bias shared by all blocks of the checkpoint is copied to each if `backbone` does not share one. Returns
+    the weights and a line for each kind of change. Raises `UserError` for a missing or extra weight, or a shape that no
+    rule resizes; the caller adds the remedy.
     """
     own: dict[str, Tensor] = backbone.state_dict()
     fitted, notes = _one_bias_a_block(weights, own)
@@ -56,7 +56,7 @@ def fit_backbone(weights: Mapping[str, Tensor], backbone: nn.Module) -> tuple[di
 def _one_bias_a_block(
     weights: Mapping[str, Tensor], own: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As the official fine-tuning: each block starts with the bias that all shared (SimMIM's code for ViT)."""
+    """Copy the shared relative bias to each block, as official fine-tuning does (SimMIM's code for ViT)."""
     fitted = dict(weights)
     if SHARED_BIAS not in fitted or SHARED_BIAS in own:
         return fitted, {}
@@ -67,7 +67,7 @@ def _one_bias_a_block(
 
 
 def _resize_positions(positions: Tensor, backbone: Any) -> Tensor:
-    """(1, N, D) for the backbone's grid, bicubic; rows of class and register tokens stay as they are."""
+    """Resize (1, N, D) to the backbone's grid, bicubic; rows of class and register tokens stay unchanged."""
     prefix = backbone.pos_embed.shape[1] - math.prod(backbone.patch_embed.grid_size)
     if math.isqrt(positions.shape[1] - prefix) ** 2 != positions.shape[1] - prefix:
         raise UserError(
@@ -77,10 +77,10 @@ def _resize_positions(positions: Tensor, backbone: Any) -> Tensor:
 
 
 def resize_relative_table(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """(T, A) of a square window → that of `window` (height, width in cells), as the official code resizes them.
+    """Resize a table (T, A) of a square window to `window` (height, width in cells), as the official code does.
 
-    Old entries stand at distances that grow geometrically to the ends of the new table; between them is a cubic spline.
-    Rows of a class token are kept.
+    Old entries are placed at geometrically growing distances up to the ends of the new table, and joined by a cubic
+    spline. Rows of a class token are kept.
     """
     new = (2 * window[0] - 1, 2 * window[1] - 1)
     side = math.isqrt(len(table))
@@ -95,7 +95,7 @@ def resize_relative_table(table: Tensor, window: tuple[int, int]) -> Tensor:
 
 
 def _geometric_positions(old: int, new: int) -> NDArray[Any]:
-    """Where `old` entries stand on the axis of `new` ones: steps from the middle grow by a constant factor."""
+    """Place `old` entries on the axis of `new` ones: steps from the middle grow geometrically."""
     low, high = 1.01, 1.5  # the official search for the factor, and its bounds
     factor = low
     while high - low > 1e-6:
@@ -109,9 +109,9 @@ def _geometric_positions(old: int, new: int) -> NDArray[Any]:
 
 
 def _spline(x: NDArray[Any], points: NDArray[Any]) -> NDArray[Any]:
-    """The matrix (points, x) that interpolates values at `x`: a cubic spline without knots next to the ends.
+    """Return the matrix (points, x) of a not-a-knot cubic spline through values at `x`.
 
-    Points beyond the ends take the end's value, as the Fortran behind scipy's `interp2d` does. Fewer than four values
+    Points beyond the ends take the end's value, as in the Fortran code of scipy's `interp2d`. Fewer than four values
     are joined by one polynomial.
     """
     n, at = len(x), np.clip(points, x[0], x[-1])
@@ -123,8 +123,8 @@ def _spline(x: NDArray[Any], points: NDArray[Any]) -> NDArray[Any]:
     for i in range(1, n - 1):
         left[i, i - 1 : i + 2] = h[i - 1], 2 * (h[i - 1] + h[i]), h[i]
         right[i, i - 1 : i + 2] = 6 / h[i - 1], -6 / h[i - 1] - 6 / h[i], 6 / h[i]
-    left[0, :3] = h[1], -h[0] - h[1], h[0]  # the third derivative does not jump at the second value,
-    left[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]  # nor at the last but one
+    left[0, :3] = h[1], -h[0] - h[1], h[0]  # the third derivative is continuous at the second value
+    left[-1, -3:] = h[-1], -h[-2] - h[-1], h[-2]  # and at the second to last
     second = np.linalg.solve(left, right)
     piece = np.clip(np.searchsorted(x, at, side="right") - 1, 0, n - 2)
     step = h[piece][:, None]
@@ -135,9 +135,9 @@ def _spline(x: NDArray[Any], points: NDArray[Any]) -> NDArray[Any]:
 
 
 def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """(O, C, k, k) for another number of channels: summed to one, else repeated in turn and scaled (timm's rule).
+    """Adapt (O, C, k, k) to another number of channels: summed to one, else cycled and scaled (timm's rule).
 
-    So images whose channels are alike give the same sums as before.
+    Images with equal channels give the same sums as before.
     """
     C = weight.shape[1]
     if channels == 1:
@@ -146,9 +146,9 @@ def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def adapt_output_channels(weight: Tensor, old: int, new: int) -> Tensor:
-    """Rows (P, …) of a linear head of `old` channels for `new`: their mean for one, else repeated in turn.
+    """Adapt rows (P, …) of a linear head from `old` to `new` channels: their mean for one, else cycled.
 
-    Rows are in PixelShuffle's order, all of a channel together.
+    Rows are in PixelShuffle order, grouped by channel.
     """
     rows = weight.unflatten(0, (old, -1))
     return (rows.mean(dim=0, keepdim=True) if new == 1 else rows[torch.arange(new) % old]).flatten(0, 1)

@@ -1,6 +1,6 @@
-"""Work that a training step can skip, since only hidden patches are judged and every mask hides the same number.
+"""Work that a training step can skip, since the loss covers hidden patches only and masks hide equal numbers.
 
-Each saving keeps loss and gradients equal to rounding (`docs/speed.md` says what each gains). An encoder whose family
+Each saving keeps loss and gradients equal up to rounding (`docs/speed.md` lists the gains). An encoder whose family
 names no `last_blocks` computes its last block in full.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `h w` cells, `N` tokens, `n` chosen ones of an image, `D` features.
@@ -44,17 +44,17 @@ class Chosen:
     places: Tensor
 
     def of(self, x: Tensor) -> Tensor:
-        """(B, N, D) → (B, n, D)."""
-        # Indexing rows of one long list is many times as fast as `gather` on a CPU.
+        """Gather the chosen tokens: (B, N, D) → (B, n, D)."""
+        # On a CPU, indexing rows of one long list is many times faster than `gather`.
         return x.flatten(0, 1).index_select(0, self._rows(x.shape[1])).unflatten(0, self.places.shape)
 
     def put(self, x: Tensor, tokens: int) -> Tensor:
-        """(B, n, D) → (B, N, D), zero elsewhere."""
+        """Scatter chosen tokens: (B, n, D) → (B, N, D), zero elsewhere."""
         B, _, D = x.shape
         return x.new_zeros(B * tokens, D).index_copy(0, self._rows(tokens), x.flatten(0, 1)).unflatten(0, (B, tokens))
 
     def after(self, others: int) -> "Chosen":
-        """Return the same tokens behind a number of other tokens."""
+        """Shift the places behind a number of other tokens."""
         return Chosen(self.places + others)
 
     def _rows(self, tokens: int) -> Tensor:
@@ -78,7 +78,7 @@ def count(masks: MaskStrategy, size: tuple[int, int], *, patch: int, stride: int
     hidden = masks.masked_cells(size)
     return Counts(
         visible_patches=(rows * columns - hidden) * (masks.cell // patch) ** 2,
-        # Mask cells smaller than the map's cells hide parts of a varying number of them.
+        # Mask cells smaller than the map's cells hide parts of a varying number of cells.
         hidden_cells=None if masks.cell % stride else hidden * (masks.cell // stride) ** 2,
     )
 
@@ -102,7 +102,7 @@ class ForwardState:
     patches: Chosen | None = None
     """Visible patches."""
     tokens: Chosen | None = None
-    """Tokens that the last block computes."""
+    """Tokens to compute in the last block."""
 
     def clear(self) -> None:
         self.mask = self.token_mask = self.mask_token = self.patches = self.tokens = None
@@ -119,7 +119,7 @@ def replace_class(module: nn.Module, subclass: type[nn.Module]) -> None:
 
 
 class VisiblePatchEmbed(PatchEmbed):
-    """Embed the patches of `state` only, and give zeros for the others."""
+    """Embed the patches of `state` only; others are zero."""
 
     state: ForwardState
 
@@ -137,7 +137,7 @@ class VisiblePatchEmbed(PatchEmbed):
 
 
 class LastBlock(nn.Module):
-    """Base of a block class that can compute some tokens only. A family derives it together with the plain block."""
+    """Base of blocks that can compute some tokens only. A family derives it together with the plain block."""
 
     state: ForwardState
 
@@ -153,8 +153,8 @@ class LastBlock(nn.Module):
 
 
 def embed_visible(patch_embed: nn.Module, state: ForwardState) -> None:
-    """Embed the patches of `state` only from now on, where that is faster."""
-    # Patches as small as Swin's take as long to gather as to embed.
+    """Make a patch embedding embed the patches of `state` only, if that is faster."""
+    # Small patches such as Swin's take as long to gather as to embed.
     if type(patch_embed) is PatchEmbed and patch_embed.proj.weight.shape[-1] >= 8:
         replace_class(patch_embed, VisiblePatchEmbed)
         patch_embed.state = state  # type: ignore[assignment]
