@@ -161,6 +161,6 @@ class TrainingConfig:
         for name in ("mean", "std"):
             value = getattr(self, name)
             if isinstance(value, tuple) and self.channels and len(value) != self.channels:
-                raise UserError(f"{name} has {len(value)} values for {self.channels} channels; give one a channel")
+                raise UserError(f"{name} has {len(value)} values for {self.channels} channels; give one per channel")
         if isinstance(self.std, tuple) and min(self.std) <= 0:
             raise UserError(f"std {min(self.std)} is not above 0; give each channel's own, or measure")
