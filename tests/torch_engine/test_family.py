@@ -10,7 +10,7 @@ from torch import nn
 
 from simmim.torch_engine.models import family
 from simmim.torch_engine.models.family import blocks_to_shard, find_family
-from simmim.torch_engine.models.heads import TransformerHead
+from simmim.torch_engine.models.heads import TransformerDecoder
 from simmim.torch_engine.train.storage import build_step
 
 from . import tiny
@@ -30,14 +30,14 @@ def test_every_block_of_an_encoder_is_sharded_by_itself(kind: str) -> None:
 
 
 def test_the_blocks_of_a_transformer_head_are_sharded_too() -> None:
-    assert len(blocks_to_shard(TransformerHead(8, 4, width=32, depth=3))) == 3
+    assert len(blocks_to_shard(TransformerDecoder(8, 4, width=32, depth=3))) == 3
 
 
 def test_an_encoder_whose_family_names_no_blocks_is_not_sharded_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     families = [dataclasses.replace(each, blocks=()) for each in family.all_families()]
     monkeypatch.setattr(family, "_own_families", lambda: tuple(families))
     with pytest.raises(ValueError, match=r"^--shard needs the block classes of Beit, and its family"):
-        blocks_to_shard(nn.ModuleList([tiny.encoder("beit"), TransformerHead(8, 4, width=32, depth=1)]))
+        blocks_to_shard(nn.ModuleList([tiny.encoder("beit"), TransformerDecoder(8, 4, width=32, depth=1)]))
 
 
 @pytest.mark.parametrize(
