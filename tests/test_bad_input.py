@@ -1,6 +1,7 @@
 """Every mistake that a user makes gets one line on stderr (value, rule, remedy) and exit code 2."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -275,8 +276,9 @@ def test_too_many_broken_images_fail_the_run(here, capsys):
         (here / f"torn/{number}.png").write_bytes((here / f"images/{number}.png").read_bytes()[:100])
     # One thread, since several may find a broken image each before the first error is seen.
     assert main(tiny("--data torn --out torn_run --val-images 0 --steps 9 --workers 1")) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "simmim: 1 of 6 images (16.7%) cannot be read, such as torn/0.png, more than --max-bad-fraction 0.01; "
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.sub(r"torn/\d", "torn/N", line) == (
+        "simmim: 1 of 6 images (16.7%) cannot be read, such as torn/N.png, more than --max-bad-fraction 0.01; "
         "they are listed in torn_run/bad_images.txt"
     )
 

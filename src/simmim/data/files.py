@@ -56,7 +56,7 @@ def open_list(path: Path) -> PathList:
     first = min(len(source), 100)
     if not any(Path(source.name(index)).is_file() for index in range(first)):
         raise UserError(
-            f"none of the first {first} paths in {path} is a file, such as {source.name(0)}; "
+            f"none of the first {first} paths in {path} is a file, such as {Path(source.name(0))}; "
             "write paths relative to the list's folder"
         )
     return source
