@@ -22,7 +22,7 @@ SIZE = (96, 64)
 
 def config(kind: str, **settings: Any) -> ClassifyConfig:
     made = {"model": tiny.KINDS[kind].model, "model_args": tiny.KINDS[kind].arguments, "image_size": SIZE}
-    return ClassifyConfig(**(made | {"drop_path": 0.0} | settings))
+    return ClassifyConfig(**(made | {"drop_path": 0.0, "channels": 3} | settings))
 
 
 def encoder_weights(kind: str) -> dict[str, torch.Tensor]:
