@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+from tyro.conf import Fixed, Suppress
+
 from simmim.config.field_types import HINT, Count, NotNegative, PositiveReal, RangeIfAny, SharesIfAny, Word, one_word
-from simmim.config.strategies import one_of
+from simmim.config.strategies import one_of, several_of
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.method.heads import Head, LinearHead
 from simmim.method.losses import L1Loss, Loss, check_pair
 from simmim.method.masks import MaskStrategy, RandomMask
+from simmim.method.objectives import Objective, PixelReconstruction
 from simmim.method.targets import PixelTarget, Target
 
 
@@ -40,6 +43,8 @@ class PretrainConfig(TrainingConfig):
     """Loss, on masked pixels only."""
     head: Annotated[Head, one_of(Head)] = LinearHead()
     """Prediction head."""
+    objectives: Suppress[Fixed[Annotated[tuple[Objective, ...], several_of(Objective)]]] = (PixelReconstruction(),)
+    """Terms of the loss, which is their weighted sum (pixels: that of target, loss and head)."""
     encode: Literal["all", "visible"] = "all"
     """Patches that the encoder sees: all, with mask tokens for masked ones (SimMIM), or visible only (MAE, UM-MAE)."""
     plain_step: bool = False
@@ -64,6 +69,7 @@ class PretrainConfig(TrainingConfig):
         if self.backend is not None and self.engine != "keras":
             raise UserError(f"--backend {self.backend} is for the keras engine; add --engine keras")
         check_pair(self.target, self.loss)
+        self._check_objectives()
         if self.encode == "visible" and self.head.cell_by_cell:
             raise UserError(
                 f"--encode visible leaves masked cells to the head, but head {self.head.kind} sees one cell at a time; "
@@ -77,3 +83,10 @@ class PretrainConfig(TrainingConfig):
         for option, given in cpu_only.items():
             if given and self.decode == "gpu":
                 raise UserError(f"{option} is not for --decode gpu; leave one of them out")
+
+    def _check_objectives(self) -> None:
+        kinds = [objective.kind for objective in self.objectives]
+        if not kinds:
+            raise UserError("objectives is empty; give one or more, such as pixels")
+        if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
+            raise UserError(f"objective {twice[0]} is given {kinds.count(twice[0])} times; give it once, with a weight")

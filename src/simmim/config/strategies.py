@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -30,6 +30,18 @@ _HELP = {
 def one_of(family: type[Strategy]) -> pydantic.PlainValidator:
     """Annotate a configuration field that holds a strategy of a family."""
     return pydantic.PlainValidator(lambda value: parse_strategy(family, value))
+
+
+def several_of(family: type[Strategy]) -> pydantic.PlainValidator:
+    """Annotate a configuration field that holds a tuple of strategies of a family."""
+    return pydantic.PlainValidator(lambda values: parse_strategies(family, values))
+
+
+def parse_strategies(family: type[Family], values: Any) -> tuple[Family, ...]:
+    """Read strategies from a list of what `parse_strategy` takes. Raises `UserError`."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise UserError(f"{values!r} is no list of {family.family}s; give a list, such as [{next(iter(family.kinds))}]")
+    return tuple(parse_strategy(family, value) for value in values)
 
 
 def parse_strategy(family: type[Family], value: Any) -> Family:
@@ -77,11 +89,26 @@ def with_kind(strategy: Family, kind: str) -> Family:
 def families_of(configuration: type[Any]) -> dict[str, type[Strategy]]:
     """Return the families of a configuration's fields by name."""
     defaults = {field.name: field.default for field in dataclasses.fields(configuration)}
-    return {
-        name: next(base for base in type(default).__mro__ if "family" in vars(base))
-        for name, default in defaults.items()
-        if isinstance(default, Strategy)
+    return {name: _family_of(default) for name, default in defaults.items() if isinstance(default, Strategy)}
+
+
+def parse_fields(configuration: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the strategies among the settings of a configuration, parsed. Raises `UserError`."""
+    found: dict[str, Any] = {
+        name: parse_strategy(family, values[name])
+        for name, family in families_of(configuration).items()
+        if name in values
     }
+    for field in dataclasses.fields(configuration):
+        default: Any = field.default
+        several = isinstance(default, tuple) and default and isinstance(default[0], Strategy)
+        if several and field.name in values:
+            found[field.name] = parse_strategies(_family_of(default[0]), values[field.name])
+    return found
+
+
+def _family_of(strategy: Strategy) -> type[Strategy]:
+    return next(base for base in type(strategy).__mro__ if "family" in vars(base))
 
 
 def take_kinds(defaults: Any, argv: Sequence[str]) -> Any:

@@ -37,6 +37,8 @@ def to_toml(config: TrainingConfig) -> str:
         value = getattr(config, field.name)
         if isinstance(value, Strategy):
             value = value.as_table()
+        elif isinstance(value, tuple) and value and isinstance(value[0], Strategy):
+            value = [each.as_table() for each in value]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
             value = dataclasses.asdict(value)
         if value is None and field.default is not None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from simmim.config.migration import migrate
-from simmim.config.strategies import families_of, parse_strategy
+from simmim.config.strategies import parse_fields
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.method.strategy import Strategy
@@ -50,9 +50,7 @@ def from_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     """
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = migrate(values, fields)
-    values |= {
-        name: parse_strategy(family, values[name]) for name, family in families_of(kind).items() if name in values
-    }
+    values |= parse_fields(kind, values)
     for name in values:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)

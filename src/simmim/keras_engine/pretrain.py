@@ -76,6 +76,10 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
             isinstance(config.head, TransformerHead) and config.head != TransformerHead(),
             "use depth 2 and width 256, or --engine torch",
         ),
+        "objectives": (
+            config.objectives != PretrainConfig.objectives,
+            "leave out all but pixels with weight 1, or use --engine torch",
+        ),
         "--decode gpu": (config.decode != "cpu", "use --decode cpu, or --engine torch"),
         "--probe": (config.probe is not None, "use simmim probe on the run, or --engine torch"),
         "--plain-step": (config.plain_step, "leave it out: a step of this engine is always the plain one"),

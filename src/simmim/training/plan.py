@@ -5,7 +5,7 @@ Shapes: `B` images, `C` channels, `H W` pixels.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -29,10 +29,14 @@ from simmim.method.masks import upsample_mask
 from simmim.method.random_keys import sample_keys, uniforms
 from simmim.method.schedules import CosineSchedule, MultiStepSchedule, Schedule, scale_lr
 from simmim.method.targets import ClusterTarget, block_means
+from simmim.method.views import View
 from simmim.training.run_directory import Run, recall
 from simmim.training.trainer import World
 
 Batch = dict[str, NDArray[Any]]
+
+VIEW = "view_"
+"""Prefix of a view's numbers in a batch."""
 
 # On a tenth of ImageNet-1K (128,000 images) SimMIM fine-tunes to 83.60 after 250,000 steps, which at its batch of 2048
 # are 4,000 views of each image, and only to 83.41 after more (Xie et al., arXiv 2206.04664).
@@ -223,12 +227,19 @@ class Plan(TrainingPlan):
         return dataclasses.replace(reading, processes=self.config.readers == "processes")
 
     def batches(
-        self, reading: Reading, *, patch: int, drop_path_layers: int, decode: Decode | None = None
+        self,
+        reading: Reading,
+        *,
+        patch: int,
+        drop_path_layers: int,
+        decode: Decode | None = None,
+        further: Iterable[View] = (),
     ) -> Iterator[Batch]:
         """The batches of a reading: image (B, H, W, C) in 0..255, flip (B, axes), mask (B, H/p, W/p).
 
         With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
-        With `decode` images are what it returns, and are on its device.
+        With `decode` images are what it returns, and are on its device. For each of the `further` views there is
+        view_NAME (B, 5), as `View.draw` gives it.
         """
         config = self.config
         crop = RandomResizedCrop(
@@ -251,6 +262,7 @@ class Plan(TrainingPlan):
             }
             if drop_path_layers:
                 batch["drop_path"] = drop_path_numbers(config, epoch, index, drop_path_layers)
+            batch |= {f"{VIEW}{view.name}": view.draw(config.seed, epoch, index) for view in further}
             yield batch
 
     def can_validate(self, bad_images: BadImages) -> bool:

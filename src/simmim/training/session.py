@@ -12,6 +12,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.data.bad_images import count_listed
 from simmim.data.pipeline import Reading
 from simmim.data.sources import ImageSource
+from simmim.method.objectives import PixelReconstruction
 from simmim.training.data_record import check_data
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png
@@ -124,8 +125,8 @@ class PretrainSession(Session):
         """
 
     def events(self) -> list[Event]:
-        images = self.plan.config.val_images
-        if not images:
+        config, images = self.plan.config, self.plan.config.val_images
+        if not images or not any(isinstance(each, PixelReconstruction) for each in config.objectives):
             return []
         if not self.plan.can_validate(self.plan.bad_images(self.run)):
             self.warnings.append(f"none of the {images} images kept aside can be read: no pictures, no val_loss")

@@ -5,18 +5,28 @@ Shapes: `B` images, `C` channels, `H W` pixels, `p` patch side, `s` stride of th
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.errors import UserError
 from simmim.method.losses import Loss
 from simmim.method.targets import Target, unpatchify
 from simmim.torch_engine.models.encoders import create_encoder
 from simmim.torch_engine.models.heads import create_head
 from simmim.torch_engine.models.masked import Encoder
+from simmim.torch_engine.models.objectives import (
+    ObjectiveBatch,
+    ObjectiveModule,
+    PixelObjective,
+    collect_views,
+    cut_view,
+)
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
-from simmim.training.plan import check_sizes
+from simmim.training.plan import VIEW, check_sizes
 
 
 class MaskedImageModel(nn.Module):
@@ -112,7 +122,11 @@ class PixelStep(nn.Module):
 
 
 class PretrainStep(PixelStep):
-    """Masked image modelling of a batch, whose masks all hide as much as `counts` says."""
+    """Masked image modelling of a batch, whose masks all hide as much as `counts` says.
+
+    `objectives` are (weight, module) by kind. A call returns the loss, and where it has several terms each of them
+    too, as `loss/NAME`. The encoder sees the masked images once, for all objectives.
+    """
 
     def __init__(
         self,
@@ -122,27 +136,58 @@ class PretrainStep(PixelStep):
         *,
         counts: Counts,
         savings: Savings,
+        objectives: Mapping[str, tuple[float, ObjectiveModule]],
     ):
         super().__init__(mean, std)
         self.model = model
+        self.weights = {kind: weight for kind, (weight, _) in objectives.items()}
+        modules = {kind: module for kind, (_, module) in objectives.items()}
+        self.objectives = nn.ModuleDict(modules)
+        self.views = collect_views(modules)
+        if not any(isinstance(module, PixelObjective) for module in modules.values()):
+            model.head.requires_grad_(False)  # without a gradient DDP would wait for it for ever
         model.encoder.save_work(visible_patches=savings.visible_patches, last_block=savings.last_block)
         needed = savings.visible_patches or model.encoder.needs_visible
         self._visible = counts.visible_patches if needed else None
-        # A head that mixes cells needs them all.
-        self._hidden = counts.hidden_cells if savings.hidden_cells and model.cell_by_cell else None
+        self._hidden = counts.hidden_cells if savings.hidden_cells else None
+        self._all_cells = any(module.all_cells for module in modules.values())
 
-    def forward(self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None, **draws: Tensor
+    ) -> dict[str, Tensor]:
+        """Batch as `simmim.training.plan.Plan.batches` gives it; `draws` are the numbers of the views."""
         encoder = self.model.encoder
         encoder.drop_path_draws.uniform = drop_path
         images = self.prepare(image, flip)
         visible = hidden = None
         if self._visible is not None:
             visible = choose(mask, self._visible, hidden=False)
-        if self._hidden is not None:
+        if self._hidden is not None and not (self._all_cells and len(self.objectives) == 1):
             factor = encoder.stride // encoder.patch_size
             hidden = choose(mask[:, ::factor, ::factor], self._hidden, hidden=True)
-        prediction = self.model.head(encoder(images, mask, visible=visible, hidden=hidden))
-        return {"loss": self.model.judge(prediction, images, mask, hidden)}
+        features = encoder(images, mask, visible=visible, hidden=None if self._all_cells else hidden)
+        size = (images.shape[2], images.shape[3])
+        views = {name: cut_view(images, draws[f"{VIEW}{name}"], view.size or size) for name, view in self.views.items()}
+        batch = ObjectiveBatch(images=images, mask=mask, hidden=hidden, features=features, views=views)
+        return self._add_up(batch)
+
+    def _add_up(self, batch: ObjectiveBatch) -> dict[str, Tensor]:
+        total = torch.zeros((), device=batch.images.device)
+        terms: dict[str, Tensor] = {}
+        for kind, objective in self.objectives.items():
+            found = objective(self, batch)
+            if known := terms.keys() & found.keys():
+                raise UserError(f"loss {min(known)!r} of objective {kind} has the name of another; rename it")
+            terms |= found
+            total = total + self.weights[kind] * torch.stack(list(found.values())).sum()
+        named = {f"loss/{name}": term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
+        return {"loss": total, **named}
+
+    @torch.no_grad()
+    def after_update(self, finite: Tensor) -> None:
+        """Call every objective's `after_update`."""
+        for objective in self.objectives.values():
+            cast(ObjectiveModule, objective).after_update(self, finite)
 
 
 def build_model(config: PretrainConfig) -> MaskedImageModel:

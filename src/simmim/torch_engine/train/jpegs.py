@@ -3,7 +3,7 @@
 Shapes: `B` images, `H W` pixels, `C` channels, `h w` the pixels of one stored image; a size is (H, W).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 from simmim.data.pipeline import Reading
 from simmim.data.readers.device_jpegs import Jpeg
 from simmim.errors import UserError
+from simmim.method.views import View
 from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.models.masked import Encoder
 from simmim.training.plan import Batch, Plan
@@ -119,10 +120,12 @@ def open_decoder(plan: Plan, device: torch.device) -> JpegDecoder | None:
     return decoder
 
 
-def read_batches(plan: Plan, reading: Reading, encoder: Encoder, decoder: JpegDecoder | None) -> Iterator[Batch]:
-    """The batches that an encoder trains on; decoding on a device, which has its own pace, goes one batch ahead."""
+def read_batches(
+    plan: Plan, reading: Reading, encoder: Encoder, decoder: JpegDecoder | None, views: Iterable[View] = ()
+) -> Iterator[Batch]:
+    """Yield the batches that an encoder trains on; decoding on a device, at its own pace, goes one batch ahead."""
     layers = encoder.drop_path_draws.layers
-    batches = plan.batches(reading, patch=encoder.patch_size, drop_path_layers=layers, decode=decoder)
+    batches = plan.batches(reading, patch=encoder.patch_size, drop_path_layers=layers, decode=decoder, further=views)
     return batches if decoder is None else one_ahead(batches)
 
 

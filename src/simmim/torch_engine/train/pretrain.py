@@ -92,11 +92,11 @@ class TorchPretrainSession(PretrainSession):
         optimizer = create_optimizer(
             self._model, weight_decay=config.weight_decay, betas=config.betas, device=world.device
         )
-        update = Update(self._model, optimizer, plan.schedule, config=config, world=world)
+        update = Update(self._model, optimizer, plan.schedule, config=config, world=world, after=step.after_update)
         self.trainer = TorchTrainer(update, run=self.run, config=config, world=world, on_save=self._save_encoder)
 
     def read(self, reading: Reading) -> Iterator[Batch]:
-        return read_batches(self.plan, reading, self.step.model.encoder, self._decoder)
+        return read_batches(self.plan, reading, self.step.model.encoder, self._decoder, self.step.views.values())
 
     def events(self) -> list[Event]:
         events = super().events()
@@ -147,6 +147,8 @@ class TorchPretrainSession(PretrainSession):
             f"{', JPEGs by nvJPEG' if self._decoder else ''}"
         )
         yield from self.plan.describe()
+        if config.objectives != PretrainConfig.objectives:
+            yield f"loss       {' + '.join(f'{each.weight:g} × {each.kind}' for each in config.objectives)}"
         if self._check is not None:
             yield f"probe      {self._check.describe()}"
 

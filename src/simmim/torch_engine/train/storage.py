@@ -22,6 +22,7 @@ from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
+from simmim.torch_engine.models.objectives import create_objective
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
 from simmim.torch_engine.models.savings import PLAIN, Savings, count
 from simmim.torch_engine.train.checkpoint import load_model_state
@@ -127,7 +128,8 @@ def build_step(config: PretrainConfig, savings: Savings | None = None) -> Pretra
         if not savings.products:
             kernels = dataclasses.replace(kernels, linear="default")
         set_kernels(model, backbone, kernels)
-    return PretrainStep(model, config.mean, config.std, counts=counts, savings=savings)
+    objectives = {each.kind: (each.weight, create_objective(each, model, config)) for each in config.objectives}
+    return PretrainStep(model, config.mean, config.std, counts=counts, savings=savings, objectives=objectives)
 
 
 def initialize(model: MaskedImageModel, source: str, name: str) -> str:
