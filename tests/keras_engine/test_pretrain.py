@@ -123,7 +123,10 @@ def test_it_starts_from_a_run_of_the_torch_engine(tmp_path: Path) -> None:
         (["--decode", "gpu"], "--decode gpu is not for --engine keras --backend jax; use --decode cpu"),
         (["--no-compile"], "--no-compile is not for --engine keras --backend jax; leave it out"),
         (["--encode", "visible", "--head", "transformer"], "--encode visible is not for --engine keras"),
-        (["--head", "transformer", "--decoder-depth", "8"], "--decoder-depth is not for --engine keras"),
+        (
+            ["--head", "transformer", "--head.depth", "8"],
+            "--head transformer with another depth or width is not for --engine keras",
+        ),
     ],
 )
 @have("keras", "jax")

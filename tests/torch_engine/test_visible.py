@@ -195,7 +195,7 @@ def test_an_interrupted_training_resumes_to_the_same_weights_and_an_encoder_that
         ),
         (
             "--encode all --decoder-depth 4",
-            "--decoder-depth 4 is for head transformer; add --head transformer, or leave it out",
+            "--head.depth is no setting of this head; choose another --head, or leave it out",
         ),
     ],
 )  # fmt: skip

@@ -60,7 +60,7 @@ class ObjectiveModule(nn.Module):
     """Whether it needs features of all cells rather than of the hidden ones."""
 
     def forward(self, step: PretrainStep, batch: ObjectiveBatch) -> dict[str, Tensor]:
-        raise NotImplementedError
+        raise AssertionError
 
     def after_update(self, step: PretrainStep, finite: Tensor) -> None:
         """Called without gradients after each optimiser step, once whatever the accumulation.
