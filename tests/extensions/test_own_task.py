@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from simmim.config.tasks import TASK_CONFIGS, FinetuneConfig
 from simmim.config.validation import from_settings
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.pipeline import Reading, train_batches
-from simmim.data.sources import ImageSource, open_source
+from simmim.data.sources import ImageSource, Subset, open_source
 from simmim.errors import UserError
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.tasks import base
@@ -36,6 +37,7 @@ class ColourConfig(FinetuneConfig):
 @dataclass(frozen=True)
 class Images:
     train: ImageSource
+    val: ImageSource
     classes: Sequence[str] = ()
 
 
@@ -105,9 +107,14 @@ def load_colour(directory: Path, device: str) -> ColourPredictor:
     return ColourPredictor(backbone.to(device))
 
 
+def open_colours(config: ColourConfig) -> Images:
+    source = open_source(config.data or "demo")
+    return Images(Subset(source, np.arange(64)), Subset(source, np.arange(64, 72)))
+
+
 SPEC = TaskSpec(
     config=ColourConfig,
-    open_data=lambda config: Images(open_source(config.data)),
+    open_data=open_colours,
     create=ColourTask,
     load_predictor=load_colour,
     summarize=lambda prediction: " ".join(f"{value:.2f}" for value in prediction["colour"]),
@@ -128,7 +135,8 @@ def test_an_own_task_is_trained_and_predicts(registered: None, tmp_path: Path) -
     run = simmim.finetune("mean_colour", out=str(tmp_path / "run"), **settings)
     weights = load_file(run.model / "model.safetensors")
     assert weights["head.weight"].shape == (3, 48)
-    found = simmim.predict(run.path, "demo", device="cpu")
+    Image.fromarray(np.full((40, 40, 3), 200, np.uint8)).save(tmp_path / "a.png")
+    found = simmim.predict(run.path, tmp_path / "a.png", device="cpu")
     assert found["task"] == "mean_colour"
     assert all(np.isfinite(image["colour"]).all() for image in found["images"])
 

@@ -1,5 +1,6 @@
 """`simmim predict`: the evaluation's own probabilities on new images, what is written, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -16,8 +17,8 @@ from simmim.cli import main
 from simmim.config.tasks import ClassifyConfig
 from simmim.config.toml import read_toml
 from simmim.data.labelled.classes import open_labelled
-from simmim.torch_engine.tasks import predict as module
-from simmim.torch_engine.tasks.base import Predictor
+from simmim.torch_engine.tasks import base, classify
+from simmim.torch_engine.tasks.base import Predictor, evaluation_bad_images, find_spec
 from simmim.torch_engine.tasks.classify import ClassifyTask
 from simmim.training.run_directory import Run, mark_task
 
@@ -52,10 +53,10 @@ def test_predictions_are_the_evaluations_probabilities(here: Path) -> None:
     task = ClassifyTask(config, data, None)
     step = task.build()
     assert step.average is not None
-    averaged = module.classify.load_predictor(here / "run/model", "cpu").backbone.state_dict()
+    averaged = classify.load_predictor(here / "run/model", "cpu").backbone.state_dict()
     step.average.load_state_dict(averaged)
     with torch.no_grad():
-        expected, indices = task._predict(step)
+        expected, indices = task._predict(step, evaluation_bad_images(config, data.val, here / "run"))
     found = probabilities(simmim.predict(here / "run", [data.val.name(int(index)) for index in indices]))
     for index, row in zip(indices, expected, strict=True):
         assert found[Path(data.val.name(int(index))).name] == dict(zip(data.classes, row.tolist(), strict=True))
@@ -149,7 +150,8 @@ class Stub(Predictor):
 @pytest.fixture
 def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(task: str, answer: dict[str, Any]) -> Path:
-        monkeypatch.setitem(module.PREDICTORS, task, lambda directory, device: Stub(answer))
+        spec = dataclasses.replace(find_spec(task), load_predictor=lambda directory, device: Stub(answer))
+        monkeypatch.setitem(base._REGISTERED, task, spec)
         mark_task(Run(tmp_path / "run").model, task)
         return tmp_path / "run"
 

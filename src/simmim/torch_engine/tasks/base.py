@@ -69,12 +69,22 @@ class TaskPlan(TrainingPlan):
 
 
 class TaskData(Protocol):
-    """Images to train on and to evaluate on."""
+    """Labelled images, opened."""
 
     @property
-    def train(self) -> ImageSource: ...
+    def classes(self) -> Sequence[str]:
+        """Names of the classes in the order of their numbers; empty for a task without classes."""
+        ...
+
     @property
-    def val(self) -> ImageSource: ...
+    def train(self) -> ImageSource:
+        """The images to train on."""
+        ...
+
+    @property
+    def val(self) -> ImageSource:
+        """The images to evaluate on; they may be none."""
+        ...
 
 
 class Task(Protocol):
@@ -142,18 +152,6 @@ class Predictor(Protocol):
 
     def draw(self, image: NDArray[Any], prediction: dict[str, Any]) -> NDArray[np.uint8]:
         """Draw what was found into a picture (H, W, 3) of the whole image (H, W, C)."""
-        ...
-
-
-class TaskData(Protocol):
-    """Labelled images, opened."""
-
-    classes: Sequence[str]
-    """Names of the classes in the order of their numbers; empty for a task without classes."""
-
-    @property
-    def train(self) -> ImageSource:
-        """The images to train on, by which `--mean measure` measures."""
         ...
 
 
