@@ -15,6 +15,7 @@ from torch import Tensor
 from simmim.cli import main
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import ClassifyConfig
+from simmim.data.sources import open_source
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.pickles import read_pickle
 from simmim.interop.weight_names import to_official_simmim, to_transformers
@@ -89,9 +90,8 @@ def test_official_fine_tuning_features_are_the_same(official: tuple[Path, Path])
     config = ClassifyConfig(data="demo", out="unused", init=str(official[1]), drop_path=0.0)
     origin = backbones.find_origin(config)
     fresh = {"use_fc_norm": True} if origin.model.startswith("beit") else {}
-    backbone = backbones.create_backbone(
-        backbones.with_encoder_facts(config, origin), origin.weights, num_classes=0, global_pool="avg", **fresh
-    )
+    complete = backbones.with_encoder_facts(config, origin, open_source("demo"))
+    backbone = backbones.create_backbone(complete, origin.weights, num_classes=0, global_pool="avg", **fresh)
     pooled = backbone.eval()(torch.from_numpy(numbers["ft_images"]))
     np.testing.assert_allclose(pooled, numbers["ft_features"], atol=1e-5, rtol=0)
 
