@@ -78,6 +78,17 @@ def test_the_mean_that_is_asked_for_is_taken(pretrained: str, tmp_path: Path) ->
     assert own.mean == IMAGENET_MEAN  # the run's
 
 
+def test_a_resumed_fine_tuning_keeps_the_mean_that_it_measured(
+    pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = folder(tmp_path / "data", 3)
+    asked: dict[str, Any] = {"mean": "measure", "std": "measure"}
+    before = settings_of(finetune(tmp_path / "a", data, pretrained, **asked))
+    other = ((0.1, 0.1, 0.1), (0.2, 0.2, 0.2))  # as on a machine that rounds otherwise
+    monkeypatch.setattr("simmim.torch_engine.tasks.backbones.measure_mean_std", lambda *_, **__: other)
+    assert settings_of(finetune(tmp_path / "a", data, pretrained, **asked)).mean == before.mean
+
+
 def test_a_mean_for_other_channels_than_the_runs_is_refused(pretrained: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="mean has 1 values for 3 channels"):
         finetune(tmp_path / "run", folder(tmp_path / "data", 3), pretrained, mean=(0.5,), std=(0.5,))

@@ -193,7 +193,7 @@ class Plan(TrainingPlan):
             old = begun and (begun.mean, begun.std)
             if config.mean == "measure" and old == (IMAGENET_MEAN, IMAGENET_STD):
                 old = None  # the run did not measure: let it be compared
-            numbers = _measured_once(old, lambda: _mean_std(config, images), (2, config.channels), world)
+            numbers = measured_once(old, lambda: _mean_std(config, images), (2, config.channels), world)
             changes |= {name: tuple(row) for name, row in zip(("mean", "std"), numbers.tolist(), strict=True)}
         plan = cls(dataclasses.replace(config, **changes), images)
         if config.warmup_epochs is None:
@@ -202,7 +202,7 @@ class Plan(TrainingPlan):
         if isinstance(target, ClusterTarget) and target.centres is None:
             old = begun and getattr(begun.target, "centres", None)
             shape = (target.clusters, config.channels)
-            centres = _measured_once(old, lambda: plan.find_clusters(target), shape, world)
+            centres = measured_once(old, lambda: plan.find_clusters(target), shape, world)
             plan = plan.replace(target=dataclasses.replace(target, centres=tuple(map(tuple, centres.tolist()))))
         assert plan.schedule
         return plan
@@ -325,7 +325,7 @@ def _mean_std(config: PretrainConfig, images: Images) -> tuple[tuple[float, ...]
     return measure_mean_std(images.train, channels=config.channels, dtype=images.dtype, seed=config.seed)
 
 
-def _measured_once(
+def measured_once(
     begun: Any, find: Callable[[], Any], shape: tuple[int, ...], world: World | None
 ) -> NDArray[np.float64]:
     """Return numbers that the configuration leaves open, the same on every rank.

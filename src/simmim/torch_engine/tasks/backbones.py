@@ -18,7 +18,9 @@ from simmim.errors import UserError
 from simmim.torch_engine.models.encoders import default_image_size
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
-from simmim.training.run_directory import Run
+from simmim.training.plan import measured_once
+from simmim.training.run_directory import Run, recall
+from simmim.training.trainer import World
 
 _SCRATCH = "vit_small_patch16_224"  # without --model
 
@@ -76,7 +78,9 @@ def _from_timm(name: str, config: FinetuneConfig) -> Origin:
     return Origin(name, config.model_args, (height, width), 3, cfg["mean"], cfg["std"], model.state_dict())
 
 
-def with_encoder_facts(config: FinetuneConfig, origin: Origin, images: ImageSource, **machine: Any) -> FinetuneConfig:
+def with_encoder_facts(
+    config: FinetuneConfig, origin: Origin, images: ImageSource, world: World | None = None, **machine: Any
+) -> FinetuneConfig:
     """Return the configuration with the encoder's facts filled in. Only the warm-up stays open.
 
     `images` are those to train on. Raises `UserError` for a `--model` that is not that of the weights.
@@ -86,7 +90,7 @@ def with_encoder_facts(config: FinetuneConfig, origin: Origin, images: ImageSour
             f"--model {config.model} is not the encoder of --from {config.init}, which is {origin.model}; leave it out"
         )
     config = dataclasses.replace(config, channels=config.channels or origin.channels)
-    mean, std = _colours(config, origin, images)
+    mean, std = _colours(config, origin, images, world)
     config = dataclasses.replace(config, mean=mean, std=std)
     config.check_colours()
     return dataclasses.replace(
@@ -99,10 +103,11 @@ def with_encoder_facts(config: FinetuneConfig, origin: Origin, images: ImageSour
     )
 
 
-def _colours(config: FinetuneConfig, origin: Origin, images: ImageSource) -> tuple[Any, Any]:
+def _colours(config: FinetuneConfig, origin: Origin, images: ImageSource, world: World | None) -> tuple[Any, ...]:
     """Return mean and std, (C,) each: as given, else those of the encoder, else ImageNet's, else measured.
 
-    ImageNet's are for 8-bit colour images only. An encoder's do not apply to another number of channels.
+    ImageNet's are for 8-bit colour images only. An encoder's do not apply to another number of channels. A resumed run
+    keeps what it measured, and rank 0 measures for all.
     """
     if isinstance(config.mean, tuple) and isinstance(config.std, tuple):
         return config.mean, config.std
@@ -111,7 +116,14 @@ def _colours(config: FinetuneConfig, origin: Origin, images: ImageSource) -> tup
     dtype = sniff(images, channels=config.channels)
     if config.mean is None and config.channels == 3 and dtype == np.uint8:
         return IMAGENET_MEAN, IMAGENET_STD
-    return measure_mean_std(images, channels=config.channels, dtype=dtype, seed=config.seed)
+    begun = recall(config)
+    numbers = measured_once(
+        begun and (begun.mean, begun.std),
+        lambda: measure_mean_std(images, channels=config.channels, dtype=dtype, seed=config.seed),
+        (2, config.channels),
+        world,
+    )
+    return tuple(tuple(row) for row in numbers.tolist())
 
 
 def create_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, **head: Any) -> nn.Module:

@@ -44,6 +44,7 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
             config,
             origin,
             data.train,
+            world,
             device=device,
             precision=precision,
             compile=find_accelerator(device).compiles if config.compile is None else config.compile,
