@@ -69,6 +69,7 @@ def config(data: Path, kind: str = "resnet18", **settings: Any) -> DetectConfig:
         "model": tiny.KINDS[kind].model,
         "model_args": tiny.KINDS[kind].arguments,
         "image_size": (64, 64),
+        "channels": 3,
         "mean": (0.5,) * 3,
         "std": (0.25,) * 3,
         "batch_size": 4,

@@ -67,6 +67,7 @@ def config(data: Path, **settings: Any) -> SegmentConfig:
         "model": kind.model,
         "model_args": kind.arguments,
         "image_size": (32, 32),
+        "channels": 3,
         "mean": (0.5,) * 3,
         "std": (0.25,) * 3,
         "batch_size": 4,
