@@ -82,7 +82,7 @@ def test_a_report_is_text_with_every_kind_of_memory_and_says_that_nothing_ran() 
         "largest      128 images a device; 144 do not fit",
         "not in it    what is left out",
         "compiled     in 28 s by libtpu 0.0.52",
-        "These are the TPU compiler's figures. Nothing ran on a TPU: they are no measurements and say no speed.",
+        "These are the TPU compiler's estimates. Nothing ran on a TPU, and no speed was measured.",
     ]
 
 

@@ -12,7 +12,7 @@ def export(run: str | Path, *, format: str, out: str | Path, allow_loss: bool = 
     """Write the model of a run to the new directory `out`; returns what was written and compared, line by line.
 
     The directory appears only after what is in it was reloaded by the tools that it is for and gave the same outputs.
-    One-line `ValueError` for a run without a model, a format that has no place for it, a part of it that would be lost
+    Raises `UserError` for a run without a model, a format that has no place for it, a part of it that would be lost
     (unless `allow_loss`), a package that is missing, or an `out` that exists.
     """
     if format not in FORMATS:

@@ -48,11 +48,11 @@ class PackConfig:
 
     command: ClassVar[str] = "pack"
     images: Positional[Annotated[str, arg(metavar="IMAGES")]]
-    """What --data takes: a folder, whose names and classes are kept, a list of paths, an .npz, hf:NAME or demo."""
+    """Images as --data takes them: a folder (names and classes are kept), a list of paths, .npz, hf:NAME or demo."""
     out: str
     """The directory of shards to write. The same directory again resumes, or verifies."""
     form: Literal["original", "jpeg", "webp", "raw"] = "original"
-    """What is kept: the files byte for byte, smaller files, or uint8 pixels that need no decoding."""
+    """Form to store: the files byte for byte, smaller files, or uint8 pixels that need no decoding."""
     short_side: Count = None
     """Pixels of the shorter side, to which larger images are reduced (default: as they are)."""
     quality: Annotated[Annotated[int, Field(ge=1, le=100)] | None, one_word(int, "INT"), HINT] = None
@@ -79,7 +79,7 @@ class PackConfig:
 def pack(config: PackConfig) -> list[str]:
     """Write the shards, or those that a killed packing left out, and verify all; says what was done, line by line.
 
-    One-line `ValueError`s for options that do not fit, no images, an `out` that holds something else, too many broken
+    Raises `UserError` for options that do not fit, no images, an `out` that holds something else, too many broken
     images, and shards that are damaged.
     """
     config = from_settings(PackConfig, vars(config))
@@ -127,7 +127,7 @@ def _names(source: ImageSource, data: str) -> list[str]:
 
 
 def _begin(out: Path, settings: PackSettings) -> bool:
-    """Make or recognise the directory; whether it is finished already. One-line `ValueError` for any other."""
+    """Make or recognise the directory; return whether it is finished. Raises `UserError` for another directory."""
     found = next((path for name in (MANIFEST, UNFINISHED) if (path := out / name).is_file()), None)
     if found is None:
         if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -175,7 +175,7 @@ def _write(config: PackConfig, form: Form, source: ImageSource, names: Sequence[
 
 
 def _problem(out: Path, number: int) -> str | None:
-    """What is wrong with a shard, be it not there; `None` if it is as it was written."""
+    """Return what is wrong with a shard, such as that it is missing; `None` if it is as written."""
     storage = LocalStorage(out)
     try:
         return find_damage(out / shard_name(number), storage, read_index(storage.read(index_name(number))))

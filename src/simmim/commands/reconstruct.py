@@ -14,8 +14,8 @@ from simmim.training.pictures import save_png
 def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, count: int = 8, seed: int = 0) -> Path:
     """Draw up to `count` images as original, masked and reconstruction, in true colours; returns the PNG's path.
 
-    `images` are files, or one thing that `--data` takes. One-line `ValueError` for a run without a checkpoint, images
-    that cannot be read, or a target that shows no picture.
+    `images` are files, or one thing that `--data` takes. Raises `UserError` for a run without a checkpoint, images that
+    cannot be read, or a target that shows no picture.
     """
     from simmim.torch_engine.train.pretrain import judge_and_draw
     from simmim.torch_engine.train.storage import load_run

@@ -58,9 +58,9 @@ class TpuCheckConfig(PretrainConfig):
 
 
 def tpu_check(config: TpuCheckConfig, say: Callable[[str], None] = lambda line: None) -> CompilerReport:
-    """What the TPU compiler says of the step; with `search`, of the largest that fits. `say` hears of what is tried.
+    """Compile the step for a TPU and report; with `search`, find the largest that fits. `say` gets lines of progress.
 
-    One-line `ValueError` where it cannot be compiled. A step that does not fit is a report.
+    A step that does not fit is a report. Raises `UserError` if the step cannot be compiled.
     """
     config = complete(config)
     check_machine(config)
@@ -122,7 +122,7 @@ def complete(config: TpuCheckConfig) -> TpuCheckConfig:
 
 
 def check_machine(config: PretrainConfig) -> None:
-    """One-line `ValueError` where this machine cannot compile for a TPU."""
+    """Raise `UserError` if this machine cannot compile for a TPU."""
     machine = f"{platform.system()} {platform.machine()}"
     if machine != "Linux x86_64":
         raise UserError(
@@ -189,9 +189,7 @@ def describe(report: CompilerReport) -> str:
     lines += [f"not in it    {note}" for note in report.notes]
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
     lines.append(f"compiled     in {report.seconds:.0f} s by {versions}")
-    lines.append(
-        "These are the TPU compiler's figures. Nothing ran on a TPU: they are no measurements and say no speed."
-    )
+    lines.append("These are the TPU compiler's estimates. Nothing ran on a TPU, and no speed was measured.")
     return "\n".join(lines)
 
 

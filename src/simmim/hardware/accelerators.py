@@ -45,9 +45,9 @@ class Facts:
 
 
 def read_facts(own: str | os.PathLike[str] | None = None) -> Facts:
-    """The facts that come with the package, with those of a user's own file of the same form in their place.
+    """Read the package's facts; rows of a user's own file of the same form replace them.
 
-    One-line `ValueError` for a file that cannot be read or has other words.
+    Raises `UserError` for a file that cannot be read or has other fields.
     """
     table = tomllib.loads((resources.files("simmim.hardware") / "accelerators.toml").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in table["accelerator"]}

@@ -18,8 +18,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a machine reaches: `flops` in FLOP/s of matrix products, `bandwidth` in bytes/s; `launch` in seconds is the
-    least time of an operation, however small."""
+    """Rates of a machine: `flops` in FLOP/s of matrix products, `bandwidth` in bytes/s, and `launch`, the least seconds
+    of any operation."""
 
     flops: float
     bandwidth: float

@@ -57,7 +57,7 @@ class StepFacts:
     batch_size: int
     """Images of a step, over all devices."""
     notes: tuple[str, ...] = ()
-    """What of the training is not in it."""
+    """Parts of the training that were not compiled."""
 
     @property
     def batch_a_device(self) -> int:
@@ -66,9 +66,9 @@ class StepFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class CompilerReport(StepFacts):
-    """What the TPU compiler says of a training step: memory, FLOPs and collectives of one device.
+    """The TPU compiler's report on a training step: memory, FLOP and collectives of one device.
 
-    Where it does not fit there are no such figures, and `needed` is what the compiler said.
+    If the step does not fit, these are missing, and `needed` is the compiler's figure.
     """
 
     fits: bool
@@ -135,7 +135,7 @@ def count_collectives(text: str) -> dict[str, int]:
 
 
 def _program(executable: Any) -> str | None:
-    """What was compiled, as text. `None` where libtpu has an operation that jaxlib does not know (ViT-B for a v6e)."""
+    """Return the compiled program as text; `None` if libtpu uses an operation that jaxlib lacks (ViT-B for a v6e)."""
     from jax.errors import JaxRuntimeError
 
     try:
@@ -171,7 +171,7 @@ def _versions() -> dict[str, str]:
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a topology such as v5e:2x4, to compile for. One-line `ValueError` for one that does not exist."""
+    """Return the devices of a topology such as v5e:2x4. Raises `UserError` for an unknown topology."""
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 

@@ -39,7 +39,7 @@ from simmim.training.run_directory import write_json, written_whole
 
 
 class ClassifyStep(TaskStep):
-    """Cross-entropy of a batch, its images and labels mixed."""
+    """Compute the cross-entropy of a batch whose images and labels may be mixed."""
 
     def __init__(self, backbone: nn.Module, config: ClassifyConfig, weights: NDArray[np.float32]):
         assert isinstance(config.mean, tuple)
@@ -78,7 +78,7 @@ class ClassifyStep(TaskStep):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The weights that evaluation uses and the run keeps."""
+        """The module that is evaluated and saved: the average if there is one."""
         return self.backbone if self.average is None else self.average
 
 
@@ -210,7 +210,7 @@ class ClassifyTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyPredictor(Predictor):
-    """A classifier that sees images as its evaluation did: the same crop, colours and precision."""
+    """A classifier that prepares images as its evaluation did: the same crop, colours and precision."""
 
     backbone: nn.Module
     pixels: PixelStep
@@ -220,12 +220,12 @@ class ClassifyPredictor(Predictor):
     dtype: np.dtype[Any]
 
     def read(self, raw: Raw) -> NDArray[Any]:
-        """The part that evaluation crops; of a large JPEG no more is decoded than that needs."""
+        """Decode the crop that evaluation sees; of a large JPEG, no more than it needs."""
         return load(raw, self.crop.box, size=self.crop.size, channels=self.channels, dtype=self.dtype)
 
     @torch.no_grad()
     def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
-        """For each image "label", its "probability", and "top": all pairs [label, probability], most likely first."""
+        """Return "label", "probability" and "top" of each image; "top" lists [label, probability], best first."""
         return [self._name(row) for row in classify(self.backbone, self.pixels, np.stack(images))]
 
     def _name(self, probabilities: NDArray[np.float32]) -> dict[str, Any]:
@@ -239,7 +239,7 @@ class ClassifyPredictor(Predictor):
 
 
 def load_predictor(directory: Path, device: str) -> ClassifyPredictor:
-    """The classifier of a fine-tuned run's model directory."""
+    """Read the classifier of a fine-tuned run's model directory."""
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     facts = settings["pretrained_cfg"]
     channels, height, width = facts["input_size"]
@@ -254,13 +254,13 @@ def load_predictor(directory: Path, device: str) -> ClassifyPredictor:
 
 
 def classify(backbone: nn.Module, pixels: PixelStep, images: NDArray[Any]) -> NDArray[np.float32]:
-    """Class probabilities (B, K) of cropped images (B, H, W, C) in 0..255."""
+    """Return class probabilities (B, K) of cropped images (B, H, W, C) in 0..255."""
     logits = backbone(pixels.normalize(torch.from_numpy(images).to(pixels.mean.device)))
     return logits.float().softmax(dim=1).cpu().numpy()
 
 
 def write_tables(matrix: NDArray[np.int64], classes: tuple[str, ...], out: Path) -> None:
-    """`per_class.json` and `confusion.png` of a confusion matrix (K, K), rows the true classes."""
+    """Write `per_class.json` and `confusion.png` of a confusion matrix (K, K), whose rows are the true classes."""
     import matplotlib
 
     matplotlib.use("Agg")

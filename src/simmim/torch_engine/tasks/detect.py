@@ -131,7 +131,7 @@ class DetectTask:
         return found
 
     def _pair(self, index: int, found: Found) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Pictures of an evaluation image: with what is in it, and with what is found."""
+        """Draw an evaluation image twice: with its labels and with what is found."""
         image = decode(read_raw(self.data.val, index), channels=self.config.channels, dtype=np.uint8)
         objects, masks = self.data.val.objects[index], None
         if self.config.detector == "mask_rcnn" and len(objects.boxes):
@@ -172,18 +172,18 @@ class DetectPredictor(Predictor):
 
 
 def load_predictor(directory: Path, device: str) -> DetectPredictor:
-    """The detector that a run keeps in RUN/model."""
+    """Read the detector that a run keeps in RUN/model."""
     return DetectPredictor(*load_detector(directory, device))
 
 
 def ground(config: DetectConfig) -> tuple[int, ...]:
-    """The colour around images that do not fill their letterbox: the mean, which is 0 once normalised."""
+    """Return the colour around images that do not fill their letterbox: the mean, which normalises to 0."""
     assert isinstance(config.mean, tuple)
     return tuple(round(255 * mean) for mean in config.mean)
 
 
 def coco_results(found: Found, image_id: int) -> list[dict[str, Any]]:
-    """COCO's results of an image; its category numbers count from 1 on."""
+    """Convert what is found to COCO's results. Category numbers start at 1."""
     results = []
     for number, (left, top, right, bottom) in enumerate(found.boxes.tolist()):
         result = {
@@ -199,7 +199,7 @@ def coco_results(found: Found, image_id: int) -> list[dict[str, Any]]:
 
 
 def predicted(found: Found, classes: Sequence[str]) -> dict[str, Any]:
-    """What is found in an image as `simmim predict` writes it."""
+    """Convert what is found in an image to what `simmim predict` writes."""
     boxes = []
     for result in coco_results(found, 0):
         box = {"label": classes[result["category_id"] - 1], "score": result["score"], "box": result["bbox"]}
@@ -208,7 +208,7 @@ def predicted(found: Found, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def draw_predicted(image: NDArray[Any], prediction: dict[str, Any], classes: Sequence[str]) -> NDArray[np.uint8]:
-    """A picture of an image (H, W, C) with what is found in it of some score, the best on top."""
+    """Draw the objects above `DRAWN_SCORE` into an image (H, W, C), the best on top."""
     drawn = [entry for entry in reversed(prediction["boxes"]) if entry["score"] >= DRAWN_SCORE]
     boxes = np.array([entry["box"] for entry in drawn], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]

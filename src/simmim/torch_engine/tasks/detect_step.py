@@ -1,4 +1,4 @@
-"""What detection trains, what it finds in images, and the file that holds it.
+"""The detection module: its training step, its predictions and its file.
 
 Shapes: `B` images, `C` channels, `H W` pixels, `n` objects of an image. A box is (left, top, right, bottom) in pixels.
 """
@@ -31,7 +31,7 @@ _BUILT_FROM = ("model", "model_args", "image_size", "channels", "mean", "std", "
 
 @dataclass(frozen=True)
 class Found:
-    """What is found in an image, in its own pixels, best first."""
+    """Objects found in an image, in its own pixels, best first."""
 
     boxes: NDArray[np.float64]
     """(n, 4)."""
@@ -127,7 +127,7 @@ def save_detector(step: DetectStep, config: DetectConfig, classes: Sequence[str]
 
 
 def load_detector(directory: Path, device: str) -> tuple[DetectStep, DetectConfig, tuple[str, ...]]:
-    """What `save_detector` wrote, in evaluation mode on a device; its configuration, and the names of its classes."""
+    """Read what `save_detector` wrote: the step in evaluation mode on a device, its configuration, its classes."""
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config = from_settings(DetectConfig, {name: settings[name] for name in _BUILT_FROM})
     classes = tuple(settings["label_names"])

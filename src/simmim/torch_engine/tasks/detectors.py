@@ -113,7 +113,7 @@ def create_detector(config: DetectConfig, pyramid: Pyramid, classes: int, keys: 
 
     In training it takes normalised images (B, C, H, W) and for each image boxes (n, 4) and labels (n,), with Mask R-CNN
     masks (n, H, W), and returns its losses by name; else boxes, labels and scores of each image. Labels count from
-    `first_label` on. One-line `ValueError`s.
+    `first_label` on. Raises `UserError` for settings that do not fit.
     """
     assert config.image_size is not None
     two_stages, channels = config.detector in TWO_STAGES, config.pyramid_channels
@@ -159,7 +159,7 @@ def _anchors(sides: list[tuple[float, ...]], ratios: tuple[float, ...]) -> Ancho
 
 
 def _to_fp32(_head: nn.Module, _inputs: Any, found: Any) -> Any:
-    """What a head found under autocast: boxes and losses are made of it in fp32."""
+    """Convert a head's output under autocast to fp32, from which boxes and losses are computed."""
     if isinstance(found, Tensor):
         return found.float()
     if isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""What frozen features tell of labelled images: a k-nearest-neighbour vote, or a linear classifier on them.
+"""Probe frozen features with labelled images: a k-nearest-neighbour vote or a linear classifier.
 
 Shapes: `N` images, `D` features, `K` classes.
 """
@@ -75,7 +75,7 @@ class ProbeConfig:
 
 
 def probe(config: ProbeConfig) -> dict[str, Any]:
-    """Accuracy on held-out images of a classifier on frozen features; see `simmim.probe` for the figures."""
+    """Measure the accuracy of a classifier on frozen features; see `simmim.probe` for the figures."""
     config = from_settings(ProbeConfig, vars(config))
     device = choose_device(config.device)
     backbone: Any = load_encoder(config.run).to(device)
@@ -112,7 +112,7 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Features:
-    """Features (N, D) and labels (N,) of the images to learn from and of those to judge by."""
+    """Features (N, D) and labels (N,) of the training and evaluation images."""
 
     train: NDArray[np.float32]
     train_labels: NDArray[np.int64]
@@ -149,7 +149,7 @@ class Features:
 
 
 def linear_predict(features: Features, *, seed: int, device: torch.device) -> tuple[NDArray[np.int64], float]:
-    """Classes (N,) of the images to judge by, from a linear classifier on standardised features, and its penalty.
+    """Classify the evaluation images by a linear classifier on standardised features; return classes (N,) and penalty.
 
     The penalty is the one with the least cross-entropy on a fifth of each class that is held out; then all are learnt.
     """
@@ -165,7 +165,7 @@ def linear_predict(features: Features, *, seed: int, device: torch.device) -> tu
 
 
 def choose_penalty(x: Tensor, y: Tensor, num_classes: int, *, held: NDArray[np.bool_]) -> float:
-    """The penalty whose classifier, learnt from the other images, has the least cross-entropy on those of `held`."""
+    """Choose the penalty with the least cross-entropy on the images of `held`, trained on the others."""
     if not held.any():
         return _USUAL_PENALTY
     aside = torch.from_numpy(held).to(x.device)
@@ -179,7 +179,7 @@ def choose_penalty(x: Tensor, y: Tensor, num_classes: int, *, held: NDArray[np.b
 def fit_logistic(
     x: Tensor, y: Tensor, num_classes: int, *, penalty: float, start: Tensor | None = None, steps: int = 500
 ) -> Tensor:
-    """Weights and biases (D + 1, K) of multinomial logistic regression, by L-BFGS.
+    """Fit multinomial logistic regression by L-BFGS; return weights and biases (D + 1, K).
 
     They minimise the mean cross-entropy of features x (N, D) and labels y (N,), plus penalty / 2 times the squared
     weights: scikit-learn's C is 1 / (penalty N).
@@ -201,12 +201,12 @@ def fit_logistic(
 
 
 def logits(x: Tensor, weights: Tensor) -> Tensor:
-    """(N, D), (D + 1, K) → (N, K)."""
+    """Compute logits: (N, D), (D + 1, K) → (N, K)."""
     return x @ weights[:-1] + weights[-1]
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """The figures as a person reads them."""
+    """Format the figures as text."""
     how = f"k-NN, k = {figures['k']}" if figures["method"] == "knn" else f"linear, L2 penalty {figures['l2']:g}"
     bad = f", {figures['bad_images']} could not be read" if figures["bad_images"] else ""
     return (
@@ -216,7 +216,7 @@ def describe(figures: dict[str, Any]) -> str:
 
 
 class KnnCheck:
-    """The k-NN check of `--probe` as a pretraining goes. Opens the images at once; `ValueError` where it cannot."""
+    """The k-NN check of `--probe` during pretraining. Opens the images at once; raises `UserError` if it cannot."""
 
     def __init__(self, config: PretrainConfig):
         assert config.probe is not None
@@ -232,7 +232,7 @@ class KnnCheck:
         )
 
     def __call__(self, step: PretrainStep, config: PretrainConfig) -> dict[str, float]:
-        """Figures of the encoder of `step`, for the complete configuration."""
+        """Return figures of the encoder of `step`, for the complete configuration."""
         assert config.image_size is not None
         encoder = step.model.encoder
         read = FeatureReader(

@@ -80,7 +80,7 @@ class SegmentTask:
             yield batch
 
     def _read(self, epoch: int, index: int) -> Sample:
-        """The image (H, W, C) of a training step and its label (H, W), cut and resized alike."""
+        """Read an image (H, W, C) and its label (H, W) for training, with the same crop and size."""
         config, size = self.config, self.windows.size
         key = sample_keys(config.seed, epoch, index, stream="crop")
 
@@ -132,7 +132,7 @@ class SegmentTask:
 
 
 def load_predictor(directory: Path, device: str) -> SegmentPredictor:
-    """The model that `SegmentTask.save` wrote, in fp32 on the device."""
+    """Read the model that `SegmentTask.save` wrote, in fp32 on the device."""
     facts = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     settings = {name: facts[name] for name in _BUILT_FROM}
     config = from_settings(SegmentConfig, {**settings, "precision": "fp32"})
