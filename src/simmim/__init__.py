@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from simmim.training.loop import Outcome
     from simmim.training.run_directory import Run
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "PretrainConfig",
     "Run",
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> Any:
 def pretrain(**settings: Any) -> "Run":
     """Pretrain a backbone, or resume the run in `out`; settings are the fields of `PretrainConfig`.
 
-    Returns the run. Raises a one-line `ValueError` for a setting that cannot be, images that cannot be read, or an
+    Returns the run. Raises `UserError` for a setting that cannot be, images that cannot be read, or an
     `out` that holds a run with another configuration; once all is saved, `KeyboardInterrupt` if Ctrl-C stopped it, and
     `SystemExit` if another signal did.
     """
@@ -98,7 +98,7 @@ def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
     """Judge the frozen encoder of a run by labelled images; settings are the other fields of `ProbeConfig`.
 
     Returns top1 and balanced_accuracy, in [0, 1], and on how many images and classes they stand. Raises a one-line
-    `ValueError` for a run without encoder, or images that cannot be read or do not fit.
+    Raises `UserError` for a run without encoder, or images that cannot be read or do not fit.
     """
     from simmim.config.validation import from_settings
     from simmim.torch_engine.tasks.probe import ProbeConfig, probe
@@ -120,7 +120,7 @@ def predict(
 
     and "bad_images", those that cannot be read, each with a "reason". With `out`, all that is in `out/predictions.json`
     too, and each image has a "picture" there and from segmentation a "mask", a PNG of class numbers. Raises a one-line
-    `ValueError` for a run without a fine-tuned model, or where no image can be read.
+    Raises `UserError` for a run without a fine-tuned model, or where no image can be read.
     """
     from simmim.config.validation import from_settings
     from simmim.torch_engine.tasks.predict import PredictConfig, predict

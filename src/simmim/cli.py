@@ -213,6 +213,10 @@ def recipes(argv: list[str]) -> int:
             print(f"{name:32}{(recipe.__doc__ or '').splitlines()[0]}")
     else:
         tuning = command.name in FINETUNE_RECIPES
+        if not tuning and command.name not in RECIPES:
+            close = difflib.get_close_matches(command.name, [*RECIPES, *FINETUNE_RECIPES], n=1)
+            remedy = f"did you mean {close[0]}?" if close else "see `simmim recipes` for the names"
+            raise UserError(f"recipe {command.name!r} is not known; {remedy}")
         print(to_toml(find_finetune_recipe(command.name, FinetuneConfig) if tuning else find_recipe(command.name)))
         text = (FINETUNE_RECIPES if tuning else RECIPES)[command.name].__doc__ or ""
         print("\n".join("# " + line.strip() for line in text.splitlines()))

@@ -72,10 +72,10 @@ def tpu_check(config: TpuCheckConfig, say: Callable[[str], None] = lambda line: 
 
     def compile(batch: int) -> CompilerReport:
         found = _compile(dataclasses.replace(config, batch_size=batch * devices))
-        say(f"{batch} images a device: {memory_line(found)}")
+        say(f"{batch} images per device: {memory_line(found)}")
         return found
 
-    say(f"{report.batch_a_device} images a device: {memory_line(report)}")
+    say(f"{report.batch_a_device} images per device: {memory_line(report)}")
     return largest(compile, report, unit=math.lcm(_UNIT, config.accumulate_steps))
 
 
@@ -185,7 +185,7 @@ def describe(report: CompilerReport) -> str:
             exchanged = ", ".join(f"{count} {name}" for name, count in report.collectives.items() if count)
             lines.append(f"collectives  {exchanged or 'none'}")
     if report.too_large:
-        lines.append(f"largest      {report.batch_a_device} images a device; {report.too_large} do not fit")
+        lines.append(f"largest      {report.batch_a_device} images per device; {report.too_large} do not fit")
     lines += [f"not in it    {note}" for note in report.notes]
     versions = ", ".join(f"{package} {version}" for package, version in report.versions.items())
     lines.append(f"compiled     in {report.seconds:.0f} s by {versions}")

@@ -15,7 +15,7 @@ Arguments = TypeVar("Arguments")
 _REWRITES = (
     (
         r"Unrecognized options: --(mask|target|loss|head)\.([\w-]+).*",
-        r"--\1.\2 is no setting of this \1; choose another --\1, or leave it out",
+        r"--\1.\2 is not a setting of the \1 in use; name the kind that has it by --\1, or leave it out",
     ),
     (r"Unrecognized options: (-[^, ]+).* meant: (--[\w-]+).*", r"option \1 is not known; did you mean \2?"),
     (r"Unrecognized options: (-[^, ]+).*", r"option \1 is not known"),

@@ -27,7 +27,7 @@ def recipe(function: Recipe) -> Recipe:
 def find_recipe(name: str) -> PretrainConfig:
     """Return a recipe's configuration. Raises `UserError` for an unknown name."""
     if name not in RECIPES:
-        raise UserError(f"recipe {name!r} is not known; choose from {', '.join(RECIPES)}")
+        raise UserError(f"recipe {name!r} is none of simmim pretrain; choose from {', '.join(RECIPES)}")
     return RECIPES[name]()
 
 
@@ -312,7 +312,7 @@ def um_mae_swin_t() -> PretrainConfig:
 
 @recipe
 def fast_vit_b_128() -> PretrainConfig:
-    """ViT-B/16 at 128 on gradient histograms after FastMIM: a third of the cost a step, 800 epochs.
+    """ViT-B/16 at 128 on gradient histograms after FastMIM: a third of the cost per step, 800 epochs.
 
     Paper: FastMIM (arXiv 2212.06593) and its published command: ratio 0.75 of 16-pixel cells, HOG, MAE's optimiser.
     11.3 GFLOP forward an image against 35.1 at 224.

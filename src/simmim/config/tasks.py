@@ -48,7 +48,7 @@ class FinetuneConfig(TrainingConfig):
     """Epochs between evaluations."""
 
     lr: PositiveReal = 1.25e-3
-    """Peak learning rate for a batch of 512. It scales with batch size / 512, as do warmup_lr and min_lr."""
+    """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr."""
     warmup_lr: NotNegativeReal = 2.5e-7
     """Learning rate of the first step, for a batch of 512."""
     min_lr: NotNegativeReal = 2.5e-7
@@ -65,6 +65,7 @@ class ClassifyConfig(FinetuneConfig):
 
     command: ClassVar[str] = "finetune classify"
     task: Suppress[Literal["classify"]] = "classify"
+    data_forms: ClassVar[str] = "a folder of classes, a .csv, an .npz, hf:NAME or demo"
     data: Word = None
     """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, .csv, .npz, hf:NAME or demo."""
     labels_per_class: Count = None
@@ -97,6 +98,7 @@ class SegmentConfig(FinetuneConfig):
 
     command: ClassVar[str] = "finetune segment"
     task: Suppress[Literal["segment"]] = "segment"
+    data_forms: ClassVar[str] = "a folder with train/images and train/masks"
     data: Word = None
     """Labelled images: train/images with train/masks (PNG of class numbers, 255 = none), and val/… or test/…."""
     batch_size: Positive = 16
@@ -121,6 +123,7 @@ class DetectConfig(FinetuneConfig):
 
     command: ClassVar[str] = "finetune detect"
     task: Suppress[Literal["detect"]] = "detect"
+    data_forms: ClassVar[str] = "a folder with train/images and train/annotations.json"
     data: Word = None
     """Images with boxes: train/images and train/annotations.json (COCO), and the same in val or test. Required."""
     detector: Literal["faster_rcnn", "mask_rcnn", "fcos", "retinanet"] = "faster_rcnn"

@@ -51,6 +51,8 @@ class TrainingConfig:
     unlisted: ClassVar[frozenset[str]] = frozenset()
     """Fields that have no effect in this command, which its `--help` leaves out."""
 
+    data_forms: ClassVar[str] = "a folder, a text file of paths, hf:NAME or demo"
+    """What --data takes, for messages."""
     data: Word = None
     """Images: a folder (searched recursively), a text file of paths, hf:NAME_OR_PATH, or demo (emoji). Required."""
     out: Word = None
@@ -83,7 +85,7 @@ class TrainingConfig:
     accumulate_steps: Positive = 1
     """Forward and backward passes per optimiser step; more passes use less memory."""
     lr: PositiveReal = 2e-4
-    """Peak learning rate for a batch of 512. It scales with batch size / 512, as do warmup_lr and min_lr."""
+    """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr."""
     warmup_lr: NotNegativeReal = 5e-7
     """Learning rate of the first step, for a batch of 512."""
     min_lr: NotNegativeReal = 1e-6
@@ -132,7 +134,7 @@ class TrainingConfig:
     def check(self) -> None:
         """Raise `UserError` for inconsistent settings."""
         for name, remedy in (
-            ("data", "a folder, a text file of paths, hf:NAME or demo"),
+            ("data", self.data_forms),
             ("out", "a directory to write"),
         ):
             if not getattr(self, name):

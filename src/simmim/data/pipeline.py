@@ -145,7 +145,7 @@ def sample_batches(source: ImageSource, reading: Reading, read: Callable[[int, i
     `read(epoch, index)` is called from several threads at once; arrays whose first sides differ within a batch are
     filled up with zeros. The last images of an epoch's order that fill no batch are left out of it. In place of an
     image that cannot be read the next one of the source is taken. Close the iterator to stop its threads. Raises
-    one-line `ValueError`s; at once where sizes don't fit.
+    `UserError`; at once where sizes don't fit.
     """
     return _batches(source, reading, lambda epoch, index, _: read(epoch, index), None)
 
@@ -155,7 +155,7 @@ def _batches(source: ImageSource, reading: Reading, read: Read, rows: Rows | Non
 
 
 def open_loader(source: ImageSource, reading: Reading, read: Read, rows: Rows | None) -> Loader:
-    """What reads the images of a reading; a one-line `ValueError` where sizes don't fit."""
+    """What reads the images of a reading; a Raises `UserError` where sizes don't fit."""
     batch_size, world = reading.batch_size, reading.world
     if batch_size > len(source):
         raise UserError(

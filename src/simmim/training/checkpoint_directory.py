@@ -45,13 +45,13 @@ def publish(directory: Path, step: int, *, keep: int) -> Path:
 def newest_checkpoint(directory: Path) -> Path | None:
     """The newest checkpoint that verifies, or `None` where there is none; warns of damaged ones that it passes over.
 
-    Raises `ValueError` where there are checkpoints and every one is damaged.
+    Raises `UserError` where there are checkpoints and every one is damaged.
     """
     candidates = sorted(directory.glob("step-*"), reverse=True) if directory.is_dir() else []
     for path in candidates:
         if (damage := _damage(path)) is None:
             return path
-        warnings.warn(f"checkpoint {path} is damaged ({damage}); using the one before it", stacklevel=2)
+        warnings.warn(f"checkpoint {path} is damaged ({damage}); trying the one before it", stacklevel=2)
     if candidates:
         raise UserError(f"every checkpoint in {directory} is damaged; start again with --fresh")
     return None

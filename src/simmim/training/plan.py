@@ -59,7 +59,7 @@ class Images:
 
 
 def open_images(config: PretrainConfig) -> Images:
-    """Find the images and keep `val_images` of them aside, drawn by the seed. One-line `ValueError`s."""
+    """Find the images and keep `val_images` of them aside, drawn by the seed. Raises `UserError`."""
     assert config.data is not None
     source = open_source(config.data)
     defaults, channels = defaults_of(source), config.channels
@@ -164,7 +164,7 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Plan(TrainingPlan):
-    """A complete configuration with its images. `complete` makes one; a `ValueError` says what cannot be."""
+    """A complete configuration with its images. `complete` makes one and raises `UserError` for what cannot be."""
 
     config: PretrainConfig
     images: Images
@@ -363,7 +363,7 @@ class Sized(Protocol):
 
 
 def check_sizes(config: PretrainConfig, encoder: Sized) -> None:
-    """One-line `ValueError` where image, cell, patch and stride do not fit each other."""
+    """Raises `UserError` where image, cell, patch and stride do not fit each other."""
     assert config.image_size is not None
     patch, stride, masks = encoder.patch_size, encoder.stride, config.mask.for_patch(encoder.patch_size)
     masks.grid(config.image_size)
@@ -378,7 +378,7 @@ def check_sizes(config: PretrainConfig, encoder: Sized) -> None:
 
 
 def check_stride(image_size: tuple[int, int], stride: int, model: str) -> None:
-    """One-line `ValueError` where a model's feature map does not cover the image."""
+    """Raises `UserError` where a model's feature map does not cover the image."""
     for side in image_size:
         if side % stride:
             near = max(side // stride, 1) * stride

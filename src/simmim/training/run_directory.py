@@ -56,7 +56,7 @@ def _aside(path: Path) -> Path:
 def new_directory(out: str | Path) -> Iterator[Path]:
     """A directory to fill that is `--out` at the end, whole; if it comes to an error, nothing is there.
 
-    One-line `ValueError` where `out` exists and is not an empty directory.
+    Raises `UserError` where `out` exists and is not an empty directory.
     """
     target = Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -148,7 +148,7 @@ def find_task_of(path: Path) -> str | None:
 
 
 def find_model(path: Path) -> Path:
-    """The model directory of a fine-tuned run; `path` may be either. One-line `ValueError` where there is none."""
+    """The model directory of a fine-tuned run; `path` may be either. Raises `UserError` where there is none."""
     if (path / _TASK).is_file():
         return path
     run = Run(path)
@@ -174,7 +174,7 @@ def recall(config: Config) -> Config | None:
 def open_run(config: TrainingConfig) -> Run:
     """The run directory of `config.out`, made if new. A run that is there is resumed, or refused if it differs.
 
-    `config` is complete (nothing left to resolve), so that it can be compared. Raises a one-line `ValueError` that
+    `config` is complete (nothing left to resolve), so that it can be compared. Raises `UserError` that
     names the fields that differ, or for a directory that holds something else.
     """
     assert config.out is not None

@@ -67,7 +67,8 @@ def open_labelled(
     elif path.is_dir():
         found = _open_folders(path, val_fraction, seed)
     else:
-        raise UserError(f"{data} does not exist; give a folder of classes, a .csv, an .npz, hf:NAME or demo")
+        what = "is not labelled data" if path.exists() else "does not exist"
+        raise UserError(f"{data} {what}; give a folder of classes, a .csv, an .npz, hf:NAME or demo")
     if len(found.classes) < 2:
         raise UserError(f"{data} has {len(found.classes)} class ({', '.join(found.classes)}); give two or more")
     unknown = np.setdiff1d(found.val_labels, found.train_labels)

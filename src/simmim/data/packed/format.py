@@ -277,7 +277,7 @@ def _open_shard(storage: Storage, manifest: Manifest, number: int, data: str) ->
 
 
 def read_index(text: bytes, sha256: str | None = None) -> Index:
-    """Read a shard's index and check its digest. Raises `ValueError`."""
+    """Read a shard's index and check its digest. Raises `UserError`."""
     if sha256 is not None and hashlib.sha256(text).hexdigest() != sha256:
         raise UserError("does not match its checksum")
     return Index(**json.loads(text))

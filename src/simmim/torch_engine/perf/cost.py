@@ -51,7 +51,7 @@ def measure_work(config: PretrainConfig) -> StepWork:
     """The work of a step of `config`, complete but for `batch_size`, which does not matter here.
 
     What autocast and attention do on its `device` is followed ("auto": on CUDA), since each saves other tensors.
-    One-line `ValueError` for what cannot be built.
+    Raises `UserError` for what cannot be built.
     """
     first, second = (_record(config, images) for images in _BATCHES)
     assert first.names == second.names

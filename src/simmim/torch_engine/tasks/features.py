@@ -29,7 +29,7 @@ class PooledFeatures(nn.Module):
 
     `layer` is a block of a ViT or BEiT, or a stage of a Swin or a convolutional net (a ResNet's stem counts), from 0 on
     or, if negative, from the end. A ViT's final norm acts on whichever block is taken. `pool` takes the mean over the
-    feature map without class and register tokens, or the class token. `ValueError` for what the encoder has not.
+    feature map without class and register tokens, or the class token. Raises `UserError` for what the encoder has not.
     """
 
     def __init__(self, backbone: nn.Module, *, layer: int = -1, pool: Pool = "avg"):

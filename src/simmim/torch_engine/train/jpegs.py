@@ -103,7 +103,7 @@ class JpegDecoder:
 
 
 def open_decoder(plan: Plan, device: torch.device) -> JpegDecoder | None:
-    """What `--decode` asks for, `None` for the CPU's threads. One-line `ValueError` where it cannot be had."""
+    """What `--decode` asks for, `None` for the CPU's threads. Raises `UserError` where it cannot be had."""
     config = plan.config
     if config.decode == "cpu":
         return None

@@ -80,7 +80,7 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
 def load_encoder(run: str | Path) -> nn.Module:
     """The encoder of a run, or of an encoder directory, as a plain timm module without classifier, ready to evaluate.
 
-    `ValueError` where `run` has no saved encoder.
+    Raises `UserError` where `run` has no saved encoder.
     """
     directory = Run(Path(run)).encoder
     if not directory.is_dir():
@@ -93,7 +93,7 @@ def load_encoder(run: str | Path) -> nn.Module:
 def load_model(run: str | Path) -> MaskedImageModel:
     """The `MaskedImageModel` of a run's newest checkpoint that verifies, on the CPU, in evaluation mode.
 
-    `ValueError` where `run` is not a pretraining run or has no checkpoint yet.
+    Raises `UserError` where `run` is not a pretraining run or has no checkpoint yet.
     """
     return load_run(run)[0].model
 
@@ -136,7 +136,7 @@ def initialize(model: MaskedImageModel, source: str, name: str) -> str:
     """Load the weights of `--init-from`: a run, or whatever `simmim convert` takes if it is of the timm model `name`.
 
     Position tables and channels are resized; mask token and head come too, where there are such. Says what was loaded.
-    One-line `ValueError` where the encoder's weights do not fit.
+    Raises `UserError` where the encoder's weights do not fit.
     """
     path = Path(source)
     if (path / "config.toml").is_file():
@@ -169,7 +169,7 @@ def adopt(model: MaskedImageModel, state: Mapping[str, Tensor]) -> tuple[list[st
     """Load weights under our names, for another image size, window or channels if need be.
 
     Returns what was resized, and what keeps its random numbers: mask token or head that are not there or of another
-    kind. `ValueError` where the encoder's weights do not fit (`fit_backbone`).
+    kind. Raises `UserError` where the encoder's weights do not fit (`fit_backbone`).
     """
     backbone = {name.removeprefix(BACKBONE): tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
     fitted, resized = fit_backbone(backbone, model.encoder.backbone)
