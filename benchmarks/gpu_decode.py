@@ -24,10 +24,12 @@ import torch
 from PIL import Image
 from results import machine, save
 
-from simmim.data import BadImages, RandomResizedCrop, Reading, open_source, train_batches
+from simmim.data.augment import RandomResizedCrop
+from simmim.data.bad_images import BadImages
 from simmim.data.decode import decode
-from simmim.data.pipeline import Batch
+from simmim.data.pipeline import Batch, Reading, train_batches
 from simmim.data.readers.device_jpegs import device_batches
+from simmim.data.sources import open_source
 from simmim.torch_engine.train.jpegs import JpegDecoder, one_ahead
 
 SIZE = (224, 224)

@@ -45,8 +45,12 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from simmim.commands.pack import PackConfig, pack
-from simmim.data import IMAGENET_MEAN, IMAGENET_STD, BadImages, RandomResizedCrop, Reading, open_source, train_batches
-from simmim.data.pipeline import load
+from simmim.data.augment import RandomResizedCrop, load
+from simmim.data.bad_images import BadImages
+from simmim.data.pipeline import Reading, train_batches
+from simmim.data.readers.processes import stream_from_processes
+from simmim.data.sources import open_source
+from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import sample_key
 
@@ -84,13 +88,13 @@ def simmim_batches(folder: Path, *, size: int, processes: bool = False, antialia
             start_step=0,
             total_steps=ENDLESS,
             threads=cpu_cores(),
-            processes=processes,
             bad_images=BadImages(folder / "bad_images.txt", total=len(source), max_fraction=0),
         ),
         crop=RandomResizedCrop(size=(SIZE, SIZE)),
         channels=3,
         dtype=np.uint8,
         antialias=antialias,
+        stream=stream_from_processes if processes else None,
     )
 
 

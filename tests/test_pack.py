@@ -16,8 +16,8 @@ from PIL import Image
 from simmim.cli import main
 from simmim.commands import pack as module
 from simmim.commands.pack import PackConfig, pack
-from simmim.data import BadImage, TooManyBadImages
-from simmim.data.decode import decode
+from simmim.data.bad_images import TooManyBadImages
+from simmim.data.decode import BadImage, decode
 from simmim.data.packed.format import open_packed
 from simmim.data.packed.writer import Jpeg, Original, RawPixels, WebP
 

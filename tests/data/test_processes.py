@@ -16,17 +16,19 @@ import pytest
 from PIL import Image
 
 from simmim.commands.pack import PackConfig, pack
-from simmim.data import BadImages, RandomResizedCrop, Reading, open_source, train_batches
-from simmim.data.bad_images import TooManyBadImages
-from simmim.data.pipeline import Batch
-from simmim.data.sources import ArrayImages, ImageSource
+from simmim.data.augment import RandomResizedCrop
+from simmim.data.bad_images import BadImages, TooManyBadImages
+from simmim.data.pipeline import Batch, Reading, train_batches
+from simmim.data.readers.processes import stream_from_processes
+from simmim.data.sources import ArrayImages, ImageSource, open_source
 
 
 def batches(source: ImageSource, folder: Path, *, processes: bool, **changes: Any) -> Any:
     bad = BadImages(folder / "bad_images.txt", total=len(source), max_fraction=changes.pop("max_bad", 0.5))
     options: dict[str, Any] = {"batch_size": 6, "seed": 0, "start_step": 0, "total_steps": 5, "threads": 2}
-    reading = Reading(**options | {"bad_images": bad, "processes": processes} | changes)
-    return train_batches(source, reading, crop=RandomResizedCrop(size=(16, 24)), channels=3, dtype=np.uint8)
+    reading = Reading(**options | {"bad_images": bad} | changes)
+    views: dict[str, Any] = {"crop": RandomResizedCrop(size=(16, 24)), "channels": 3, "dtype": np.uint8}
+    return train_batches(source, reading, **views, stream=stream_from_processes if processes else None)
 
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:

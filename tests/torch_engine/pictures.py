@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from simmim.data import BadImages, RandomResizedCrop, Reading, train_batches
-from simmim.data.pipeline import Batch
+from simmim.data.augment import RandomResizedCrop
+from simmim.data.bad_images import BadImages
+from simmim.data.pipeline import Batch, Reading, train_batches
 from simmim.data.readers.device_jpegs import device_batches
 from simmim.torch_engine.train.jpegs import JpegDecoder
 

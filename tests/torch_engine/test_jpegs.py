@@ -15,7 +15,7 @@ from PIL import Image
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import validated
-from simmim.data import TooManyBadImages
+from simmim.data.bad_images import TooManyBadImages
 from simmim.torch_engine.train import jpegs
 from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder
 from simmim.torch_engine.train.pretrain import pretrain

@@ -16,8 +16,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import simmim
 from simmim.cli import main
+from simmim.data.evaluation import eval_images
 from simmim.data.labelled.classes import hold_out, open_labelled
-from simmim.data.pipeline import eval_images
 from simmim.torch_engine.tasks.probe import Features, choose_penalty, fit_logistic, linear_predict, logits
 
 SETTINGS: dict[str, Any] = {

@@ -18,8 +18,9 @@ from tyro.conf import Positional, arg
 
 from simmim.config.field_types import HINT, Count, Positive, one_word
 from simmim.config.validation import from_settings
-from simmim.data import BadImage, BadImages, ImageSource, PathList, open_source
-from simmim.data.decode import open_picture
+from simmim.data.bad_images import BadImages
+from simmim.data.decode import BadImage, open_picture
+from simmim.data.files import PathList
 from simmim.data.packed.format import (
     MANIFEST,
     UNFINISHED,
@@ -33,7 +34,7 @@ from simmim.data.packed.format import (
     shard_name,
 )
 from simmim.data.packed.writer import Entry, Form, Jpeg, Original, RawPixels, WebP, find_damage, write_shard
-from simmim.data.sources import read_raw
+from simmim.data.sources import ImageSource, open_source, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.training.run_directory import write_json, written_whole

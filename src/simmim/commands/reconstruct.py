@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from simmim.data.decode import BadImage, open_picture
-from simmim.data.pipeline import eval_images
+from simmim.data.evaluation import eval_images
 from simmim.data.sources import open_files, sniff
 from simmim.errors import UserError
 from simmim.training.pictures import save_png

@@ -4,15 +4,17 @@ Shapes: `B` images, `H W` pixels, `C` channels; a size is (H, W).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from simmim.config.field_types import Flip
+from simmim.data.decode import Picture, Raw, open_picture
 from simmim.errors import UserError
 from simmim.method.random_keys import draws, sample_keys, uniforms
 
@@ -159,6 +161,47 @@ def visible(box: Box, height: int, width: int, size: tuple[int, int]) -> tuple[B
     columns = [round((column - box.left) * size[1] / box.width) for column in (left, right)]
     place = Box(rows[0], columns[0], max(1, rows[1] - rows[0]), max(1, columns[1] - columns[0]))
     return Box(top, left, bottom - top, right - left), place
+
+
+def load(
+    raw: Raw,
+    choose_box: Callable[[int, int], Box],
+    *,
+    size: tuple[int, int],
+    channels: int,
+    dtype: DTypeLike,
+    fill: ArrayLike = 0,
+    out: NDArray[Any] | None = None,
+    antialias: bool = True,
+) -> NDArray[Any]:
+    """The part of an image that `choose_box(height, width)` names, at `size`: (H, W, C). Raises `BadImage`.
+
+    What the box has beyond the image is filled with the colour `fill`, (C,) or one number. The result is written into
+    `out`, if given. Without `antialias` it is interpolated only, in less time.
+    """
+    picture = open_picture(raw)
+    box = choose_box(picture.height, picture.width)
+    how: dict[str, Any] = {"size": size, "channels": channels, "dtype": dtype, "fill": fill, "antialias": antialias}
+    return show(picture, box, **how, out=out)
+
+
+def show(
+    picture: Picture,
+    box: Box,
+    *,
+    size: tuple[int, int],
+    channels: int,
+    dtype: DTypeLike,
+    fill: ArrayLike = 0,
+    out: NDArray[Any] | None = None,
+    antialias: bool = True,
+) -> NDArray[Any]:
+    """`load` for an image that is open."""
+    pixels = picture.decode(channels=channels, dtype=dtype, reduction=reduction(box, size))
+    height, width = pixels.shape[:2]
+    if (height, width) != (picture.height, picture.width):
+        box = box.scaled(height / picture.height, width / picture.width)
+    return crop_resize(pixels, box, size, fill, out, antialias)
 
 
 def crop_resize(

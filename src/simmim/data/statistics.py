@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simmim.data.augment import CentreCrop
+from simmim.data.augment import CentreCrop, load
 from simmim.data.decode import BadImage
-from simmim.data.pipeline import load
 from simmim.data.sources import ImageSource, read_raw
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys

@@ -18,8 +18,10 @@ from simmim.config.training import TrainingConfig
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, decode
-from simmim.data.pipeline import Reading, eval_images, train_batches
+from simmim.data.evaluation import eval_images
+from simmim.data.pipeline import Reading, stream_from_threads, train_batches
 from simmim.data.readers.device_jpegs import Decode, device_batches
+from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sources import ImageSource, SourceDefaults, Subset, defaults_of, open_source, read_raw, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
@@ -222,10 +224,6 @@ class Plan(TrainingPlan):
     def picture_every_steps(self) -> int:
         return self.config.picture_every_steps or self.save_every_steps
 
-    def reading(self, bad_images: BadImages, **part: int) -> Reading:
-        reading = super().reading(bad_images, **part)
-        return dataclasses.replace(reading, processes=self.config.readers == "processes")
-
     def batches(
         self,
         reading: Reading,
@@ -250,7 +248,8 @@ class Plan(TrainingPlan):
         views: dict[str, Any] = {"crop": crop, "channels": config.channels}
         if decode is None:
             views |= {"dtype": self.images.dtype, "antialias": config.antialias}
-            batches = train_batches(self.images.train, reading, **views)
+            stream = stream_from_processes if config.readers == "processes" else stream_from_threads
+            batches = train_batches(self.images.train, reading, **views, stream=stream)
         else:
             batches = device_batches(self.images.train, reading, **views, decode=decode)
         for images in batches:

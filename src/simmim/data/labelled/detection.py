@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.augment import Letterbox, ScaleJitter, crop_resize, visible
+from simmim.data.augment import Letterbox, ScaleJitter, crop_resize, load, visible
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.files import PathList
 from simmim.data.labelled.classes import evaluation_folder, hold_out
 from simmim.data.labelled.coco_json import CocoFile, read_coco
-from simmim.data.pipeline import Sample, load
+from simmim.data.pipeline import Sample
 from simmim.data.sources import read_raw
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys

@@ -1,4 +1,4 @@
-"""Batches whose JPEGs a device decodes: threads only read files and headers, and decode what is no JPEG.
+"""Batches whose JPEGs a GPU decodes. Threads read files and headers, and decode all other formats.
 
 Shapes: `B` images, `H W` pixels, `C` channels; a size is (H, W).
 """
@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.augment import Box, RandomResizedCrop, reduction
+from simmim.data.augment import Box, RandomResizedCrop, reduction, show
 from simmim.data.decode import Picture, Raw, open_picture
-from simmim.data.pipeline import Reading, open_loader, read_ahead, show
-from simmim.data.readers.threads import Batch, Rows, Sample
+from simmim.data.pipeline import Batch, Reading, Rows, Sample, open_loader, read_ahead
 from simmim.data.sources import ImageSource, read_raw
 from simmim.method.random_keys import sample_key
 
@@ -45,10 +44,10 @@ all of them (B, H, W, C), where the device has them."""
 def device_batches(
     source: ImageSource, reading: Reading, *, crop: RandomResizedCrop, channels: int, decode: Decode
 ) -> Iterator[Batch]:
-    """The batches of `train_batches` in uint8, whose "image" is what `decode` returns.
+    """Yield the batches of `train_batches` in uint8, with the output of `decode` as "image".
 
-    The same images, crops and flips. A JPEG that is refused is for the CPU to decode; where that cannot either, it is
-    listed and replaced as any broken image.
+    Images, crops and flips are the same. The CPU decodes a JPEG that `decode` refuses; if it cannot either, the image
+    is listed and replaced like any bad image.
     """
 
     def read(epoch: int, index: int, row: NDArray[Any] | None, *, all_here: bool) -> Sample:
@@ -75,8 +74,10 @@ def device_batches(
 
 
 def _for_device(raw: Raw, picture: Picture, box: Box, size: tuple[int, int]) -> Jpeg | None:
-    """A JPEG as the device is given it. The CPU keeps those that it decodes at an eighth of their size, and judges
-    those that were cut off, of which decoders make what they like."""
+    """Return the JPEG for the device; `None` for an image that the CPU decodes.
+
+    The CPU decodes JPEGs at an eighth of their size, and judges truncated ones, on which decoders disagree.
+    """
     if not isinstance(raw, bytes) or picture.jpeg_orientation is None:
         return None
     if reduction(box, size) == 8 or not _is_whole(raw):
@@ -85,6 +86,6 @@ def _for_device(raw: Raw, picture: Picture, box: Box, size: tuple[int, int]) -> 
 
 
 def _is_whole(jpeg: bytes) -> bool:
-    """Whether the last scan has an end. That of a preview in the header has one before the last scan begins."""
+    """Return whether the last scan has an end. A preview in the header has its own, before the last scan begins."""
     end = jpeg.rfind(b"\xff\xd9")
     return end >= 0 and jpeg.find(b"\xff\xda", end) < 0

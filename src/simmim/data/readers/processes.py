@@ -1,7 +1,7 @@
-"""Reading processes in place of threads: Python's lock holds up none of them, nor the step.
+"""Read images in worker processes, which avoids GIL contention.
 
-They write images into memory that they share with the process that trains, a few images at a time and in turn, each
-with room for two such pieces. Order, crops and broken images are those of `stream`, to the bit.
+Workers write images into memory shared with the training process, a few images at a time and in turn. Each has room for
+two such pieces. Order, crops and bad images are those of `stream_from_threads`, to the bit.
 """
 
 import ctypes
@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.readers.threads import Batch, Loader, Rows
+from simmim.data.pipeline import Batch, Loader, Rows
 from simmim.errors import UserError
 
 _AHEAD = 2
-"""Pieces that a process has ready or in the making."""
+"""Pieces that a worker holds, ready or unfinished."""
 _MOST = 32
-"""Images of a piece; to hand one over takes 0.2 ms."""
+"""Images of a piece; handing one over takes 0.2 ms."""
 
 
 def stream_from_processes(loader: Loader, positions: range, size: int, processes: int) -> Iterator[Batch]:
-    """`stream`, for a loader with rows, by processes of one thread each. Close the iterator to end them."""
+    """Yield the batches of `stream_from_threads`, for a loader with rows, from workers. Close it to end them."""
     work = _Work(loader, positions, size, together=min(_MOST, -(-size // processes)))
     readers = [_Reader(work, range(first, work.pieces, processes)) for first in range(min(processes, work.pieces))]
     try:
@@ -67,22 +67,22 @@ class _Work:
 
     @property
     def places(self) -> list[slice]:
-        """Where the pieces of a batch lie in it."""
+        """Slices of a batch, one a piece."""
         return [slice(first, min(first + self.together, self.size)) for first in range(0, self.size, self.together)]
 
     def piece(self, number: int) -> range:
-        """The positions of a piece."""
+        """Return the positions of a piece."""
         batch, place = divmod(number, len(self.places))
         return self.positions[batch * self.size : (batch + 1) * self.size][self.places[place]]
 
     def rooms(self, memory: Any) -> NDArray[Any]:
-        """Shared memory as the pieces that it has room for: (`_AHEAD`, `together`, H, W, C)."""
+        """View shared memory as the pieces that it has room for: (`_AHEAD`, `together`, H, W, C)."""
         pixels = np.ctypeslib.as_array(memory).view(self.rows.dtype)
         return pixels.reshape(_AHEAD, self.together, *self.rows.shape[1:])
 
 
 class _Reader:
-    """A process that reads some pieces, by their numbers, and the memory shared with it."""
+    """A worker that reads the pieces of some numbers, and the memory shared with it."""
 
     def __init__(self, work: _Work, numbers: range):
         context = multiprocessing.get_context("spawn")  # a fork would copy the locks of this process's threads
@@ -125,7 +125,7 @@ def _end(connection: Connection, process: Any) -> None:
 
 
 def _read(work: _Work, numbers: range, memory: Any, connection: Connection) -> None:
-    """What a reading process does: fill rooms as they become free, until nobody listens any more."""
+    """Run a worker: fill rooms as they become free, until the training process is gone."""
     for stop in (signal.SIGINT, signal.SIGTERM):  # those are for the process that trains: it ends a step, and saves
         signal.signal(stop, signal.SIG_IGN)
     rooms = work.rooms(memory)

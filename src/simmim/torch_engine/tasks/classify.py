@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simmim.config.tasks import ClassifyConfig
-from simmim.data.augment import CentreCrop, RandomResizedCrop
+from simmim.data.augment import CentreCrop, RandomResizedCrop, load
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw
+from simmim.data.evaluation import eval_batches
 from simmim.data.labelled.classes import LabelledImages, open_labelled
-from simmim.data.pipeline import Augment, Reading, eval_batches, load, train_batches
+from simmim.data.pipeline import Augment, Reading, train_batches
 from simmim.data.sources import sniff
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores

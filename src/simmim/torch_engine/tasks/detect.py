@@ -15,6 +15,7 @@ from simmim.config.tasks import DetectConfig
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import decode
+from simmim.data.evaluation import eval_batches
 from simmim.data.labelled.detection import (
     DetectionData,
     DetectionReader,
@@ -23,7 +24,7 @@ from simmim.data.labelled.detection import (
     import_rle,
     open_detection,
 )
-from simmim.data.pipeline import Reading, eval_batches, sample_batches
+from simmim.data.pipeline import Reading, sample_batches
 from simmim.data.sources import read_raw, sniff
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from simmim.data.augment import CentreCrop
 from simmim.data.bad_images import BadImages
-from simmim.data.pipeline import eval_batches
+from simmim.data.evaluation import eval_batches
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError
 from simmim.torch_engine.models.masked_image_model import PixelStep
