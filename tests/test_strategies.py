@@ -66,7 +66,8 @@ def test_auto_leaves_a_setting_of_a_file_open_again(asked, tmp_path):
 def test_a_setting_of_another_kind_is_refused_in_one_line(capsys):
     assert cli.main(shlex.split("pretrain --mask random --mask.min-cells 4")) == 2
     assert capsys.readouterr().err == (
-        "simmim: --mask.min-cells is no setting of this mask; choose another --mask, or leave it out\n"
+        "simmim: --mask.min-cells is not a setting of the mask in use; name the kind that has it by --mask, "
+        "or leave it out\n"
     )
 
 

@@ -79,7 +79,7 @@ def test_a_report_is_text_with_every_kind_of_memory_and_says_that_nothing_ran() 
         "             arguments 1.00, outputs 1.00, aliased 1.00, temporaries 8.00, code 0.00",
         "FLOP         12 T a device, 96 T in all; 36 calls of kernels are not counted",
         "collectives  4 all-reduce",
-        "largest      128 images a device; 144 do not fit",
+        "largest      128 images per device; 144 do not fit",
         "not in it    what is left out",
         "compiled     in 28 s by libtpu 0.0.52",
         "These are the TPU compiler's estimates. Nothing ran on a TPU, and no speed was measured.",

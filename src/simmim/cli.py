@@ -307,7 +307,9 @@ def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str
     if sources["recipe"]:
         defaults = find(sources["recipe"])
     if sources["config"]:
-        defaults = dataclasses.replace(read_toml(sources["config"], kind), out=None, fresh=False)
+        defaults = dataclasses.replace(
+            read_toml(sources["config"], kind), out=None, fresh=False, accept_changed_data=False
+        )
     defaults = take_kinds(defaults, argv)
     options = with_strategy_options(Command, defaults)
     found = parse(options, kind.command, argv, options(**vars(defaults), **sources), kind.unlisted)

@@ -1,5 +1,6 @@
 """An objective from outside the package: a parameter, a view and a state of its own."""
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -124,6 +125,41 @@ def test_it_trains_without_pixels_too(tmp_path: Path) -> None:
     run = train(tmp_path / "run", steps=2, objectives=(Agreement(),))
     assert "loss/agreement" not in rows(run)[-1] and "val_loss" not in rows(run)[-1]
     assert not (run / "reconstructions").exists()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied(Objective):
+    """Keep a copy of the encoder, as a teacher would."""
+
+    kind: ClassVar[str] = "copied"
+
+
+class CopiedModule(ObjectiveModule):
+    def __init__(self, encoder: torch.nn.Module):
+        super().__init__()
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False)
+
+    def forward(self, step: Any, batch: Any) -> dict[str, Tensor]:
+        theirs, ours = (module.backbone.patch_embed.proj.weight for module in (self.teacher, step.model.encoder))
+        return {"distance": (theirs - ours).abs().sum()}
+
+
+@create_objective.register(Copied)
+def _(objective: Copied, model: Any, config: Any) -> ObjectiveModule:
+    return CopiedModule(model.encoder)
+
+
+del Objective.kinds["copied"]
+
+
+def test_a_copy_of_the_encoder_starts_from_the_weights_of_init_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Objective.kinds, "copied", Copied)
+    first = train(tmp_path / "first", objectives=(PixelReconstruction(),))
+    both = (PixelReconstruction(), Copied())
+    second = train(tmp_path / "second", init_from=str(first), objectives=both, seed=1)
+    assert rows(second)[0]["loss/distance"] == 0
 
 
 def test_objectives_that_cannot_be_are_refused(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_own_strategies_train_and_are_in_the_configuration(names: tuple[str, ...
 
 
 def test_an_own_loss_of_values_is_refused_for_classes() -> None:
-    with pytest.raises(simmim.UserError, match=r"^loss quartic makes no sense for target clusters; use cross_entropy$"):
+    with pytest.raises(simmim.UserError, match=r"^loss quartic is undefined for target clusters; use cross_entropy$"):
         simmim.pretrain(out="run", target="clusters", loss=QuarticLoss(), **SETTINGS)
 
 

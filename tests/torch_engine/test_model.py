@@ -14,6 +14,7 @@ from torch.nn.functional import pixel_shuffle
 
 import simmim
 from simmim.config.pretraining import PretrainConfig
+from simmim.method.losses import Loss
 from simmim.method.targets import Target
 from simmim.torch_engine.models.heads import sine_positions
 from simmim.torch_engine.models.masked_image_model import build_model, check_sizes
@@ -23,7 +24,11 @@ from simmim.training.pictures import PICTURED
 
 from . import tiny
 
-PAIRS = [(target, loss) for target, kind in Target.kinds.items() for loss in kind.losses]
+LOSSES = {
+    target: [name for name, loss in Loss.kinds.items() if loss.classes == kind.classes]
+    for target, kind in Target.kinds.items()
+}
+PAIRS = [(target, loss) for target, losses in LOSSES.items() for loss in losses]
 CENTRES = tuple(map(tuple, np.random.default_rng(0).normal(size=(8, 3)).tolist()))
 
 
@@ -74,7 +79,7 @@ def test_the_prediction_is_the_pixel_shuffle_of_the_heads_output() -> None:
 @pytest.mark.parametrize("target", ["clusters", "hog"])
 @torch.no_grad()
 def test_targets_that_are_no_pixels_return_the_raw_prediction(target: str) -> None:
-    model = build_model(settings(target, Target.kinds[target].losses[0])).eval()
+    model = build_model(settings(target, LOSSES[target][0])).eval()
     _, prediction = model(torch.randn(2, 3, 64, 64), tiny.masks(2, (64, 64), 16))
     assert prediction.shape == (2, 4, 4, model.target.channels(3, 16))
 
@@ -105,7 +110,7 @@ def test_a_batch_is_normalised_and_mirrored_as_asked() -> None:
 
 @pytest.mark.parametrize("target", [name for name in Target.kinds if name != "hog"])
 def test_pictures_show_the_prediction_in_true_colours(target: str) -> None:
-    config = settings(target, Target.kinds[target].losses[0])
+    config = settings(target, LOSSES[target][0])
     step = build_step(config)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     loss, panel = judge_and_draw(step, config, pixels)
@@ -151,7 +156,7 @@ def test_a_model_of_patch_14_is_trained_with_cells_of_28_pixels(tmp_path: Path) 
     ("kind", "others", "message"),
     [
         ("vit", {"mask_cell": 24, "image_size": (96, 96)},
-         "mask cell 24 is not a multiple of the patch 16 of vit_tiny_patch16_224; use --mask-cell 16 or 32"),
+         "mask cell 24 is not a multiple of the patch 16 of vit_tiny_patch16_224; use --mask.cell 16 or 32"),
         ("swin", {"mask_cell": 16, "image_size": (64, 80)},
          "image size 80 is not a multiple of the stride 32 of swin_tiny_patch4_window7_224; use 64 or 96"),
     ],

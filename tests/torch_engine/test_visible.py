@@ -153,15 +153,15 @@ def test_an_interrupted_training_resumes_to_the_same_weights_and_an_encoder_that
         (
             "--model swin_tiny_patch4_window7_224 --image-size 256 --head transformer",
             "--encode visible of swin_tiny_patch4_window7_224 takes masks that show at most one 16-pixel cell of each "
-            "2x2, which random masks of 32 pixels at ratio 0.6 do not; use --mask uniform --mask-cell 16 "
-            "--mask-ratio 0.8125 (or 0.75)",
+            "2x2, which random masks of 32 pixels at ratio 0.6 do not; use --mask uniform --mask.cell 16 "
+            "--mask.ratio 0.8125 (or 0.75)",
         ),
         (
-            "--model swin_tiny_patch4_window7_224 --image-size 256 --head transformer --mask uniform --mask-cell 16 "
+            "--model swin_tiny_patch4_window7_224 --image-size 256 --head transformer --mask uniform --mask.cell 16 "
             "--mask-ratio 0.7",
             "--encode visible of swin_tiny_patch4_window7_224 takes masks that show at most one 16-pixel cell of each "
-            "2x2, which uniform masks of 16 pixels at ratio 0.7 do not; use --mask uniform --mask-cell 16 "
-            "--mask-ratio 0.8125 (or 0.75)",
+            "2x2, which uniform masks of 16 pixels at ratio 0.7 do not; use --mask uniform --mask.cell 16 "
+            "--mask.ratio 0.8125 (or 0.75)",
         ),
         (
             "--model swin_tiny_patch4_window7_224 --head transformer --mask uniform --mask-cell 16 --mask-ratio 0.75",
@@ -195,7 +195,7 @@ def test_an_interrupted_training_resumes_to_the_same_weights_and_an_encoder_that
         ),
         (
             "--encode all --decoder-depth 4",
-            "--head.depth is no setting of this head; choose another --head, or leave it out",
+            "--head.depth is not a setting of the head in use; name the kind that has it by --head, or leave it out",
         ),
     ],
 )  # fmt: skip

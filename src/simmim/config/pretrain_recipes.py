@@ -27,7 +27,7 @@ def recipe(function: Recipe) -> Recipe:
 def find_recipe(name: str) -> PretrainConfig:
     """Return a recipe's configuration. Raises `UserError` for an unknown name."""
     if name not in RECIPES:
-        raise UserError(f"recipe {name!r} is none of simmim pretrain; choose from {', '.join(RECIPES)}")
+        raise UserError(f"recipe {name!r} is not known; choose from {', '.join(RECIPES)}")
     return RECIPES[name]()
 
 

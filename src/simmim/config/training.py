@@ -160,6 +160,8 @@ class TrainingConfig:
         """Raise `UserError` unless mean and std fit each other, and the number of channels if it is decided."""
         if (self.mean is None) != (self.std is None):
             raise UserError("mean and std belong together; give both or neither")
+        if isinstance(self.mean, str) != isinstance(self.std, str):
+            raise UserError("mean and std mix measure and numbers; give numbers for both, or measure for both")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if isinstance(value, tuple) and self.channels and len(value) != self.channels:

@@ -199,7 +199,9 @@ class Plan(TrainingPlan):
             changes |= {name: tuple(row) for name, row in zip(("mean", "std"), numbers.tolist(), strict=True)}
         plan = cls(dataclasses.replace(config, **changes), images)
         if config.warmup_epochs is None:
-            plan = plan.replace(warmup_epochs=min(10.0, plan.total_steps / plan.steps_per_epoch / 10))
+            old = begun and begun.warmup_epochs  # of a run whose images may have changed
+            usual = min(10.0, plan.total_steps / plan.steps_per_epoch / 10)
+            plan = plan.replace(warmup_epochs=usual if old is None else old)
         target = config.target
         if isinstance(target, ClusterTarget) and target.centres is None:
             old = begun and getattr(begun.target, "centres", None)
@@ -371,7 +373,7 @@ def check_sizes(config: PretrainConfig, encoder: Sized) -> None:
     if cell % patch:
         raise UserError(
             f"mask cell {cell} is not a multiple of the patch {patch} of {config.model}; "
-            f"use --mask-cell {max(cell // patch, 1) * patch} or {(cell // patch + 1) * patch}"
+            f"use --mask.cell {max(cell // patch, 1) * patch} or {(cell // patch + 1) * patch}"
         )
     check_stride(config.image_size, stride, config.model)
 

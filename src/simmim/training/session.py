@@ -128,7 +128,9 @@ class PretrainSession(Session):
         config, images = self.plan.config, self.plan.config.val_images
         if not images or not any(isinstance(each, PixelReconstruction) for each in config.objectives):
             return []
-        if not self.plan.can_validate(self.plan.bad_images(self.run)):
+        # Rank 0 decides: a read error of one rank must not keep it out of an evaluation that all ranks take part in.
+        able = self.world.rank != 0 or self.plan.can_validate(self.plan.bad_images(self.run))
+        if not self.world.main_says(int(able)):
             self.warnings.append(f"none of the {images} images kept aside can be read: no pictures, no val_loss")
             return []
         return [Event(every_steps=self.plan.picture_every_steps, call=self._validate)]

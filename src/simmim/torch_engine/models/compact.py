@@ -75,7 +75,7 @@ class CompactEncoder(SwinEncoder):
             raise UserError(
                 f"--encode visible of {model} takes masks that show at most one {CELL}-pixel cell of each 2x2, which "
                 f"{masks.kind} masks of {masks.cell} pixels at ratio {masks.ratio:g} do not; "
-                f"use --mask uniform --mask-cell {CELL} --mask-ratio {_RATIO} (or 0.75)"
+                f"use --mask uniform --mask.cell {CELL} --mask.ratio {_RATIO} (or 0.75)"
             )
 
     def save_work(self, *, visible_patches: bool, last_block: bool) -> None:

@@ -151,6 +151,8 @@ class PretrainStep(PixelStep):
         self._visible = counts.visible_patches if needed else None
         self._hidden = counts.hidden_cells if savings.hidden_cells else None
         self._all_cells = any(module.all_cells for module in modules.values())
+        # Pixels alone, by a head that mixes cells: nothing asks which cells are hidden.
+        self._needs_no_choice = self._all_cells and all(isinstance(each, PixelObjective) for each in modules.values())
 
     def forward(
         self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None, **draws: Tensor
@@ -162,7 +164,7 @@ class PretrainStep(PixelStep):
         visible = hidden = None
         if self._visible is not None:
             visible = choose(mask, self._visible, hidden=False)
-        if self._hidden is not None and not (self._all_cells and len(self.objectives) == 1):
+        if self._hidden is not None and not self._needs_no_choice:
             factor = encoder.stride // encoder.patch_size
             hidden = choose(mask[:, ::factor, ::factor], self._hidden, hidden=True)
         features = encoder(images, mask, visible=visible, hidden=None if self._all_cells else hidden)

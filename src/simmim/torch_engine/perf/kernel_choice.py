@@ -57,11 +57,12 @@ Seconds = dict[str, float]
 """Time of the measured layers, forward and backward, by kernel; PyTorch's usual kernel first."""
 
 
-def choose_kernels(config: TrainingConfig, main_says: Callable[[int], int]) -> Kernels:
+def choose_kernels(config: TrainingConfig, main_says: Callable[[int], int], rank: int = 0) -> Kernels:
     """Choose the kernels of a complete configuration, the same on every rank.
 
     In this order: kernels that the user names; those that the run has recorded; for a run that recorded none, those of
-    version 0.1; else the faster ones. `main_says` broadcasts a number from rank 0. Only the CPU has a choice.
+    version 0.1; else the faster ones. Only rank 0 chooses; `main_says` broadcasts a number from it. Only the CPU has a
+    choice.
 
     With `SIMMIM_KERNELS=rules` in the environment nothing is measured, and the rules of version 0.1 decide.
     """
@@ -70,13 +71,15 @@ def choose_kernels(config: TrainingConfig, main_says: Callable[[int], int]) -> K
         return kernels
     if kernels.linear == "onednn" and not has_onednn():
         raise UserError("kernels linear 'onednn' is not in this PyTorch; use default")
-    return _ALL[main_says(_ALL.index(_choose(config)))]
+    return _ALL[main_says(_ALL.index(_choose(config)) if rank == 0 else 0)]
 
 
 def _choose(config: TrainingConfig) -> Kernels:
     kernels, recorded, backbone = config.kernels, _recorded(config), _sketch(config)
     if recorded is not None:
         kernels = fill_kernels(kernels, dataclasses.asdict(recorded))
+        if kernels.linear == "onednn" and not has_onednn():  # the run comes from another machine
+            kernels = dataclasses.replace(kernels, linear="default")
     elif os.environ.get("SIMMIM_KERNELS") != "rules":
         usual = {name: ways[0] for name, ways in allowed_kernels(backbone, config.precision).items()}
         found = {name: faster(seconds) for name, seconds in measure_kernels(config).items()}

@@ -25,7 +25,7 @@ from simmim.torch_engine.models.drop_path import DropPathDraws
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.train.storage import save_weights
 from simmim.training.plan import Batch, TrainingPlan
-from simmim.training.run_directory import Run, write_json
+from simmim.training.run_directory import Run, recall, write_json
 
 
 class TaskStep(PixelStep):
@@ -58,8 +58,10 @@ class TaskPlan(TrainingPlan):
             )
         plan = cls(config, count)
         if config.warmup_epochs is None:
-            warmup_epochs = min(20.0, plan.total_steps / plan.steps_per_epoch / 5)
-            plan = cls(dataclasses.replace(config, warmup_epochs=warmup_epochs), count)
+            begun = recall(config)
+            old = begun and begun.warmup_epochs  # of a run whose images may have changed
+            usual = min(20.0, plan.total_steps / plan.steps_per_epoch / 5)
+            plan = cls(dataclasses.replace(config, warmup_epochs=usual if old is None else old), count)
         assert plan.schedule
         return plan
 

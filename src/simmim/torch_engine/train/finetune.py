@@ -51,7 +51,7 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
             workers=config.workers or reading_cores(),
             classes=tuple(data.classes),
         )
-        config = dataclasses.replace(config, kernels=choose_kernels(config, world.main_says))
+        config = dataclasses.replace(config, kernels=choose_kernels(config, world.main_says, world.rank))
         task = spec.create(config, data, origin.weights)
         plan = TaskPlan.complete(config, task.train_count)
         torch.manual_seed(plan.config.seed)

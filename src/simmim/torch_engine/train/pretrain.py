@@ -15,7 +15,7 @@ from simmim.torch_engine.accelerators import choose_device, choose_precision, de
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.family import find_family
-from simmim.torch_engine.models.masked_image_model import PretrainStep
+from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.tasks.probe import KnnCheck
 from simmim.torch_engine.train import distributed
@@ -54,14 +54,21 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
             precision=precision,
             compile=find_accelerator(device).compiles if config.compile is None else config.compile,
         )
-        plan = plan.replace(kernels=choose_kernels(plan.config, world.main_says))
+        plan = plan.replace(kernels=choose_kernels(plan.config, world.main_says, world.rank))
         decoder = open_decoder(plan, world.device)
         start = find_start(plan.config, world)
         torch.manual_seed(config.seed)
-        step = build_step(plan.config)  # before the run directory is made, since sizes may not fit
-        # A checkpoint holds all weights, so a resumed run does not need those that it began from.
-        origin = initialize(step.model, config.init_from, config.model) if config.init_from and not start else None
-        return TorchPretrainSession(plan, world, start, step, check=check, decoder=decoder, origin=origin).train()
+        origin: list[str] = []
+
+        def begin(model: MaskedImageModel) -> None:
+            # A checkpoint holds all weights, so a resumed run does not need those that it began from.
+            if config.init_from and not start:
+                origin.append(initialize(model, config.init_from, config.model))
+
+        step = build_step(plan.config, begin=begin)  # before the run directory is made, since sizes may not fit
+        return TorchPretrainSession(
+            plan, world, start, step, check=check, decoder=decoder, origin=origin[0] if origin else None
+        ).train()
 
 
 class TorchPretrainSession(PretrainSession):

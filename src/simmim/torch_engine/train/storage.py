@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,20 @@ def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
     return step.eval(), config
 
 
-def build_step(config: PretrainConfig, savings: Savings | None = None) -> PretrainStep:
-    """What one step trains, of a complete configuration, with random weights; `savings` other than the usual ones."""
+def build_step(
+    config: PretrainConfig,
+    savings: Savings | None = None,
+    *,
+    begin: Callable[[MaskedImageModel], None] = lambda model: None,
+) -> PretrainStep:
+    """Build what one step trains, for a complete configuration, with random weights.
+
+    `begin` may load initial weights. It is called before objectives are built, which may copy the encoder (a teacher).
+    """
     assert isinstance(config.mean, tuple) and isinstance(config.std, tuple) and config.image_size is not None
     savings = savings or (PLAIN if config.plain_step else Savings())
     model = build_model(config)
+    begin(model)
     patch, stride = model.encoder.patch_size, model.encoder.stride
     counts = count(config.mask, config.image_size, patch=patch, stride=stride)
     if config.device == "cpu":
