@@ -12,7 +12,13 @@ from simmim.training.run_directory import Run, drop_metrics_after, open_run, wri
 
 
 def config(out: Path, **others: Any) -> PretrainConfig:
-    return PretrainConfig(data="demo", out=str(out), image_size=(64, 64), **others)
+    complete: dict[str, Any] = {
+        "image_size": (64, 64),
+        "flip": "horizontal",
+        "crop_scale": (0.67, 1.0),
+        "crop_ratio": (0.75, 4 / 3),
+    }
+    return PretrainConfig(data="demo", out=str(out), **(complete | others))
 
 
 def refusal(config: PretrainConfig) -> str:

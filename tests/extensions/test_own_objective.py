@@ -156,9 +156,9 @@ def test_a_copy_of_the_encoder_starts_from_the_weights_of_init_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(Objective.kinds, "copied", Copied)
-    first = train(tmp_path / "first", objectives=(PixelReconstruction(),))
+    first = train(tmp_path / "first", objectives=(PixelReconstruction(),), steps=1)
     both = (PixelReconstruction(), Copied())
-    second = train(tmp_path / "second", init_from=str(first), objectives=both, seed=1)
+    second = train(tmp_path / "second", init_from=str(first), objectives=both, seed=1, steps=1)
     assert rows(second)[0]["loss/distance"] == 0
 
 

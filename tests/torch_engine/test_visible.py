@@ -134,9 +134,8 @@ def test_masks_that_hide_different_numbers_are_refused() -> None:
 def test_an_interrupted_training_resumes_to_the_same_weights_and_an_encoder_that_timm_loads(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = worker.settings(tmp_path / "whole", kind)
-    settings = dataclasses.replace(settings, steps=6, save_every_steps=2, log_every_steps=1)
-    whole = dataclasses.replace(settings, **(VISIBLE | (UNIFORM if kind == "swin" else {})))
+    cadence = {"steps": 6, "save_every_steps": 2, "log_every_steps": 1}
+    whole = worker.settings(tmp_path / "whole", kind, **(VISIBLE | (UNIFORM if kind == "swin" else {}) | cadence))
     broken = dataclasses.replace(whole, out=str(tmp_path / "broken"))
     pretrain(whole)
     worker.break_off(broken, 5, monkeypatch)

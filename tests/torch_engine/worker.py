@@ -37,20 +37,19 @@ _context.set_forkserver_preload(["simmim.cli", "simmim.torch_engine.train.pretra
 STEPS = 16
 
 
-def settings(out: Path, kind: str = "vit") -> PretrainConfig:
+def settings(out: Path, kind: str = "vit", **others: Any) -> PretrainConfig:
     """A short training with drop path and pictures, whose saves, logs and pictures fall on different steps."""
-    return tiny.config(
-        kind,
-        out=str(out),
-        model_args=tiny.KINDS[kind].arguments | ({"depth": 1} if kind == "vit" else {}),
-        steps=STEPS,
-        save_every_steps=3,
-        picture_every_steps=8,
-        log_every_steps=2,
-        val_images=2,
-        drop_path=0.0 if kind == "resnet18" else 0.2,
-        lr=0.2,
-    )
+    usual = {
+        "model_args": tiny.KINDS[kind].arguments | ({"depth": 1} if kind == "vit" else {}),
+        "steps": STEPS,
+        "save_every_steps": 3,
+        "picture_every_steps": 8,
+        "log_every_steps": 2,
+        "val_images": 2,
+        "drop_path": 0.0 if kind == "resnet18" else 0.2,
+        "lr": 0.2,
+    }
+    return tiny.config(kind, out=str(out), **(usual | others))
 
 
 @dataclass(frozen=True)
