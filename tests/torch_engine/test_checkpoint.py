@@ -96,7 +96,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_damage_is_found_and_the_checkpoint_before_is_used(trained: Update, tmp_path: Path, damage: str) -> None:
     good, bad = (save(tmp_path, step, trained) for step in (1, 2))
     DAMAGES[damage](bad)
-    with pytest.warns(UserWarning, match=r"step-00000002 is damaged \([^\n]+\); using the one before it$"):
+    with pytest.warns(UserWarning, match=r"step-00000002 is damaged \([^\n]+\); trying the one before it$"):
         assert newest_checkpoint(tmp_path) == good
 
 

@@ -32,7 +32,7 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
     """Fine-tune, or resume; see `simmim.finetune`. Raises `UserError` for settings that cannot work."""
     config = validated(config)
     if config.init is None:
-        raise UserError("--from is missing; give a run directory, 'scratch' or timm:NAME")
+        raise UserError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
     spec = find_spec(config.task)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
