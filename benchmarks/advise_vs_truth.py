@@ -95,7 +95,7 @@ def updater(case: Case) -> Any:
     step, update = build_update(settings, World(device=torch.device("cpu")))
     if settings.checkpoint_activations:
         step.model.encoder.backbone.set_grad_checkpointing(True)
-    batch = random_batch(settings, settings.batch_size, step.model.encoder.patch_size)
+    batch = random_batch(settings, settings.batch_size, step)
     return lambda: update(0, batch)
 
 

@@ -40,7 +40,7 @@ def measure(case: str, data: str, world: distributed.World, *, rounds: int, seco
         model=model, image_size=(size, size), batch_size=on_cpu if device == "cpu" else on_gpu, data=data
     )
     trial = Trial(plan_of(config, open_source(data), device), world)
-    batch = random_batch(trial.config, config.batch_size, trial.patch)
+    batch = random_batch(trial.config, config.batch_size, trial.step)
     found: dict[str, list[float]] = {"step": [], "input": [], "end_to_end": []}
     for _ in range(rounds):
         taken = median_time(lambda: trial.update(0, batch), seconds, trial.wait)

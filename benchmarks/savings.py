@@ -89,7 +89,7 @@ def measure(steps: dict[str, tuple[PretrainConfig, Savings]], rounds: int) -> di
         torch.manual_seed(0)
         step = build_step(config, savings)
         updates[name] = update_of(step, config, world)
-        batches[name] = random_batch(config, config.batch_size, step.model.encoder.patch_size)
+        batches[name] = random_batch(config, config.batch_size, step)
         tensors = {key: torch.from_numpy(array) for key, array in batches[name].items()}
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             step(**tensors)["loss"].backward()

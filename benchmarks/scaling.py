@@ -62,7 +62,7 @@ def measure_step(case: dict[str, Any], seconds: float) -> dict[str, Any]:
         if world.size > 1:
             model = distributed.spread(trial.step, world, shard=False)
             update = Update(model, update.optimizer, trial.plan.schedule, config=trial.config, world=world)
-        batch = random_batch(trial.config, mine, trial.patch)
+        batch = random_batch(trial.config, mine, trial.step)
         calls = 5 if world.size > 1 else 0  # as many on each process
         taken = (
             fixed_time(update, batch, calls) if calls else median_time(lambda: update(0, batch), seconds, trial.wait)

@@ -85,7 +85,7 @@ def ours(config: PretrainConfig, **changes: Any) -> Step:
     config = dataclasses.replace(config, **changes)
     config = dataclasses.replace(config, kernels=choose_kernels(config, int))
     step, update = build_update(config, World(device=torch.device(config.device)))
-    batch = random_batch(config, config.batch_size, step.model.encoder.patch_size)
+    batch = random_batch(config, config.batch_size, step)
     return lambda: update(0, batch)[1][0]
 
 
@@ -95,8 +95,9 @@ class Peer(nn.Module):
     def __init__(self, config: PretrainConfig, patch: int):
         super().__init__()
         torch.manual_seed(0)  # as `build_update` does
-        self.start = [build_step(config).model]  # in a list: no part of the peer
-        batch = random_batch(config, config.batch_size, patch)
+        step = build_step(config)
+        self.start = [step.model]  # in a list: no part of the peer
+        batch = random_batch(config, config.batch_size, step)
         images = torch.from_numpy(batch["image"]).permute(0, 3, 1, 2).float() / 255 * 2 - 1
         self.images = torch.where(torch.from_numpy(batch["flip"]).view(-1, 1, 1, 1), images.flip(3), images)
         self.images = self.images.contiguous().to(config.device)

@@ -286,7 +286,7 @@ def parse(
 def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str], Config]) -> Config:
     """Parse arguments whose defaults may come from a recipe, looked up by `find`, or from a file."""
     from simmim.config.field_types import Word
-    from simmim.config.strategies import take_kinds, with_strategy_options
+    from simmim.config.strategies import parsed_objectives, take_kinds, take_objectives, with_strategy_options
     from simmim.config.toml import read_toml
 
     @dataclass(frozen=True, kw_only=True)
@@ -310,10 +310,11 @@ def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str
         defaults = dataclasses.replace(
             read_toml(sources["config"], kind), out=None, fresh=False, accept_changed_data=False
         )
-    defaults = take_kinds(defaults, argv)
+    defaults = take_objectives(take_kinds(defaults, argv), argv)
     options = with_strategy_options(Command, defaults)
     found = parse(options, kind.command, argv, options(**vars(defaults), **sources), kind.unlisted)
-    return kind(**{field.name: getattr(found, field.name) for field in dataclasses.fields(kind)})
+    values = {field.name: getattr(found, field.name) for field in dataclasses.fields(kind)}
+    return kind(**values | parsed_objectives(found, defaults))
 
 
 def usage() -> str:

@@ -16,7 +16,7 @@ import simmim
 from simmim.errors import UserError
 from simmim.method.objectives import Objective, PixelReconstruction
 from simmim.method.views import View
-from simmim.torch_engine.models.objectives import ObjectiveBatch, ObjectiveModule, create_objective
+from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule, create_objective
 from simmim.torch_engine.train.storage import load_run
 from simmim.training.loop import Loop
 

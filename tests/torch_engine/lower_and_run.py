@@ -80,8 +80,7 @@ def main(model: str, words: list[str]) -> dict[str, float]:
     for parameter in step.parameters():  # else zeros of an initialisation hide what they multiply
         torch.nn.init.normal_(parameter, std=0.15 if visible else 0.05)  # more where a decoder makes gradients small
     before = as_arrays(step)
-    encoder = step.model.encoder
-    batch = random_batch(config, config.batch_size, encoder.patch_size, encoder.drop_path_draws.layers)
+    batch = random_batch(config, config.batch_size, step)
     # Before the first backward pass, whose engine asks once how many devices there are.
     with sdpa_kernel(SDPBackend.MATH):  # TorchTPU's own kernel is for TPUs
         lowered = lower(config)

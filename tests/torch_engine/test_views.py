@@ -7,7 +7,7 @@ from torch.nn.functional import interpolate
 
 from simmim.errors import UserError
 from simmim.method.views import View
-from simmim.torch_engine.models.objectives import cut_view
+from simmim.torch_engine.models.views import cut_view
 
 IMAGES = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 

@@ -10,10 +10,13 @@ from collections.abc import Collection, Iterator
 
 # Options by group, in the order of the help; `mask.*` stands for every setting of a strategy.
 _GROUPS = {
-    "common": "data out from recipe model image-size epochs batch-size lr mask target",
+    "common": "data out from recipe model image-size epochs batch-size lr objective mask target",
     "data": "channels mean std flip crop-scale crop-ratio val-images val-fraction max-bad-fraction accept-changed-data",
-    "model": "model-args init-from head head.* drop-path",
-    "method": "mask.* target.* loss loss.* encode objectives",
+    "model": "model-args init-from positions head head.* drop-path",
+    "method": (
+        "mask.* target.* loss loss.* encode masks-per-image "
+        "objectives descriptor.* teacher.* ema.* clusters.* sigreg.* infonce.*"
+    ),
     "optimisation": (
         "steps warmup-epochs warmup-lr min-lr schedule milestones weight-decay layer-decay betas clip-grad seed"
     ),

@@ -5,7 +5,17 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Fixed, Suppress
 
-from simmim.config.field_types import HINT, Count, NotNegative, PositiveReal, RangeIfAny, SharesIfAny, Word, one_word
+from simmim.config.field_types import (
+    HINT,
+    Count,
+    NotNegative,
+    Positive,
+    PositiveReal,
+    RangeIfAny,
+    SharesIfAny,
+    Word,
+    one_word,
+)
 from simmim.config.strategies import one_of, several_of
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
@@ -44,7 +54,11 @@ class PretrainConfig(TrainingConfig):
     head: Annotated[Head, one_of(Head)] = LinearHead()
     """Prediction head."""
     objectives: Suppress[Fixed[Annotated[tuple[Objective, ...], several_of(Objective)]]] = (PixelReconstruction(),)
-    """Terms of the loss, which is their weighted sum (pixels: that of target, loss and head)."""
+    """Terms of the loss, which is their weighted sum (pixels: that of target, loss and head). --objective sets them."""
+    masks_per_image: Positive = 1
+    """Masks of each image in a step, which share what an objective computes of the whole image (data2vec 2.0)."""
+    positions: Literal["model", "sincos"] = "model"
+    """Start of a ViT's position table: the model's small random numbers, or sines and cosines, for short trainings."""
     encode: Literal["all", "visible"] = "all"
     """Patches that the encoder sees: all, with mask tokens for masked ones (SimMIM), or visible only (MAE, UM-MAE)."""
     plain_step: bool = False
@@ -70,7 +84,8 @@ class PretrainConfig(TrainingConfig):
             raise UserError(f"--backend {self.backend} is for the keras engine; add --engine keras")
         check_pair(self.target, self.loss)
         self._check_objectives()
-        if self.encode == "visible" and self.head.cell_by_cell:
+        hidden = any(objective.predicts_hidden for objective in self.objectives)
+        if self.encode == "visible" and hidden and self.head.cell_by_cell:
             raise UserError(
                 f"--encode visible leaves masked cells to the head, but head {self.head.kind} sees one cell at a time; "
                 "add --head transformer"

@@ -122,12 +122,57 @@ def take_kinds(defaults: Any, argv: Sequence[str]) -> Any:
     return dataclasses.replace(defaults, **changes)
 
 
+def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
+    """Change a configuration's objectives to those of the command line: `--objective pixels=1 teacher=0.5`.
+
+    Those that the configuration has already keep their settings, but for the weight. Raises `UserError`.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--objective", nargs="*")
+    words = parser.parse_known_args(argv)[0].objective
+    if words is None or not hasattr(defaults, "objectives"):
+        return defaults
+    before = {objective.kind: objective for objective in defaults.objectives}
+    family, found = _family_of(defaults.objectives[0]), []
+    for word in words:
+        kind, equals, weight = word.partition("=")
+        try:
+            changes = {"weight": float(weight)} if equals else {}
+        except ValueError:
+            raise UserError(f"weight {weight!r} of objective {kind} is not a number; write {kind}=1") from None
+        found.append(dataclasses.replace(before.get(kind) or find_kind(family, kind)(), **changes))
+    if not found:
+        raise UserError(f"--objective names none; give one or more of {', '.join(family.kinds)}")
+    return dataclasses.replace(defaults, objectives=tuple(found))
+
+
 def with_strategy_options(configuration: type[Any], defaults: Any) -> type[Any]:
-    """Build the class that tyro parses, with `--mask KIND` and the options of that kind, such as `--mask.ratio`."""
+    """Build the class that tyro parses, with `--mask KIND` and the options of that kind, such as `--mask.ratio`.
+
+    An objective's options are those of its kind, such as `--teacher.layer`.
+    """
     fields: list[tuple[str, Any, Any]] = []
     for name, family in families_of(configuration).items():
         strategy = getattr(defaults, name)
         kind = arg(name=name, metavar="|".join(family.kinds), help=_HELP.get(name, ""))
         fields.append((f"{name}_kind", Annotated[str, kind], dataclasses.field(default=strategy.kind)))
         fields.append((name, type(strategy), dataclasses.field(default=strategy)))
+    if objectives := getattr(defaults, "objectives", ()):
+        kinds = ", ".join(_family_of(objectives[0]).kinds)
+        words = arg(name="objective", metavar="KIND[=WEIGHT] ...", help=f"Terms of the loss, of {kinds}.")
+        default = tuple(f"{each.kind}={each.weight:g}" for each in objectives)
+        fields.append(("objective_words", Annotated[tuple[str, ...], words], dataclasses.field(default=default)))
+        fields += [
+            (each.kind, type(each), dataclasses.field(default=each)) for each in objectives if _has_options(each)
+        ]
     return dataclasses.make_dataclass("Command", fields, bases=(configuration,), frozen=True, kw_only=True)
+
+
+def parsed_objectives(found: Any, defaults: Any) -> dict[str, Any]:
+    """Return the objectives that tyro parsed into a class of `with_strategy_options`, as a field; none, nothing."""
+    objectives = getattr(defaults, "objectives", ())
+    return {"objectives": tuple(getattr(found, each.kind, each) for each in objectives)} if objectives else {}
+
+
+def _has_options(objective: Strategy) -> bool:
+    return len(dataclasses.fields(objective)) > 1  # type: ignore[arg-type]  # besides the weight

@@ -259,7 +259,7 @@ class Plan(TrainingPlan):
             batch: Batch = {
                 "image": images["image"],
                 "flip": images["flip"],
-                "mask": draw_masks(config, epoch, index, patch),
+                "mask": draw_all_masks(config, epoch, index, patch),
             }
             if drop_path_layers:
                 batch["drop_path"] = drop_path_numbers(config, epoch, index, drop_path_layers)
@@ -282,6 +282,17 @@ class Plan(TrainingPlan):
         val = self.images.val
         how: dict[str, Any] = {"size": self.size, "channels": self.config.channels, "dtype": self.images.dtype}
         return eval_images(val, range(len(val)), **how, bad_images=bad_images)
+
+    def sample(self, count: int, *, part: int) -> Iterator[NDArray[Any]]:
+        """Yield up to `count` training images drawn by the seed, whole: (B, H, W, C) in 0..255, `part` at a time.
+
+        Unreadable ones are left out. Raises `UserError` if none of a part can be read.
+        """
+        train = self.images.train
+        how: dict[str, Any] = {"size": self.size, "channels": self.config.channels, "dtype": self.images.dtype}
+        order = np.argsort(sample_keys(self.config.seed, 0, np.arange(len(train)), stream="sample"))[:count]
+        for first in range(0, len(order), part):
+            yield eval_images(train, order[first : first + part], **how)
 
     def find_clusters(
         self, target: ClusterTarget, *, images: int = 500, colours: int = 100_000
@@ -340,13 +351,25 @@ def measured_once(
     return numbers if world is None else world.share(numbers)
 
 
-def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
-    """The masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch."""
+def draw_masks(
+    config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int, *, number: int = 0
+) -> NDArray[np.bool_]:
+    """Draw masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch; `number` tells those of one apart."""
     assert config.image_size is not None
     masks = config.mask.for_patch(patch)
     assert masks.cell is not None
-    cells = masks(sample_keys(config.seed, epoch, index, stream="mask"), config.image_size)
+    cells = masks(
+        sample_keys(config.seed, epoch, index, stream=f"mask {number}" if number else "mask"), config.image_size
+    )
     return upsample_mask(cells, masks.cell // patch)
+
+
+def draw_all_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
+    """Draw what a step takes: masks (B, H/patch, W/patch), or (B, M, H/patch, W/patch) for M masks an image."""
+    if config.masks_per_image == 1:
+        return draw_masks(config, epoch, index, patch)
+    drawn = [draw_masks(config, epoch, index, patch, number=number) for number in range(config.masks_per_image)]
+    return np.stack(drawn, axis=1)
 
 
 def drop_path_numbers(config: TrainingConfig, epoch: ArrayLike, index: ArrayLike, layers: int) -> NDArray[np.float32]:

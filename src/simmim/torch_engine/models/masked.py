@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from simmim.errors import UserError
 from simmim.method.masks import MaskStrategy
 from simmim.torch_engine.models.drop_path import route_drop_path
+from simmim.torch_engine.models.heads import sine_positions
 from simmim.torch_engine.models.savings import (
     Chosen,
     ForwardState,
@@ -76,6 +77,12 @@ class Encoder(nn.Module):
 
     def check_masks(self, masks: MaskStrategy, model: str) -> None:
         """Raise `UserError` if `model` does not support a strategy's masks."""
+
+    def set_sine_positions(self) -> None:
+        """Start the position table with sines and cosines. Raises `UserError` where there is none."""
+        raise UserError(
+            f"--positions sincos is for a table of positions, which {type(self.backbone).__name__} has not; leave it out"
+        )
 
     def _token_features(self) -> int:
         """Return the number of features of the mask token."""
@@ -148,6 +155,14 @@ class TokenEncoder(Encoder):
     @property
     def stride(self) -> int:
         return self.patch_size
+
+    def set_sine_positions(self) -> None:
+        table, (h, w) = getattr(self.backbone, "pos_embed", None), self.backbone.patch_embed.grid_size
+        if table is None:
+            super().set_sine_positions()
+            return
+        with torch.no_grad():
+            table[:, table.shape[1] - h * w :] = sine_positions(h, w, table.shape[2], table.device).flatten(0, 1)
 
     def _token_features(self) -> int:
         return self.backbone.patch_embed.proj.out_channels

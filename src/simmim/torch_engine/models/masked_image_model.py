@@ -18,14 +18,10 @@ from simmim.method.targets import Target, unpatchify
 from simmim.torch_engine.models.encoders import create_encoder
 from simmim.torch_engine.models.heads import create_head
 from simmim.torch_engine.models.masked import Encoder
-from simmim.torch_engine.models.objectives import (
-    ObjectiveBatch,
-    ObjectiveModule,
-    PixelObjective,
-    collect_views,
-    cut_view,
-)
+from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule
+from simmim.torch_engine.models.objectives.pixels import PixelObjective
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
+from simmim.torch_engine.models.views import collect_views, cut_view
 from simmim.training.plan import VIEW, check_sizes
 
 
@@ -125,7 +121,7 @@ class PretrainStep(PixelStep):
     """Masked image modelling of a batch, whose masks all hide as much as `counts` says.
 
     `objectives` are (weight, module) by kind. A call returns the loss, and where it has several terms each of them
-    too, as `loss/NAME`. The encoder sees the masked images once, for all objectives.
+    too, as `loss/NAME`, and the figures that objectives add. The encoder sees the masked images once, for all.
     """
 
     def __init__(
@@ -144,34 +140,50 @@ class PretrainStep(PixelStep):
         modules = {kind: module for kind, (_, module) in objectives.items()}
         self.objectives = nn.ModuleDict(modules)
         self.views = collect_views(modules)
-        if not any(isinstance(module, PixelObjective) for module in modules.values()):
+        masked = [module for module in modules.values() if module.needs_masked]
+        if not any(isinstance(module, PixelObjective) for module in masked):
             model.head.requires_grad_(False)  # without a gradient DDP would wait for it for ever
+        if not masked:
+            model.encoder.mask_token.requires_grad_(False)
         model.encoder.save_work(visible_patches=savings.visible_patches, last_block=savings.last_block)
         needed = savings.visible_patches or model.encoder.needs_visible
         self._visible = counts.visible_patches if needed else None
         self._hidden = counts.hidden_cells if savings.hidden_cells else None
-        self._all_cells = any(module.all_cells for module in modules.values())
+        self._masked = bool(masked)
+        self._all_cells = any(module.all_cells for module in masked)
         # Pixels alone, by a head that mixes cells: nothing asks which cells are hidden.
-        self._needs_no_choice = self._all_cells and all(isinstance(each, PixelObjective) for each in modules.values())
+        self._needs_no_choice = self._all_cells and all(isinstance(each, PixelObjective) for each in masked)
 
     def forward(
         self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None, **draws: Tensor
     ) -> dict[str, Tensor]:
-        """Batch as `simmim.training.plan.Plan.batches` gives it; `draws` are the numbers of the views."""
+        """Batch as `simmim.training.pretrain_plan.Plan.batches` gives it; `draws` are the numbers of the views."""
         encoder = self.model.encoder
-        encoder.drop_path_draws.uniform = drop_path
         images = self.prepare(image, flip)
+        if mask.ndim == 4:  # several masks an image, (B, M, H/p, W/p): M rounds of the batch
+            mask = mask.transpose(0, 1).flatten(0, 1)
+        rounds = len(mask) // len(images)
+        encoder.drop_path_draws.uniform = drop_path if drop_path is None else drop_path.repeat(rounds, 1)
+        hidden = features = None
+        if self._masked:
+            features, hidden = self._encode(images if rounds == 1 else images.repeat(rounds, 1, 1, 1), mask)
+        size = (images.shape[2], images.shape[3])
+        views = {name: cut_view(images, draws[f"{VIEW}{name}"], view.size or size) for name, view in self.views.items()}
+        batch = ObjectiveBatch(
+            encoder=encoder, images=images, mask=mask, hidden=hidden, masked=features, views=views, drop_path=drop_path
+        )
+        return self._add_up(batch)
+
+    def _encode(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Chosen | None]:
+        """Encode masked images; return their features, of all cells or of the hidden ones, and the hidden cells."""
+        encoder = self.model.encoder
         visible = hidden = None
         if self._visible is not None:
             visible = choose(mask, self._visible, hidden=False)
         if self._hidden is not None and not self._needs_no_choice:
             factor = encoder.stride // encoder.patch_size
             hidden = choose(mask[:, ::factor, ::factor], self._hidden, hidden=True)
-        features = encoder(images, mask, visible=visible, hidden=None if self._all_cells else hidden)
-        size = (images.shape[2], images.shape[3])
-        views = {name: cut_view(images, draws[f"{VIEW}{name}"], view.size or size) for name, view in self.views.items()}
-        batch = ObjectiveBatch(images=images, mask=mask, hidden=hidden, features=features, views=views)
-        return self._add_up(batch)
+        return encoder(images, mask, visible=visible, hidden=None if self._all_cells else hidden), hidden
 
     def _add_up(self, batch: ObjectiveBatch) -> dict[str, Tensor]:
         total = torch.zeros((), device=batch.images.device)
@@ -183,7 +195,7 @@ class PretrainStep(PixelStep):
             terms |= found
             total = total + self.weights[kind] * torch.stack(list(found.values())).sum()
         named = {f"loss/{name}": term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
-        return {"loss": total, **named}
+        return {"loss": total, **named, **{name: value.detach() for name, value in batch.figures.items()}}
 
     @torch.no_grad()
     def after_update(self, finite: Tensor) -> None:
@@ -203,6 +215,8 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
         model_args=config.model_args,
         encode=config.encode,
     )
+    if config.positions == "sincos":
+        encoder.set_sine_positions()
     check_sizes(config, encoder)
     encoder.check_masks(config.mask.for_patch(encoder.patch_size), config.model)
     outputs = config.target.channels(config.channels, encoder.stride)

@@ -75,7 +75,7 @@ def count_flops(config: PretrainConfig) -> int:
     """
     with torch.device("meta"):
         step = build_step(config)
-    batch = random_batch(config, 1, step.model.encoder.patch_size)
+    batch = random_batch(config, 1, step)
     with FakeTensorMode() as shapes:  # nothing is computed
         step._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # `to_empty` would mix the two kinds
         tensors = {name: shapes.from_tensor(torch.from_numpy(array)) for name, array in batch.items()}
@@ -105,9 +105,8 @@ def _record(config: PretrainConfig, images: int) -> "_Tape":
         step._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=device)
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
-        update = Update(step, optimizer, schedule, config=config, world=World(device=device))
-        encoder = step.model.encoder
-        batch = random_batch(config, images, encoder.patch_size, encoder.drop_path_draws.layers)
+        update = Update(step, optimizer, schedule, config=config, world=World(device=device), after=step.after_update)
+        batch = random_batch(config, images, step)
         for parameter in step.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         optimizer.step()  # creates AdamW's averages

@@ -36,7 +36,6 @@ class Trial:
     def __init__(self, plan: Plan, world: World):
         self.plan, self.config, self.world = plan, plan.config, world
         self.step, self.update = build_update(plan.config, world)
-        self.patch = self.step.model.encoder.patch_size
         self.decoder = open_decoder(plan, world.device)
 
     def wait(self) -> None:
@@ -49,7 +48,7 @@ class Trial:
         with tempfile.TemporaryDirectory() as directory:
             bad = BadImages(Path(directory, "bad_images.txt"), total=self.plan.train_images, max_fraction=1.0)
             reading = self.plan.reading(bad, start_step=0, rank=0, world=1)
-            batches = read_batches(self.plan, reading, self.step.model.encoder, self.decoder)
+            batches = read_batches(self.plan, reading, self.step.model.encoder, self.decoder, self.step.views.values())
             with contextlib.closing(batches):  # type: ignore[type-var]
                 yield batches
 
@@ -58,7 +57,7 @@ def measure_step(trial: Trial, seconds: float) -> dict[str, Any]:
     """Speed of whole updates on one random batch, in images and in FLOP (multiply and add counted apart), and what of
     it the machine could do by its rates."""
     config, device = trial.config, trial.world.device
-    batch = random_batch(config, config.batch_size, trial.patch)
+    batch = random_batch(config, config.batch_size, trial.step)
     seconds_a_step = median_time(lambda: trial.update(0, batch), seconds, trial.wait)
     memory = peak_memory(device)  # before anything else is allocated
     speed, flops = config.batch_size / seconds_a_step, count_flops(config)

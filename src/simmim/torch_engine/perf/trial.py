@@ -13,7 +13,7 @@ from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step
 from simmim.torch_engine.train.update import Batch, Update
-from simmim.training.plan import draw_masks, drop_path_numbers
+from simmim.training.plan import VIEW, draw_all_masks, drop_path_numbers
 
 
 def build_update(config: PretrainConfig, world: distributed.World) -> tuple[PretrainStep, Update]:
@@ -30,20 +30,22 @@ def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.Wor
         step.compile(dynamic=False)
     optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)
     schedule = CosineSchedule(peak_lr=1e-5, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=10**6)
-    return Update(step, optimizer, schedule, config=config, world=world)
+    return Update(step, optimizer, schedule, config=config, world=world, after=step.after_update)
 
 
-def random_batch(config: PretrainConfig, size: int, patch: int, drop_path_layers: int = 0) -> Batch:
-    """Return `size` noise images with masks in units of `patch` pixels and drop-path numbers for the layers."""
+def random_batch(config: PretrainConfig, size: int, step: PretrainStep) -> Batch:
+    """Return what `step` takes: `size` noise images with their masks and numbers for drop path and views."""
     assert config.image_size is not None
     rng, index = np.random.default_rng(0), np.arange(size)
+    encoder = step.model.encoder
     batch: Batch = {
         "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
         "flip": rng.random((size, FLIP_AXES[config.flip or "horizontal"])) < 0.5,
-        "mask": draw_masks(config, 0, index, patch),
+        "mask": draw_all_masks(config, 0, index, encoder.patch_size),
     }
-    if drop_path_layers:
-        batch["drop_path"] = drop_path_numbers(config, 0, index, drop_path_layers)
+    if layers := encoder.drop_path_draws.layers:
+        batch["drop_path"] = drop_path_numbers(config, 0, index, layers)
+    batch |= {f"{VIEW}{view.name}": view.draw(config.seed, 0, index) for view in step.views.values()}
     return batch
 
 
@@ -62,8 +64,8 @@ def try_devices() -> dict[str, str]:
             std=IMAGENET_STD,
         )
         try:
-            _, update = build_update(config, distributed.World(device=torch.device(device)))
-            _, figures = update(0, random_batch(config, 2, patch=16))
+            step, update = build_update(config, distributed.World(device=torch.device(device)))
+            _, figures = update(0, random_batch(config, 2, step))
             found[f"training on {device}"] = f"works in {precision}, a step gave the loss {float(figures[0]):.3f}"
         except Exception as error:  # any driver or library error is a finding
             found[f"training on {device}"] = f"does not work: {' '.join(str(error).split())}"

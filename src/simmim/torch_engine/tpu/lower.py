@@ -104,9 +104,8 @@ def lower(config: PretrainConfig) -> Lowered:
                     "exp_avg_sq": trace.input(f"exp_avg_sq {name}", parameter),
                 }
         schedule = CosineSchedule(peak_lr=1e-4, warmup_lr=0, warmup_steps=0, min_lr=0, total_steps=100)
-        update = Update(step, optimizer, schedule, config=config, world=World(device=device))
-        encoder = step.model.encoder
-        arrays = random_batch(config, config.batch_size, encoder.patch_size, encoder.drop_path_draws.layers)
+        update = Update(step, optimizer, schedule, config=config, world=World(device=device), after=step.after_update)
+        arrays = random_batch(config, config.batch_size, step)
         batch = {name: trace.input(name, torch.from_numpy(array)) for name, array in arrays.items()}
         figures = update.advance(batch)
         outputs: dict[str, Tensor] = {name: tensor.detach() for name, tensor in _tensors(step).items()}

@@ -1,11 +1,12 @@
 """Pretraining with the PyTorch engine: from a configuration to a run."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import validated
@@ -16,6 +17,7 @@ from simmim.torch_engine.models.encoders import default_image_size, sketch_encod
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep
+from simmim.torch_engine.models.objective import ObjectiveModule
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.tasks.probe import KnnCheck
 from simmim.torch_engine.train import distributed
@@ -66,9 +68,23 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
                 origin.append(initialize(model, config.init_from, config.model))
 
         step = build_step(plan.config, begin=begin)  # before the run directory is made, since sizes may not fit
+        if not start:
+            prepare(step, plan, world)
         return TorchPretrainSession(
             plan, world, start, step, check=check, decoder=decoder, origin=origin[0] if origin else None
         ).train()
+
+
+def prepare(step: PretrainStep, plan: Plan, world: distributed.World) -> None:
+    """Let the objectives of a new run look at training images, drawn by the seed."""
+
+    def sample(count: int) -> Iterator[Tensor]:
+        for images in plan.sample(count, part=64):
+            yield step.normalize(torch.from_numpy(images))
+
+    with torch.no_grad():
+        for module in step.objectives.values():
+            cast(ObjectiveModule, module).prepare(sample, world)
 
 
 class TorchPretrainSession(PretrainSession):
@@ -90,6 +106,9 @@ class TorchPretrainSession(PretrainSession):
         super().__init__(plan, world, start, plan.images.parts)
         config = plan.config
         self.step, self._check, self._decoder, self._origin = step, check, decoder, origin
+        if world.is_main:
+            for module in step.objectives.values():
+                cast(ObjectiveModule, module).keep(self.run.path)
         distributed.place(step, world.device)
         if config.checkpoint_activations:
             step.model.encoder.backbone.set_grad_checkpointing(True)
@@ -154,8 +173,9 @@ class TorchPretrainSession(PretrainSession):
             f"{', JPEGs by nvJPEG' if self._decoder else ''}"
         )
         yield from self.plan.describe()
-        if config.objectives != PretrainConfig.objectives:
-            yield f"loss       {' + '.join(f'{each.weight:g} × {each.kind}' for each in config.objectives)}"
+        terms = " + ".join(f"{each.weight:g} × {each.kind}" for each in config.objectives)
+        reasons = ", ".join(each.reason for each in config.objectives if each.reason)
+        yield f"objective  {terms}" + (f": {reasons}" if reasons else "")
         if self._check is not None:
             yield f"probe      {self._check.describe()}"
 

@@ -22,7 +22,7 @@ from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
-from simmim.torch_engine.models.objectives import create_objective
+from simmim.torch_engine.models.objective import create_objectives
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
 from simmim.torch_engine.models.savings import PLAIN, Savings, count
 from simmim.torch_engine.train.checkpoint import load_model_state
@@ -137,7 +137,15 @@ def build_step(
         if not savings.products:
             kernels = dataclasses.replace(kernels, linear="default")
         set_kernels(model, backbone, kernels)
-    objectives = {each.kind: (each.weight, create_objective(each, model, config)) for each in config.objectives}
+    objectives = create_objectives(model, config)
+    modules = [module for _, module in objectives.values()]
+    if config.checkpoint_activations and any(each.needs_masked for each in modules):
+        for kind, (_, module) in objectives.items():
+            if module.encodes_unmasked:  # the second pass would change what the backward pass of the first recomputes
+                raise UserError(
+                    f"--checkpoint-activations is not for objective {kind} beside others, which encode the images "
+                    "twice; leave one of them out, or use --accumulate-steps"
+                )
     return PretrainStep(model, config.mean, config.std, counts=counts, savings=savings, objectives=objectives)
 
 
