@@ -3,7 +3,7 @@
 Shapes: `N` images, `D` features, `K` classes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from simmim.torch_engine.accelerators import choose_device, choose_precision
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep, PretrainStep
 from simmim.torch_engine.tasks.features import FeatureReader, Pool, PooledFeatures
-from simmim.torch_engine.train.storage import load_encoder
+from simmim.torch_engine.train.storage import load_encoder, untrained_encoder
 from simmim.training.run_directory import Run
 
 NEIGHBOURS = 20
@@ -72,6 +72,8 @@ class ProbeConfig:
     """Arithmetic of the encoder (auto: bf16 where the hardware has it, else fp32)."""
     workers: Count = None
     """Threads that decode images (default: one a core)."""
+    baselines: bool = True
+    """Also judge raw pixels and the same encoder with random weights, which useful features must beat."""
 
 
 def probe(config: ProbeConfig) -> dict[str, Any]:
@@ -101,13 +103,30 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
         max_bad_fraction=config.max_bad_fraction,
     )
     features = Features.read(images, read)
+    found, setting = _classify(features, config, device)
+    baselines = {}
+    if config.baselines:
+        torch.manual_seed(config.seed)
+        untrained = PooledFeatures(untrained_encoder(config.run).to(device), layer=config.layer, pool=config.pool)
+        for name, baseline in (("raw_pixels", raw_pixels), ("untrained", untrained)):
+            baselines[name] = _classify(Features.read(images, replace(read, model=baseline)), config, device)[0]
+    return {"method": config.method, **setting, **found, **baselines, **features.counts(images)}
+
+
+def _classify(
+    features: "Features", config: ProbeConfig, device: str
+) -> tuple[dict[str, float], dict[str, int] | dict[str, float]]:
+    """Return the accuracy of the classifier that is asked for, and its setting."""
     if config.method == "knn":
-        predictions = features.vote(config.k, config.temperature)
-        setting = {"k": config.k}
-    else:
-        predictions, penalty = linear_predict(features, seed=config.seed, device=torch.device(device))
-        setting = {"l2": penalty}
-    return {"method": config.method, **setting, **features.judge(predictions), **features.counts(images)}
+        return features.judge(features.vote(config.k, config.temperature)), {"k": config.k}
+    predictions, penalty = linear_predict(features, seed=config.seed, device=torch.device(device))
+    return features.judge(predictions), {"l2": penalty}
+
+
+def raw_pixels(images: Tensor) -> Tensor:
+    """Return the pixels themselves as features: (B, C, H, W) → (B, C·h·w), shrunk to 32 × 32 where larger."""
+    height, width = images.shape[2:]
+    return functional.adaptive_avg_pool2d(images, (min(height, 32), min(width, 32))).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -209,8 +228,13 @@ def describe(figures: dict[str, Any]) -> str:
     """Format the figures as text."""
     how = f"k-NN, k = {figures['k']}" if figures["method"] == "knn" else f"linear, L2 penalty {figures['l2']:g}"
     bad = f", {figures['bad_images']} could not be read" if figures["bad_images"] else ""
+    baselines = "".join(
+        f"{label}: top-1 {figures[name]['top1']:.4f}, balanced accuracy {figures[name]['balanced_accuracy']:.4f}\n"
+        for name, label in (("raw_pixels", "raw pixels"), ("untrained", "untrained encoder"))
+        if name in figures
+    )
     return (
-        f"{how}: top-1 {figures['top1']:.4f}, balanced accuracy {figures['balanced_accuracy']:.4f}\n"
+        f"{how}: top-1 {figures['top1']:.4f}, balanced accuracy {figures['balanced_accuracy']:.4f}\n{baselines}"
         f"{figures['val_images']} images of {figures['classes']} classes, judged from {figures['train_images']}{bad}"
     )
 
@@ -223,6 +247,7 @@ class KnnCheck:
         self._name = config.probe
         self._images = open_labelled(config.probe, seed=config.seed)
         self._dtype = sniff(self._images.train, channels=config.channels)
+        self._raw_pixels: float | None = None
 
     def describe(self) -> str:
         images = self._images
@@ -248,7 +273,12 @@ class KnnCheck:
             max_bad_fraction=config.max_bad_fraction,
             listed_in=Run(Path(config.out)).bad_images if config.out else None,
         )
+        if self._raw_pixels is None:
+            self._raw_pixels = self._judge(replace(read, model=raw_pixels))["top1"]
         with evaluating(step):
-            features = Features.read(self._images, read)
-        figures = features.judge(features.vote(min(NEIGHBOURS, len(features.train))))
-        return {f"knn_{name}": value for name, value in figures.items()}
+            figures = self._judge(read)
+        return {f"knn_{name}": value for name, value in figures.items()} | {"knn_raw_pixels": self._raw_pixels}
+
+    def _judge(self, read: FeatureReader) -> dict[str, float]:
+        features = Features.read(self._images, read)
+        return features.judge(features.vote(min(NEIGHBOURS, len(features.train))))

@@ -19,6 +19,7 @@ from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep
 from simmim.torch_engine.models.objective import ObjectiveModule
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
+from simmim.torch_engine.tasks.guard import CollapseGuard
 from simmim.torch_engine.tasks.probe import KnnCheck
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder, read_batches
@@ -109,6 +110,7 @@ class TorchPretrainSession(PretrainSession):
         if world.is_main:
             for module in step.objectives.values():
                 cast(ObjectiveModule, module).keep(self.run.path)
+        self._guard: CollapseGuard | None = None
         distributed.place(step, world.device)
         if config.checkpoint_activations:
             step.model.encoder.backbone.set_grad_checkpointing(True)
@@ -129,6 +131,9 @@ class TorchPretrainSession(PretrainSession):
         if self._check is not None:
             every = max(1, round(self.plan.config.probe_every_epochs * self.plan.steps_per_epoch))
             events.append(Event(every_steps=every, call=self._probe))
+        if any(cast(ObjectiveModule, module).trains_latents for module in self.step.objectives.values()):
+            every = max(self.plan.config.log_every_steps, self.plan.total_steps // 50)
+            events.append(Event(every_steps=every, call=self._watch))
         return events
 
     def judge(self) -> tuple[float, NDArray[np.uint8] | None] | None:
@@ -141,6 +146,16 @@ class TorchPretrainSession(PretrainSession):
         if step is None or self._check is None:
             return {}
         return self._check(step, self.plan.config)
+
+    def _watch(self, done: int) -> dict[str, float]:
+        """Return how far the features of training images are from a collapse, and warn of one."""
+        step = self._whole_step()
+        if step is None:
+            return {}
+        if self._guard is None:
+            pixels = np.concatenate(list(self.plan.sample(256, part=64)))
+            self._guard = CollapseGuard(pixels, lambda line: self.loop.console.say(line))
+        return self._guard(done, step, self.plan.config.precision)
 
     def _whole_step(self) -> PretrainStep | None:
         """Return the model to look at on rank 0: the one that trains or, if sharded, a copy. `None` on other ranks."""

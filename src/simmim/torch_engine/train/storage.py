@@ -82,12 +82,21 @@ def load_encoder(run: str | Path) -> nn.Module:
 
     Raises `UserError` where `run` has no saved encoder.
     """
+    return _encoder_of(run, pretrained=True)
+
+
+def untrained_encoder(run: str | Path) -> nn.Module:
+    """Build the encoder that `load_encoder` loads, with random weights."""
+    return _encoder_of(run, pretrained=False)
+
+
+def _encoder_of(run: str | Path, *, pretrained: bool) -> nn.Module:
     directory = Run(Path(run)).encoder
     if not directory.is_dir():
         directory = Path(run)
     if not (directory / "config.json").is_file():
         raise UserError(f"{run} has no encoder directory; give the --out directory of a run that has saved")
-    return timm.create_model(f"local-dir:{directory}", pretrained=True, num_classes=0).eval()
+    return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval()
 
 
 def load_model(run: str | Path) -> MaskedImageModel:
