@@ -26,7 +26,8 @@ from simmim.torch_engine.models.objectives import (
     cut_view,
 )
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
-from simmim.training.plan import VIEW, check_sizes
+from simmim.training.plan import check_sizes
+from simmim.training.pretrain_plan import VIEW
 
 
 class MaskedImageModel(nn.Module):
