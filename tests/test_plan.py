@@ -12,8 +12,8 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.data.sources import ArrayImages
 from simmim.method.losses import CrossEntropyLoss
 from simmim.method.targets import ClusterTarget
-from simmim.training import plan
-from simmim.training.plan import Images, Plan
+from simmim.training import pretrain_plan
+from simmim.training.pretrain_plan import Images, Plan
 from simmim.training.run_directory import open_run
 
 
@@ -64,11 +64,11 @@ def slightly_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
     def change() -> None:
         if request.param == "clusters":
-            fit = plan.fit_colour_clusters
-            monkeypatch.setattr(plan, "fit_colour_clusters", lambda *a, **k: _off(fit(*a, **k)))
+            fit = pretrain_plan.fit_colour_clusters
+            monkeypatch.setattr(pretrain_plan, "fit_colour_clusters", lambda *a, **k: _off(fit(*a, **k)))
         else:
-            measure = plan.measure_mean_std
-            monkeypatch.setattr(plan, "measure_mean_std", lambda *a, **k: _off(measure(*a, **k)))
+            measure = pretrain_plan.measure_mean_std
+            monkeypatch.setattr(pretrain_plan, "measure_mean_std", lambda *a, **k: _off(measure(*a, **k)))
 
     return change
 

@@ -19,7 +19,7 @@ from simmim.data.bad_images import TooManyBadImages
 from simmim.torch_engine.train import jpegs
 from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder
 from simmim.torch_engine.train.pretrain import pretrain
-from simmim.training.plan import Images, Plan
+from simmim.training.pretrain_plan import Images, Plan
 
 from . import tiny, worker
 from .pictures import SIZE, Files, assert_alike, encode, picture, read, without_tables

@@ -126,7 +126,7 @@ def checks(path: Path) -> dict[int, dict[str, float]]:
 def test_a_pretraining_logs_the_knn_check_every_so_many_epochs_and_at_the_end(run: Path):
     found = checks(run)
     assert list(found) == [8, 16, 20]
-    assert all(set(figures) == {"knn_top1", "knn_balanced_accuracy"} for figures in found.values())
+    assert all(set(figures) == {"knn_top1", "knn_balanced_accuracy", "knn_raw_pixels"} for figures in found.values())
 
 
 def test_the_last_knn_check_is_the_probe_of_the_encoder_that_was_saved(run: Path):
@@ -163,9 +163,32 @@ def test_the_command_prints_the_figures_as_json(run: Path, capsys: pytest.Captur
 
 def test_the_command_prints_the_figures_for_a_person(run: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["probe", str(run), "--data", "demo", "--device", "cpu"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
+    first, raw, untrained, counts = capsys.readouterr().out.splitlines()
     assert first.startswith("k-NN, k = 20: top-1 0.")
-    assert second.endswith("judged from 828")
+    assert raw.startswith("raw pixels: top-1 0.") and untrained.startswith("untrained encoder: top-1 0.")
+    assert counts.endswith("judged from 828")
+
+
+def test_the_figure_of_raw_pixels_is_a_vote_on_the_images_themselves(run: Path) -> None:
+    images = open_labelled("demo", seed=0)
+    parts = [
+        eval_images(source, range(len(source)), size=(32, 32), channels=3, dtype=np.uint8).astype(np.float64)
+        for source in (images.train, images.val)
+    ]
+    mean, std = np.array((0.485, 0.456, 0.406)), np.array((0.229, 0.224, 0.225))
+    train, val = (((part / 255 - mean) / std).reshape(len(part), -1) for part in parts)
+    train, val = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (train, val))
+    similar = val @ train.T
+    nearest = np.argsort(-similar, axis=1)[:, :20]
+    votes = np.zeros((len(val), len(images.classes)))
+    for column in range(20):
+        here = nearest[:, column]
+        weights = np.exp(similar[np.arange(len(val)), here] / 0.07)
+        np.add.at(votes, (np.arange(len(val)), images.train_labels[here]), weights)
+    expected = (votes.argmax(axis=1) == images.val_labels).mean()
+    figures = simmim.probe(str(run), "demo", precision="fp32", device="cpu")
+    assert figures["raw_pixels"]["top1"] == pytest.approx(expected, abs=0.005)
+    assert checks(run)[20]["knn_raw_pixels"] == pytest.approx(expected, abs=0.005)
 
 
 @pytest.mark.parametrize(

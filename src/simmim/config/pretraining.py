@@ -99,6 +99,11 @@ class PretrainConfig(TrainingConfig):
             if given and self.decode == "gpu":
                 raise UserError(f"{option} is not for --decode gpu; leave one of them out")
 
+    @property
+    def masks_images(self) -> bool:
+        """Whether any objective needs masked images."""
+        return any(objective.needs_masked for objective in self.objectives)
+
     def _check_objectives(self) -> None:
         kinds = [objective.kind for objective in self.objectives]
         if not kinds:

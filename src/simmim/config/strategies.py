@@ -132,7 +132,7 @@ def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
     words = parser.parse_known_args(argv)[0].objective
     if words is None or not hasattr(defaults, "objectives"):
         return defaults
-    before = {objective.kind: objective for objective in defaults.objectives}
+    before: dict[str, Any] = {objective.kind: objective for objective in defaults.objectives}
     family, found = _family_of(defaults.objectives[0]), []
     for word in words:
         kind, equals, weight = word.partition("=")
@@ -140,7 +140,8 @@ def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
             changes = {"weight": float(weight)} if equals else {}
         except ValueError:
             raise UserError(f"weight {weight!r} of objective {kind} is not a number; write {kind}=1") from None
-        found.append(dataclasses.replace(before.get(kind) or find_kind(family, kind)(), **changes))
+        objective: Any = before.get(kind) or find_kind(family, kind)()
+        found.append(dataclasses.replace(objective, **changes))
     if not found:
         raise UserError(f"--objective names none; give one or more of {', '.join(family.kinds)}")
     return dataclasses.replace(defaults, objectives=tuple(found))

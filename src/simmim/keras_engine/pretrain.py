@@ -21,7 +21,8 @@ from simmim.method.heads import TransformerHead
 from simmim.method.masks import upsample_mask
 from simmim.training.loop import Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
-from simmim.training.plan import Batch, Plan, draw_masks, open_images
+from simmim.training.plan import Batch
+from simmim.training.pretrain_plan import Plan, draw_masks, open_images
 from simmim.training.run_directory import Run
 from simmim.training.session import PretrainSession, parts
 from simmim.training.trainer import find_start

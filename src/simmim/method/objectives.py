@@ -17,6 +17,8 @@ class Objective(Strategy, family="objective"):
     """Whether it predicts hidden cells, for which `encode = "visible"` needs a head that mixes cells."""
     reason: ClassVar[str] = ""
     """When to choose it, in a few words."""
+    needs_masked: ClassVar[bool] = True
+    """Whether it needs the encoder's features of masked images. Where no objective does, no masks are drawn."""
     weight: Suppress[float] = 1.0
     """Factor of the term, above 0."""
 
@@ -63,6 +65,10 @@ class DescriptorRegression(Objective):
     """Principal axes of the small image."""
     colour_scale: float = 0.7
     """Size of the colour values relative to the shape values."""
+
+    @property
+    def needs_masked(self) -> bool:  # type: ignore[override]
+        return self.see == "visible"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +166,7 @@ class SigReg(Objective):
 
     kind: ClassVar[str] = "sigreg"
     predicts_hidden: ClassVar[bool] = False
+    needs_masked: ClassVar[bool] = False
     reason: ClassVar[str] = "image features that ignore crop and colour"
     regularisation: float = 0.05
     """Share λ of SIGReg; agreement has 1 − λ."""
@@ -180,7 +187,7 @@ class SigReg(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast(Objective):
-    """Recognise an image among the batch (InfoNCE, arXiv 1807.03748) from its visible patches, as CMAE does (2207.13532).
+    """Recognise an image among the batch (InfoNCE, arXiv 1807.03748) by its visible patches (CMAE, 2207.13532).
 
     The masked image passes a projector and a predictor; a moving average of encoder and projector sees another crop.
     """

@@ -16,7 +16,8 @@ from simmim.method.objectives import PixelReconstruction
 from simmim.training.data_record import check_data
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png
-from simmim.training.plan import Batch, Plan, TrainingPlan
+from simmim.training.plan import Batch, TrainingPlan
+from simmim.training.pretrain_plan import Plan
 from simmim.training.run_directory import Run, open_run
 from simmim.training.trainer import Trainer, World
 

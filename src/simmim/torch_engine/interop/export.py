@@ -21,7 +21,7 @@ from simmim.interop.weight_names import State, from_official_simmim, to_official
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, build_model
 from simmim.torch_engine.train.storage import load_run, save_hub
-from simmim.training.plan import draw_masks
+from simmim.training.pretrain_plan import draw_masks
 from simmim.training.run_directory import find_model, find_task_of
 
 _TOLERANCE = 1e-4  # relative to the largest value; allows for other kernels and summation orders in fp32

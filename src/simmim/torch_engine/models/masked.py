@@ -81,7 +81,7 @@ class Encoder(nn.Module):
     def set_sine_positions(self) -> None:
         """Start the position table with sines and cosines. Raises `UserError` where there is none."""
         raise UserError(
-            f"--positions sincos is for a table of positions, which {type(self.backbone).__name__} has not; leave it out"
+            f"--positions sincos needs a table of positions, and {type(self.backbone).__name__} has none; leave it out"
         )
 
     def _token_features(self) -> int:

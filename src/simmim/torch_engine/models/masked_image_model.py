@@ -22,7 +22,8 @@ from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule
 from simmim.torch_engine.models.objectives.pixels import PixelObjective
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
 from simmim.torch_engine.models.views import collect_views, cut_view
-from simmim.training.plan import VIEW, check_sizes
+from simmim.training.plan import check_sizes
+from simmim.training.pretrain_plan import VIEW
 
 
 class MaskedImageModel(nn.Module):
@@ -149,23 +150,27 @@ class PretrainStep(PixelStep):
         needed = savings.visible_patches or model.encoder.needs_visible
         self._visible = counts.visible_patches if needed else None
         self._hidden = counts.hidden_cells if savings.hidden_cells else None
-        self._masked = bool(masked)
         self._all_cells = any(module.all_cells for module in masked)
         # Pixels alone, by a head that mixes cells: nothing asks which cells are hidden.
         self._needs_no_choice = self._all_cells and all(isinstance(each, PixelObjective) for each in masked)
 
     def forward(
-        self, image: Tensor, flip: Tensor, mask: Tensor, drop_path: Tensor | None = None, **draws: Tensor
+        self,
+        image: Tensor,
+        flip: Tensor,
+        mask: Tensor | None = None,
+        drop_path: Tensor | None = None,
+        **draws: Tensor,
     ) -> dict[str, Tensor]:
         """Batch as `simmim.training.pretrain_plan.Plan.batches` gives it; `draws` are the numbers of the views."""
         encoder = self.model.encoder
         images = self.prepare(image, flip)
-        if mask.ndim == 4:  # several masks an image, (B, M, H/p, W/p): M rounds of the batch
-            mask = mask.transpose(0, 1).flatten(0, 1)
-        rounds = len(mask) // len(images)
-        encoder.drop_path_draws.uniform = drop_path if drop_path is None else drop_path.repeat(rounds, 1)
         hidden = features = None
-        if self._masked:
+        if mask is not None:
+            if mask.ndim == 4:  # several masks an image, (B, M, H/p, W/p): M rounds of the batch
+                mask = mask.transpose(0, 1).flatten(0, 1)
+            rounds = len(mask) // len(images)
+            encoder.drop_path_draws.uniform = drop_path if drop_path is None else drop_path.repeat(rounds, 1)
             features, hidden = self._encode(images if rounds == 1 else images.repeat(rounds, 1, 1, 1), mask)
         size = (images.shape[2], images.shape[3])
         views = {name: cut_view(images, draws[f"{VIEW}{name}"], view.size or size) for name, view in self.views.items()}
@@ -218,7 +223,8 @@ def build_model(config: PretrainConfig) -> MaskedImageModel:
     if config.positions == "sincos":
         encoder.set_sine_positions()
     check_sizes(config, encoder)
-    encoder.check_masks(config.mask.for_patch(encoder.patch_size), config.model)
+    if config.masks_images:
+        encoder.check_masks(config.mask.for_patch(encoder.patch_size), config.model)
     outputs = config.target.channels(config.channels, encoder.stride)
     head = create_head(config.head, encoder.num_features, outputs)
     return MaskedImageModel(encoder, head, config.target, config.loss, cell_by_cell=config.head.cell_by_cell)

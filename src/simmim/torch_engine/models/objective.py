@@ -43,8 +43,8 @@ class ObjectiveBatch:
     encoder: Encoder
     images: Tensor
     """(B, C, H, W), normalised and mirrored, not masked."""
-    mask: Tensor
-    """(M·B, H/p, W/p), True = hidden."""
+    mask: Tensor | None
+    """(M·B, H/p, W/p), True = hidden; `None` where no objective needs masked images."""
     hidden: Chosen | None = None
     """The hidden feature-map cells, n of each masked image; `None` in a plain step, which computes all cells."""
     masked: Tensor | None = None
@@ -71,11 +71,12 @@ class ObjectiveBatch:
 
     def again(self, values: Tensor) -> Tensor:
         """Repeat what belongs to the images, (B, …), for each of their masks: (M·B, …)."""
-        masks = len(self.mask) // len(values)
+        masks = len(self.features) // len(values)
         return values if masks == 1 else values.repeat(masks, *[1] * (values.ndim - 1))
 
     def hidden_share(self) -> Tensor:
         """Return the share of each feature-map cell that is hidden: (M·B, h, w) in fp32."""
+        assert self.mask is not None
         return F.avg_pool2d(self.mask.float().unsqueeze(1), self.encoder.stride // self.encoder.patch_size)[:, 0]
 
     def mean_over_hidden(self, error: Tensor) -> Tensor:
@@ -91,14 +92,14 @@ class ObjectiveBatch:
         return (self.features.float() * seen).sum(dim=(1, 2)) / seen.sum(dim=(1, 2))
 
     def whole(self) -> Tensor:
-        """Return the encoder's features of the images without masks, (B, h, w, D). They are computed once."""
+        """Return the encoder's features of the images without masks: (B, h, w, D), computed once."""
         if () not in self._encoded:
             self.encoder.drop_path_draws.uniform = self.drop_path
             self._encoded[()] = self.encoder(self.images)
         return self._encoded[()]
 
     def encode(self, *names: str) -> Tensor:
-        """Return the encoder's features of views of one size, without masks: (V, B, h, w, D). They are computed once."""
+        """Return the encoder's features of views of one size, without masks: (V, B, h, w, D), computed once."""
         if names not in self._encoded:
             images = torch.cat([self.views[name] for name in names])
             if self.drop_path is not None:
@@ -117,7 +118,7 @@ class ObjectiveModule(nn.Module):
     views: tuple[View, ...] = ()
     """Views that it needs beside the masked images."""
     needs_masked: bool = True
-    """Whether it reads features of the masked images."""
+    """Whether it reads features of the masked images; as its settings say."""
     encodes_unmasked: bool = False
     """Whether it encodes views or whole images with the encoder that trains (`batch.encode`, `batch.whole`)."""
     all_cells: bool = False
@@ -157,7 +158,10 @@ def create_objective(objective: Objective, model: MaskedImageModel, config: Pret
 def create_objectives(model: MaskedImageModel, config: PretrainConfig) -> dict[str, tuple[float, ObjectiveModule]]:
     """Build the modules of a complete configuration's objectives: (weight, module) by kind."""
     _load_own()
-    return {each.kind: (each.weight, create_objective(each, model, config)) for each in config.objectives}
+    found = {each.kind: (each.weight, create_objective(each, model, config)) for each in config.objectives}
+    for objective in config.objectives:
+        found[objective.kind][1].needs_masked = objective.needs_masked
+    return found
 
 
 @cache

@@ -25,7 +25,7 @@ from simmim.torch_engine.perf.trial import build_update, random_batch
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.jpegs import open_decoder, read_batches
 from simmim.torch_engine.train.update import DTYPES, Batch
-from simmim.training.plan import Plan
+from simmim.training.pretrain_plan import Plan
 
 _WARM_UP = 2  # calls; the first one allocates the optimiser's state
 

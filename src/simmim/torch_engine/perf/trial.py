@@ -13,7 +13,8 @@ from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step
 from simmim.torch_engine.train.update import Batch, Update
-from simmim.training.plan import VIEW, draw_all_masks, drop_path_numbers
+from simmim.training.plan import drop_path_numbers
+from simmim.training.pretrain_plan import VIEW, draw_all_masks
 
 
 def build_update(config: PretrainConfig, world: distributed.World) -> tuple[PretrainStep, Update]:
@@ -41,8 +42,9 @@ def random_batch(config: PretrainConfig, size: int, step: PretrainStep) -> Batch
     batch: Batch = {
         "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
         "flip": rng.random((size, FLIP_AXES[config.flip or "horizontal"])) < 0.5,
-        "mask": draw_all_masks(config, 0, index, encoder.patch_size),
     }
+    if config.masks_images:
+        batch["mask"] = draw_all_masks(config, 0, index, encoder.patch_size)
     if layers := encoder.drop_path_draws.layers:
         batch["drop_path"] = drop_path_numbers(config, 0, index, layers)
     batch |= {f"{VIEW}{view.name}": view.draw(config.seed, 0, index) for view in step.views.values()}

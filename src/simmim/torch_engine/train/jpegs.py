@@ -18,7 +18,8 @@ from simmim.errors import UserError
 from simmim.method.views import View
 from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.models.masked import Encoder
-from simmim.training.plan import Batch, Plan
+from simmim.training.plan import Batch
+from simmim.training.pretrain_plan import Plan
 
 _AT_ONCE = 2**28
 """Bytes of pixels that are decoded before they are cropped."""

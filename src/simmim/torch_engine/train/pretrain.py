@@ -29,7 +29,8 @@ from simmim.torch_engine.train.trainer import TorchTrainer
 from simmim.torch_engine.train.update import Update
 from simmim.training.loop import Event, Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
-from simmim.training.plan import Batch, Plan, draw_masks, open_images
+from simmim.training.plan import Batch
+from simmim.training.pretrain_plan import Plan, draw_masks, open_images
 from simmim.training.run_directory import Run
 from simmim.training.session import PretrainSession, parts
 from simmim.training.trainer import find_start

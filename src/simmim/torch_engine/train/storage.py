@@ -24,7 +24,7 @@ from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
 from simmim.torch_engine.models.objective import create_objectives
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
-from simmim.torch_engine.models.savings import PLAIN, Savings, count
+from simmim.torch_engine.models.savings import PLAIN, Counts, Savings, count
 from simmim.torch_engine.train.checkpoint import load_model_state
 from simmim.training.checkpoint_directory import newest_checkpoint
 from simmim.training.run_directory import Run, find_task_of, written_whole
@@ -137,7 +137,7 @@ def build_step(
     model = build_model(config)
     begin(model)
     patch, stride = model.encoder.patch_size, model.encoder.stride
-    counts = count(config.mask, config.image_size, patch=patch, stride=stride)
+    counts = count(config.mask, config.image_size, patch=patch, stride=stride) if config.masks_images else Counts()
     if config.device == "cpu":
         backbone = model.encoder.backbone
         kernels = kernels_of_rules(config.kernels, backbone, config.precision, pretraining=True)

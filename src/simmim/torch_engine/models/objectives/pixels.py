@@ -22,6 +22,7 @@ class PixelObjective(ObjectiveModule):
         self.all_cells = not model.cell_by_cell  # a head that mixes cells needs them all
 
     def forward(self, step: "PretrainStep", batch: ObjectiveBatch) -> dict[str, Tensor]:
+        assert batch.mask is not None
         model, images = step.model, batch.again(batch.images)
         if self.all_cells:
             return {"pixels": model.judge(model.head(batch.features), images, batch.mask)}

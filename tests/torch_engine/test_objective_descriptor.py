@@ -1,0 +1,199 @@
+"""Descriptor regression: the descriptor against a loop in NumPy, and trainings on it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import simmim
+from simmim.cli import main
+from simmim.errors import UserError
+from simmim.method.masks import RandomMask
+from simmim.method.objectives import DescriptorRegression, PixelReconstruction
+from simmim.torch_engine.models.objectives.descriptor import Projection, gradient_histograms, small_copy
+from simmim.torch_engine.train.checkpoint import load_model_state
+from simmim.torch_engine.train.storage import build_step, load_run
+from simmim.training.checkpoint_directory import newest_checkpoint
+from simmim.training.loop import Loop
+from simmim.training.run_directory import Run
+
+SETTINGS: dict[str, Any] = {
+    "data": "demo",
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 8},
+    "image_size": 32,
+    "mask": RandomMask(ratio=0.5, cell=8),
+    "objectives": (DescriptorRegression(),),
+    "encode": "visible",
+    "positions": "sincos",
+    "batch_size": 8,
+    "val_images": 0,
+    "device": "cpu",
+    "precision": "fp32",
+    "workers": 1,
+    "lr": 0.1,
+    "warmup_epochs": 0,
+}
+
+
+def train(out: Path, **settings: Any) -> Path:
+    return simmim.pretrain(**{**SETTINGS, "out": str(out)} | settings).path
+
+
+def losses(run: Path, name: str = "loss") -> list[float]:
+    return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    step = build_step(load_run(run)[1])
+    newest = newest_checkpoint(Run(run).checkpoints)
+    assert newest is not None
+    load_model_state(newest, step)
+    return step.state_dict()
+
+
+def histograms_by_loop(image: np.ndarray) -> np.ndarray:
+    """Compute HOG of an image (C, 16, 16) pixel by pixel: (4·9·7·7)."""
+    cells = np.zeros((8, 8, 9))
+    padded = np.pad(image.astype(np.float64), ((0, 0), (1, 1), (1, 1)), mode="edge")
+    for y in range(16):
+        for x in range(16):
+            across = padded[:, y + 1, x + 2] - padded[:, y + 1, x]
+            down = padded[:, y + 2, x + 1] - padded[:, y, x + 1]
+            channel = int(np.argmax(across**2 + down**2))
+            length = math.hypot(across[channel], down[channel])
+            place = (math.atan2(down[channel], across[channel]) / math.pi) % 1 * 9
+            low = int(place) % 9
+            cells[y // 2, x // 2, low] += length * (1 - place % 1) / 4
+            cells[y // 2, x // 2, (low + 1) % 9] += length * (place % 1) / 4
+    blocks = np.zeros((4 * 9, 7, 7))
+    for y in range(7):
+        for x in range(7):
+            block = np.concatenate([cells[y + i, x + j] for i in (0, 1) for j in (0, 1)])
+            block = np.minimum(block / max(np.linalg.norm(block), 1e-3), 0.2)
+            blocks[:, y, x] = block / max(np.linalg.norm(block), 1e-3)
+    return blocks.ravel()
+
+
+def test_gradient_histograms_are_those_of_a_loop_over_pixels() -> None:
+    images = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
+    expected = np.stack([histograms_by_loop(image) for image in images])
+    np.testing.assert_allclose(gradient_histograms(torch.from_numpy(images)).numpy(), expected, atol=1e-5)
+
+
+def test_a_large_image_is_described_as_its_copy_of_64_pixels() -> None:
+    small = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    large = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(gradient_histograms(large), gradient_histograms(small), atol=1e-5, rtol=0)
+    torch.testing.assert_close(small_copy(large), small_copy(small))
+
+
+def test_projected_values_are_uncorrelated_and_half_whitened() -> None:
+    rng = np.random.default_rng(0)
+    values = torch.from_numpy(rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + 3)
+    projection = Projection(6, 4)
+    projection.fit(values)
+    found = projection(values.float()).double()
+    covariance = np.cov(found.numpy().T, bias=True)
+    np.testing.assert_allclose(covariance, np.diag(covariance.diagonal()), atol=1e-4)
+    assert covariance.diagonal().mean() == pytest.approx(1, abs=1e-4)
+    variances = np.linalg.eigvalsh(np.cov(values.numpy().T, bias=True))[::-1][:4]
+    np.testing.assert_allclose(covariance.diagonal() ** 2 / variances, covariance[0, 0] ** 2 / variances[0], rtol=1e-3)
+
+
+def test_fewer_images_than_axes_leave_axes_at_zero() -> None:
+    projection = Projection(6, 5)
+    projection.fit(torch.rand(3, 6))
+    assert projection.axes[:, 2:].abs().sum() == 0 and projection.axes[:, :2].abs().sum() > 0
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    found = losses(train(tmp_path / "run", steps=40, lr=0.3))
+    assert np.mean(found[-5:]) < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("see", ["visible", "whole"])
+def test_a_convolutional_encoder_trains_on_it_beside_pixels(tmp_path: Path, see: Any) -> None:
+    small: dict[str, Any] = {"model": "resnet10t", "model_args": {}, "encode": "all", "positions": "model"}
+    both = (DescriptorRegression(see=see), PixelReconstruction(weight=0.5))
+    run = train(tmp_path / "run", steps=2, objectives=both, mask=RandomMask(ratio=0.5, cell=32), image_size=64, **small)
+    total = [a + 0.5 * b for a, b in zip(losses(run, "loss/descriptor"), losses(run, "loss/pixels"), strict=True)]
+    assert losses(run) == pytest.approx(total, rel=1e-5)
+
+
+def test_whole_images_alone_leave_the_mask_out(tmp_path: Path) -> None:
+    whole = {"objectives": (DescriptorRegression(see="whole"),), "steps": 2}
+    one = train(tmp_path / "one", **whole)
+    other = train(tmp_path / "other", mask=RandomMask(ratio=0.25, cell=8), **whole)
+    assert losses(one) == losses(other)
+
+
+def test_a_run_that_was_broken_off_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"steps": 4, "save_every_steps": 2}
+    whole = weights(train(tmp_path / "whole", **settings))
+    update = Loop._log
+
+    def break_off(self: Loop, done: int, *rest: Any) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+        update(self, done, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_log", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", **settings)
+    parts = weights(train(tmp_path / "parts", **settings))
+    assert whole["objectives.descriptor.shape.axes"].abs().sum() > 0
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_several_masks_give_the_mean_of_their_losses(tmp_path: Path) -> None:
+    both = losses(train(tmp_path / "both", steps=1, masks_per_image=2))
+    (step, config) = load_run(train(tmp_path / "one", steps=1))
+    assert config.masks_per_image == 1 and both[0] != losses(tmp_path / "one")[0]
+    assert abs(both[0] - losses(tmp_path / "one")[0]) < 0.2
+    assert step.model.encoder.backbone.pos_embed.abs().max() <= 1.01
+
+
+def test_the_command_line_chooses_objectives_with_weights_and_settings(tmp_path: Path) -> None:
+    words = (
+        f"pretrain --data demo --out {tmp_path / 'run'} --model vit_tiny_patch16_224 --model-args depth=1 embed_dim=24 "
+        "num_heads=1 --image-size 32 --mask.cell 16 --batch-size 8 --steps 1 --warmup-epochs 0 --device cpu "
+        "--precision fp32 --workers 1 --val-images 2 --objective pixels=0.5 descriptor --descriptor.shape-values 16"
+    )
+    assert main(words.split()) == 0
+    config = load_run(tmp_path / "run")[1]
+    assert config.objectives == (PixelReconstruction(weight=0.5), DescriptorRegression(shape_values=16))
+    again = f"pretrain --config {tmp_path / 'run'}/config.toml --out {tmp_path / 'again'} --objective descriptor=2"
+    assert main(again.split()) == 0
+    assert load_run(tmp_path / "again")[1].objectives == (DescriptorRegression(shape_values=16, weight=2.0),)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("descriptr", "objective 'descriptr' is not known; choose from pixels, descriptor"),
+        ("descriptor=much", "weight 'much' of objective descriptor is not a number; write descriptor=1"),
+        ("descriptor=0", "weight 0.0 of objective descriptor is not above 0"),
+        ("", "--objective names none; give one or more of pixels"),
+    ],
+)
+def test_the_command_line_refuses_in_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "--data", "demo", "--out", "nowhere", "--objective", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="shape_values 0 of objective descriptor is below 1; use 1 or more"):
+        DescriptorRegression(shape_values=0)
+    with pytest.raises(UserError, match="--positions sincos needs a table of positions, and ResNet has none"):
+        train(tmp_path / "run", model="resnet10t", model_args={}, encode="all", image_size=64)
+    with pytest.raises(UserError, match="leaves masked cells to the head, but head linear sees one cell at a time"):
+        train(tmp_path / "run", objectives=(DescriptorRegression(), PixelReconstruction()))
+    both = (PixelReconstruction(), DescriptorRegression(see="whole"))
+    with pytest.raises(UserError, match="--checkpoint-activations is not for objective descriptor beside others"):
+        train(tmp_path / "run", objectives=both, encode="all", checkpoint_activations=True)
