@@ -58,6 +58,11 @@ class FinetuneConfig(TrainingConfig):
     drop_path: Share = 0.1
     """Stochastic depth rate of the last block."""
 
+    def check(self) -> None:
+        super().check()
+        if self.init is None:
+            raise UserError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig(FinetuneConfig):
