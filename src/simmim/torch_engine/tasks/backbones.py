@@ -141,7 +141,7 @@ def _colours(config: FinetuneConfig, origin: Origin, images: ImageSource, world:
     return tuple(tuple(row) for row in numbers.tolist())
 
 
-def create_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, **head: Any) -> nn.Module:
+def create_task_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, **head: Any) -> nn.Module:
     """Create the timm module of an encoder for a task and load `weights`. `head` gives arguments such as num_classes.
 
     As in the official fine-tuning, a ViT averages its tokens and applies a new norm after that, and a relative bias

@@ -145,7 +145,7 @@ class SegmentPredictor(Predictor):
             yield from scores.float()
 
 
-def build_step(config: SegmentConfig, weights: dict[str, Tensor] | None, classes: int) -> SegmentStep:
+def build_segment_step(config: SegmentConfig, weights: dict[str, Tensor] | None, classes: int) -> SegmentStep:
     """The model of a complete configuration; the encoder has `weights` (timm's names), or random ones."""
     # ViTDet's pyramid has 256 channels where UPerNet has 512.
     pyramid = create_pyramid(config, weights, channels=config.decoder_channels // 2)
