@@ -177,7 +177,7 @@ class ClassifyTask:
         }
 
     def _predict(self, step: ClassifyStep, bad_images: BadImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Class probabilities (N, K) of the evaluation images that can be read, and their indices (N,)."""
+        """Predict class probabilities (N, K) of the readable evaluation images; return their indices (N,) too."""
         config = self.config
         assert config.image_size is not None
         probabilities, indices = [], []

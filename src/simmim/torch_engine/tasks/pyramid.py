@@ -99,7 +99,7 @@ class SimplePyramid(Pyramid):
 
 
 def _double(width: int) -> nn.Module:
-    """(B, width, h, w) → (B, width / 2, 2 h, 2 w)."""
+    """Create a layer that doubles the map: (B, width, h, w) → (B, width / 2, 2 h, 2 w)."""
     return nn.ConvTranspose2d(width, width // 2, 2, stride=2)
 
 

@@ -122,7 +122,7 @@ def read_figures(run: Run) -> dict[str, Any]:
 
 
 def parameter_groups(step: TaskStep, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Layer decay over the encoder (timm's grouping, the official one); what follows learns at full rate."""
+    """Group parameters: layer decay over the encoder (timm's and the official grouping), full rate for the rest."""
     assert config.layer_decay is not None
     backbone: Any = step.backbone
     exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()
