@@ -51,6 +51,15 @@ def test_accepted_changes_are_told_once_and_recorded(run: Run) -> None:
     assert check(run, "a", "b") is None
 
 
+def test_accepted_changes_survive_a_kill_between_the_two_files(run: Run) -> None:
+    before = run.data.read_bytes()
+    check(run, "a", "c", "b", accept=True)
+    recorded = run.data.read_bytes()
+    run.data.write_bytes(before)
+    assert check(run, "a", "c", "b") is None
+    assert run.data.read_bytes() == recorded
+
+
 def test_names_that_are_no_utf8_are_recorded(run: Run) -> None:
     assert check(run, "a\udcff", "b", "c", accept=True) == "1 added, such as a\udcff and 1 removed, such as a"
     with pytest.raises(ValueError, match="1 removed, such as a\udcff"):

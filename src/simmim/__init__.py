@@ -60,9 +60,9 @@ def __getattr__(name: str) -> Any:
 def pretrain(**settings: Any) -> "Run":
     """Pretrain a backbone, or resume the run in `out`; settings are the fields of `PretrainConfig`.
 
-    Returns the run. Raises `UserError` for a setting that cannot be, images that cannot be read, or an
-    `out` that holds a run with another configuration; once all is saved, `KeyboardInterrupt` if Ctrl-C stopped it, and
-    `SystemExit` if another signal did.
+    Returns the run. Raises `UserError` for an invalid setting, images that cannot be read, or an `out` that holds a run
+    with another configuration. A training that a signal stopped is saved first; then Ctrl-C raises `KeyboardInterrupt`,
+    another signal `SystemExit`.
     """
     from simmim.config.pretraining import PretrainConfig
     from simmim.config.validation import from_settings
@@ -86,7 +86,7 @@ def finetune(task: str, **settings: Any) -> "Run":
 
 
 def _run_of(run: "Run", outcome: "Outcome") -> "Run":
-    """The run, unless a signal stopped it: a script is not to take half a training for a finished one."""
+    """Return the run, or raise if a signal stopped it: a script must not take half a training for a finished one."""
     if outcome.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if outcome.stopped_by is not None:
@@ -97,8 +97,8 @@ def _run_of(run: "Run", outcome: "Outcome") -> "Run":
 def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
     """Judge the frozen encoder of a run by labelled images; settings are the other fields of `ProbeConfig`.
 
-    Returns top1 and balanced_accuracy, in [0, 1], and on how many images and classes they stand. Raises a one-line
-    Raises `UserError` for a run without encoder, or images that cannot be read or do not fit.
+    Returns top1 and balanced_accuracy, in [0, 1], and the numbers of images and classes. Raises `UserError` for a run
+    without encoder, or images that cannot be read or do not fit.
     """
     from simmim.config.validation import from_settings
     from simmim.torch_engine.tasks.probe import ProbeConfig, probe
@@ -109,9 +109,10 @@ def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
 def predict(
     run: str | PathLike[str], images: str | PathLike[str] | Sequence[str | PathLike[str]], **settings: Any
 ) -> dict[str, Any]:
-    """What the model of a fine-tuned run finds in images: files, or one thing that `simmim predict` takes.
+    """Predict labels, masks or boxes of images with the model of a fine-tuned run.
 
-    Settings are the other fields of `PredictConfig`. Returns "images", for each "image" (its name) and
+    `images` are files, or one thing that `simmim predict` takes. Settings are the other fields of `PredictConfig`.
+    Returns "images", for each "image" (its name) and
 
     - from a classifier "label", "probability" and "top": pairs of these;
     - from segmentation "shares": of the image's pixels for each class found;
@@ -119,8 +120,8 @@ def predict(
       with Mask R-CNN an "rle", COCO's run lengths of its mask;
 
     and "bad_images", those that cannot be read, each with a "reason". With `out`, all that is in `out/predictions.json`
-    too, and each image has a "picture" there and from segmentation a "mask", a PNG of class numbers. Raises a one-line
-    Raises `UserError` for a run without a fine-tuned model, or where no image can be read.
+    too, and each image has a "picture" there and from segmentation a "mask", a PNG of class numbers. Raises `UserError`
+    for a run without a fine-tuned model, or where no image can be read.
     """
     from simmim.config.validation import from_settings
     from simmim.torch_engine.tasks.predict import PredictConfig, predict

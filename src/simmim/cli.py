@@ -296,7 +296,6 @@ def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str
         config: Word = None
         """TOML file to take defaults from, such as RUN/config.toml."""
 
-    argv = cli_errors.today(argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe", nargs="?")
     first.add_argument("--config", nargs="?")

@@ -1,4 +1,4 @@
-"""Which engine does it. The engines do not know each other; each is loaded when it is asked for."""
+"""Dispatch to the configured engine. Engines do not know each other; each is loaded on first use."""
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.training.loop import Outcome

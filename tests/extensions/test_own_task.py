@@ -21,7 +21,7 @@ from simmim.data.sources import ImageSource, Subset, open_source
 from simmim.errors import UserError
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.tasks import base
-from simmim.torch_engine.tasks.backbones import create_backbone
+from simmim.torch_engine.tasks.backbones import create_task_backbone
 from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, save_model
 
 TINY = {"patch_size": 16, "depth": 1, "embed_dim": 48, "num_heads": 2}
@@ -67,7 +67,7 @@ class ColourTask:
         return [f"images     {len(self.data.train)}"]
 
     def build(self) -> ColourStep:
-        backbone = create_backbone(self.config, self.weights, num_classes=3, global_pool="avg", fc_norm=True)
+        backbone = create_task_backbone(self.config, self.weights, num_classes=3, global_pool="avg", fc_norm=True)
         return ColourStep(backbone, self.config)
 
     def batches(self, reading: Reading, step: TaskStep) -> Iterator[dict[str, Any]]:
@@ -102,7 +102,7 @@ class ColourPredictor(Predictor):
 def load_colour(directory: Path, device: str) -> ColourPredictor:
     settings = {"model": "vit_tiny_patch16_224", "model_args": TINY, "channels": 3, "image_size": 32}
     config = from_settings(ColourConfig, settings)
-    backbone = create_backbone(config, None, num_classes=3, global_pool="avg", fc_norm=True)
+    backbone = create_task_backbone(config, None, num_classes=3, global_pool="avg", fc_norm=True)
     backbone.load_state_dict(load_file(directory / "model.safetensors"))
     return ColourPredictor(backbone.to(device))
 

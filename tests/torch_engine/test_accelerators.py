@@ -117,6 +117,24 @@ def test_fp32_on_cuda_has_no_tf32_in_products_and_convolutions(precision: str, c
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
+def test_a_tpu_multiplies_fp32_exactly_until_the_training_ends() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with ACCELERATORS["tpu"].arithmetic("bf16"):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("device", ["cuda", "xpu"])
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = getattr(torch, device)
+    monkeypatch.setattr(module, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert choose_precision("auto", device) == "fp32"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_joining_on_cuda_sets_the_arithmetic_of_the_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)

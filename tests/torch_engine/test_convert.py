@@ -91,7 +91,7 @@ def test_official_fine_tuning_features_are_the_same(official: tuple[Path, Path])
     origin = backbones.find_origin(config)
     fresh = {"use_fc_norm": True} if origin.model.startswith("beit") else {}
     complete = backbones.with_encoder_facts(config, origin, open_source("demo"))
-    backbone = backbones.create_backbone(complete, origin.weights, num_classes=0, global_pool="avg", **fresh)
+    backbone = backbones.create_task_backbone(complete, origin.weights, num_classes=0, global_pool="avg", **fresh)
     pooled = backbone.eval()(torch.from_numpy(numbers["ft_images"]))
     np.testing.assert_allclose(pooled, numbers["ft_features"], atol=1e-5, rtol=0)
 

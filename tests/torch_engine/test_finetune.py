@@ -4,6 +4,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `K` classes.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing as TimmErasing
 
@@ -21,6 +23,7 @@ from simmim.config.tasks import TASK_CONFIGS, ClassifyConfig
 from simmim.method.random_keys import sample_keys
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.classify import ClassifyStep
+from simmim.training.run_directory import Run
 
 TASKS = ", ".join(TASK_CONFIGS)
 TINY = ["patch_size=16", "depth=2", "embed_dim=48", "num_heads=2"]
@@ -68,6 +71,26 @@ def test_an_interrupted_fine_tuning_ends_as_an_uninterrupted_one(
     pretrained: Path, interrupt: Callable[..., None]
 ) -> None:
     interrupt(lambda out: command(pretrained, out, "--ema-decay", "0.9"), at=4)
+
+
+def test_a_fine_tuning_resumes_after_its_pretraining_was_deleted(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = shutil.copytree(pretrained, tmp_path / "pretrained")
+    run = Run(tmp_path / "run")
+    assert main(command(source, run.path, "--keep", "9")) == 0
+    finished = load_file(run.model / "model.safetensors")
+    shutil.rmtree(source)
+    for path in (*run.checkpoints.glob("step-*[456]"), run.model, run.path / "metrics.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(command(source, run.path, "--keep", "9")) == 0
+    assert "resumes    after step 3" in capsys.readouterr().err
+    for name, tensor in load_file(run.model / "model.safetensors").items():
+        torch.testing.assert_close(tensor, finished[name], rtol=0, atol=0)
+
+    shutil.rmtree(run.checkpoints)
+    assert main(command(source, run.path, "--keep", "9")) == 2
+    assert "has no encoder; give the directory of a run" in capsys.readouterr().err
 
 
 def test_a_run_whose_classes_got_other_names_is_not_resumed(

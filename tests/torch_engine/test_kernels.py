@@ -30,7 +30,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     """Times to be measured."""
     times: Measured = {}
     monkeypatch.setenv("SIMMIM_KERNELS", "measure")
-    monkeypatch.setattr(kernel_choice, "measure_kernels", lambda _config: times)
+    monkeypatch.setattr(kernel_choice, "measure_kernels", lambda *_: times)
     return times
 
 

@@ -26,7 +26,7 @@ from simmim.method.random_keys import sample_keys
 from simmim.torch_engine.tasks.augment import ColourJitter
 from simmim.torch_engine.tasks.base import TaskPlan
 from simmim.torch_engine.tasks.segment import SegmentTask, load_predictor
-from simmim.torch_engine.tasks.segmenter import SegmentPredictor, build_step, dice_loss
+from simmim.torch_engine.tasks.segmenter import SegmentPredictor, build_segment_step, dice_loss
 from simmim.torch_engine.train.finetune import parameter_groups
 from simmim.training.plan import Batch
 
@@ -225,7 +225,7 @@ def test_dice_is_added_to_the_loss_with_its_weight(data: Path) -> None:
 
 def test_the_decoder_learns_at_full_rate_and_the_encoder_at_decayed_ones(data: Path) -> None:
     settings = config(data, model="vit_tiny_patch16_224", model_args={"depth": 2, "embed_dim": 48}, layer_decay=0.5)
-    step = build_step(settings, None, 3)
+    step = build_segment_step(settings, None, 3)
     names = {id(parameter): name for name, parameter in step.model.named_parameters()}
     groups = parameter_groups(step, settings)
     scales = {names[id(p)]: group.get("lr_scale", 1) for group in groups for p in group["params"]}
@@ -249,7 +249,7 @@ def test_a_mask_has_the_images_size_and_place_however_the_model_sees_it(
     data: Path, evaluation: str, size: tuple[int, int]
 ) -> None:
     settings = config(data, channels=1, mean=(0.5,), std=(0.25,), image_size=(32, 64), evaluation=evaluation)
-    step = build_step(settings, None, 2)
+    step = build_segment_step(settings, None, 2)
     step.model = Thresholds()  # type: ignore[assignment]
     predictor = SegmentPredictor(step, settings, ("dark", "bright"), np.dtype(np.uint8))
     true = np.zeros(size, np.uint8)
@@ -265,7 +265,7 @@ def test_windows_give_finer_masks_of_large_images_than_the_whole(data: Path) -> 
     agreed = {}
     for evaluation in ("resize", "slide"):
         settings = config(data, channels=1, mean=(0.5,), std=(0.25,), evaluation=evaluation)
-        step = build_step(settings, None, 2)
+        step = build_segment_step(settings, None, 2)
         step.model = Thresholds()  # type: ignore[assignment]
         predictor = SegmentPredictor(step, settings, ("dark", "bright"), np.dtype(np.uint8))
         [mask] = predictor.masks([(true[..., None] * 255).astype(np.uint8)])

@@ -48,7 +48,7 @@ def examine() -> dict[str, str]:
 
 
 def _required() -> list[str]:
-    """The packages without which simmim does not work, by its own metadata."""
+    """List the packages that simmim cannot work without, from its own metadata."""
     requirements = importlib.metadata.requires("simmim") or []
     return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line]
 

@@ -120,7 +120,7 @@ def pack(config: PackConfig) -> list[str]:
 
 
 def _names(source: ImageSource, data: str) -> list[str]:
-    """The images' names, relative to the folder that holds them all, if there is one."""
+    """List the images' names, relative to the folder that holds them all, if there is one."""
     names = [source.name(index) for index in range(len(source))]
     if isinstance(source, PathList) and Path(data).is_dir():
         return [os.path.relpath(name, data) for name in names]

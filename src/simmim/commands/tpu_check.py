@@ -80,9 +80,9 @@ def tpu_check(config: TpuCheckConfig, say: Callable[[str], None] = lambda line: 
 
 
 def largest(compile: Callable[[int], CompilerReport], report: CompilerReport, *, unit: int) -> CompilerReport:
-    """The report of the largest batch a device that fits, found to an eighth or `unit`, from a first report on.
+    """Find the report of the largest batch a device that fits, to an eighth or `unit`, from a first report on.
 
-    Its `too_large` is the smallest that was found not to fit. The last report where nothing fits.
+    Its `too_large` is the smallest batch found not to fit. If nothing fits, the last report is returned.
     """
     fits: CompilerReport | None = None
     too_large: CompilerReport | None = None
@@ -146,7 +146,7 @@ def _compile(config: TpuCheckConfig) -> CompilerReport:
 
 
 def _compile_here() -> None:
-    """The new process: a configuration as TOML comes in, a report or an error as JSON goes out."""
+    """Run in the new process: read a configuration as TOML, write a report or an error as JSON."""
     config = parse_toml(sys.stdin.read(), TpuCheckConfig)
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
@@ -163,7 +163,7 @@ def _compile_here() -> None:
 
 
 def describe(report: CompilerReport) -> str:
-    """The report as a person reads it."""
+    """Format a report for a person."""
     height, width = report.image_size
     engine = f"{report.engine} on {report.backend}" if report.backend else report.engine
     lines = [
@@ -194,14 +194,14 @@ def describe(report: CompilerReport) -> str:
 
 
 def memory_line(report: CompilerReport) -> str:
-    """Whether it fits a device's memory."""
+    """Say in words whether the step fits a device's memory."""
     if report.fits:
         return f"fits, {_gib(report.hbm['total'])} of {_gib(report.available)} GiB a device"
     return f"does not fit, {_gib(report.needed)} GiB asked for, {_gib(report.available)} there on a device"
 
 
 def try_compiler() -> str:
-    """Whether this machine can compile for a TPU, in words: a few operations for a v5e."""
+    """Try to compile a few operations for a v5e; say in words whether this machine can."""
     script = "from simmim.hardware.tpu_compiler import available_hbm; print(available_hbm('v5e:1x1'))"
     try:
         check_machine(PretrainConfig())
@@ -214,7 +214,7 @@ def try_compiler() -> str:
 
 
 def _run(script: str, text: str = "") -> "subprocess.CompletedProcess[str]":
-    """By a new process, since libtpu reads its environment as it loads."""
+    """Run a script in a new process, since libtpu reads its environment as it loads."""
     command, environment = [sys.executable, "-c", script], os.environ | ENVIRONMENT
     return subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False)
 

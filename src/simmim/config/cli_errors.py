@@ -45,7 +45,7 @@ _OLD_NAMES = {
 }
 
 
-def today(argv: Sequence[str]) -> list[str]:
+def _with_current_names(argv: Sequence[str]) -> list[str]:
     """Replace option names of version 0.1 with the current ones."""
     parts = [word.partition("=") for word in argv]
     return [_OLD_NAMES.get(name, name) + equals + value for name, equals, value in parts]
@@ -67,7 +67,7 @@ def parse(
 
     from simmim.config.field_types import open_values
 
-    args = [word for given in today(argv) for word in _WORDS.get(given, [given])]
+    args = [word for given in _with_current_names(argv) for word in _WORDS.get(given, [given])]
     box, help_text = io.StringIO(), io.StringIO()
     extra: dict[str, Any] = {"registry": open_values()} | ({} if default is None else {"default": default})
     try:

@@ -58,6 +58,11 @@ class FinetuneConfig(TrainingConfig):
     drop_path: Share = 0.1
     """Stochastic depth rate of the last block."""
 
+    def check(self) -> None:
+        super().check()
+        if self.init is None:
+            raise UserError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifyConfig(FinetuneConfig):
@@ -93,7 +98,18 @@ class ClassifyConfig(FinetuneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentConfig(FinetuneConfig):
+class _DenseConfig(FinetuneConfig):
+    """Fine-tuning on the encoder's feature pyramid, with the batch and the rate of Swin's Mask R-CNN."""
+
+    # With ViTDet's batches of 64, a few hundred images give too few steps.
+    batch_size: Positive = 16
+    """Images per optimiser step, over all ranks and accumulation steps."""
+    lr: PositiveReal = 3.2e-3
+    """Peak learning rate for a batch of 512 (1e-4 for 16). It scales with batch size / 512, as do the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentConfig(_DenseConfig):
     """Semantic segmentation: a class for every pixel."""
 
     command: ClassVar[str] = "finetune segment"
@@ -101,10 +117,6 @@ class SegmentConfig(FinetuneConfig):
     data_forms: ClassVar[str] = "a folder with train/images and train/masks"
     data: Word = None
     """Labelled images: train/images with train/masks (PNG of class numbers, 255 = none), and val/… or test/…."""
-    batch_size: Positive = 16
-    """Images per optimiser step, over all ranks and accumulation steps."""
-    lr: PositiveReal = 3.2e-3
-    """Peak learning rate for a batch of 512 (1e-4 for 16). It scales with batch size / 512, as do the others."""
     evaluation: Literal["resize", "slide"] = "resize"
     """Evaluate on the whole image, resized, or on sliding windows of the image size."""
     zoom: tuple[PositiveReal, PositiveReal] = (0.5, 2.0)
@@ -118,7 +130,7 @@ class SegmentConfig(FinetuneConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectConfig(FinetuneConfig):
+class DetectConfig(_DenseConfig):
     """Object detection, optionally with instance masks."""
 
     command: ClassVar[str] = "finetune detect"
@@ -133,11 +145,6 @@ class DetectConfig(FinetuneConfig):
     scale_jitter: tuple[PositiveReal, PositiveReal] = (0.1, 2.0)
     """Range of random image scales in training; at 1 the image just fits the image size."""
 
-    # Defaults of Swin's Mask R-CNN. With ViTDet's batches of 64, a few hundred images give too few steps.
-    batch_size: Positive = 16
-    """Images per optimiser step, over all ranks and accumulation steps."""
-    lr: PositiveReal = 3.2e-3
-    """Peak learning rate for a batch of 512 (1e-4 for 16). It scales with batch size / 512, as do the others."""
     clip_grad: Annotated[PositiveReal | None, NONE_WORD, one_word(float, "FLOAT|none", nothing="none")] = 1.0
     """Maximum gradient norm (as in ViTDet); none turns clipping off."""
 

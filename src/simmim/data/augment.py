@@ -174,7 +174,7 @@ def load(
     out: NDArray[Any] | None = None,
     antialias: bool = True,
 ) -> NDArray[Any]:
-    """The part of an image that `choose_box(height, width)` names, at `size`: (H, W, C). Raises `BadImage`.
+    """Read the part of an image that `choose_box(height, width)` names, at `size`: (H, W, C). Raises `BadImage`.
 
     What the box has beyond the image is filled with the colour `fill`, (C,) or one number. The result is written into
     `out`, if given. Without `antialias` it is interpolated only, in less time.
@@ -196,7 +196,7 @@ def show(
     out: NDArray[Any] | None = None,
     antialias: bool = True,
 ) -> NDArray[Any]:
-    """`load` for an image that is open."""
+    """Do what `load` does, for an image that is open."""
     pixels = picture.decode(channels=channels, dtype=dtype, reduction=reduction(box, size))
     height, width = pixels.shape[:2]
     if (height, width) != (picture.height, picture.width):

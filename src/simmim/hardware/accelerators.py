@@ -75,7 +75,7 @@ def _read_own(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def find_gpu(driver_name: str) -> Accelerator | None:
-    """The facts of a GPU by the name that its driver reports; `None` where it is not among them."""
+    """Return the facts of a GPU by the name that its driver reports; `None` for an unknown GPU."""
     found = [
         row
         for row in read_facts().accelerators.values()
@@ -85,6 +85,6 @@ def find_gpu(driver_name: str) -> Accelerator | None:
 
 
 def gpu_peak_flops(name: str) -> float | None:
-    """Peak dense bf16 FLOP/s of a GPU by the name that its driver reports; `None` where it is not known."""
+    """Return the peak dense bf16 FLOP/s of a GPU by the name that its driver reports; `None` where it is unknown."""
     row = find_gpu(name)
     return row.tflops["bf16"] * 1e12 if row and "bf16" in row.tflops else None

@@ -21,17 +21,17 @@ def cpu_name() -> str:
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def reading_cores() -> int:
-    """This process's share of the cores, if torchrun started several on this machine."""
+    """Count the cores of this process's share, if torchrun started several on this machine."""
     return max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 in hardware; without, bf16 is slower than fp32."""
+    """Return whether the processor multiplies bf16 in hardware; without, bf16 is slower than fp32."""
     flags = (_cpu_info().get("flags") or _cpu_info().get("Features") or "").split()
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 

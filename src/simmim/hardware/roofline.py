@@ -66,19 +66,19 @@ class StepWork:
         return 4 * self.parameters + 8 * self.trained
 
     def seconds(self, images: int, rates: Rates, *, pieces: int = 1) -> float:
-        """Time on one device of a step that accumulates `pieces` times `images`, but for any exchange of gradients."""
+        """Return the time on one device of a step that accumulates `pieces` times `images`, without exchanges."""
         flops, traffic = _at(self.flops, images) / rates.flops, _at(self.traffic, images) / rates.bandwidth
         longer = np.maximum(flops, traffic)
         taken = np.maximum(longer, np.where(longer > 0, rates.launch, 0.0))
         return float(pieces * taken[: self.update_starts].sum() + taken[self.update_starts :].sum())
 
     def arithmetic_share(self, images: int, rates: Rates) -> float:
-        """Share of a step's time in operations that arithmetic limits, and not memory traffic."""
+        """Return the share of a step's time in operations that arithmetic limits, not memory traffic."""
         flops, traffic = _at(self.flops, images) / rates.flops, _at(self.traffic, images) / rates.bandwidth
         return float(flops[flops >= traffic].sum() / np.maximum(flops, traffic).sum())
 
     def peak_bytes(self, images: int, *, kept_gradients: bool = False, shards: int = 1) -> float:
-        """Most memory in use at once on a device during a step that takes `images` at a time.
+        """Return the peak memory in use on a device during a step that takes `images` at a time.
 
         `kept_gradients`: they are there during the whole step, as with accumulation and with DDP, whose buckets are
         never freed. `shards`: devices among which FSDP2 divides parameters, averages and gradients; two blocks at a
@@ -92,8 +92,10 @@ class StepWork:
         return float(live.max())
 
     def largest_batch(self, memory: float, *, kept_gradients: bool = False, shards: int = 1) -> int:
-        """Most images at a time that fit into `memory` bytes, 0 where none does. Found by halving, since memory grows
-        with the images."""
+        """Find the most images at a time that fit into `memory` bytes, 0 if none does.
+
+        Halves the interval, since memory grows with the images.
+        """
 
         def fits(images: int) -> bool:
             return self.peak_bytes(images, kept_gradients=kept_gradients, shards=shards) <= memory
@@ -112,7 +114,7 @@ def _at(line: Floats, images: int) -> Floats:
 
 
 def fit_rates(measured: Sequence[tuple[StepWork, int, float]]) -> Rates:
-    """The rates that come closest, in ratio, to measured steps: (work, images, seconds) of two or more.
+    """Fit the rates that come closest, in ratio, to measured steps: (work, images, seconds) of two or more.
 
     For one ratio of the two rates the best scale is known in closed form, so the ratio alone is searched for.
     """

@@ -130,7 +130,7 @@ def report_of(compile: Callable[[], Any], facts: StepFacts) -> CompilerReport:
 
 
 def count_collectives(text: str) -> dict[str, int]:
-    """Exchanges between devices in a compiled program's text, by name."""
+    """Count the exchanges between devices in a compiled program's text, by name."""
     return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
 
 
@@ -156,7 +156,7 @@ def _memory(stats: Any) -> dict[str, int]:
 
 
 def sizes(text: str) -> list[int]:
-    """The amounts of memory that a message of the compiler names, such as 15.75G, in bytes and in its order."""
+    """Read the amounts of memory in a message of the compiler, such as 15.75G, in bytes and in its order."""
     return [round(float(number) * _UNITS[unit]) for number, unit in re.findall(r"\b(\d+\.\d+)([KMGT]?)\b", text)]
 
 
@@ -185,7 +185,7 @@ def topology_devices(topology: str) -> list[Any]:
 
 
 def compile_stablehlo(text: str, topology: str, *, effort: str = "O1") -> Any:
-    """A StableHLO module, compiled for one device of a topology: jaxlib's executable, which cannot run here.
+    """Compile a StableHLO module for one device of a topology: jaxlib's executable, which cannot run here.
 
     An argument that the module marks as a donor (`jax.buffer_donor`) gives its memory to an output.
     """
@@ -210,7 +210,7 @@ def compile_stablehlo(text: str, topology: str, *, effort: str = "O1") -> Any:
 
 
 def available_hbm(topology: str) -> int:
-    """Bytes of HBM that the compiler may use on a device: what it says when asked for far too much."""
+    """Ask the compiler for far too much, to learn how many bytes of HBM it may use on a device."""
     huge = f"tensor<{2**42}xf32>"
     module = f"func.func public @main(%x: {huge}) -> {huge} {{ %y = stablehlo.add %x, %x : {huge} return %y : {huge} }}"
     try:

@@ -103,7 +103,7 @@ def infer_family(weights: State) -> str | None:
 
 
 def pools_before_norm(weights: State) -> bool:
-    """Whether the last norm acts on the pooled tokens instead of each token."""
+    """Return whether the last norm acts on the pooled tokens instead of each token."""
     return "fc_norm.weight" in weights and "norm.weight" not in weights
 
 

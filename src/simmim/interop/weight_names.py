@@ -58,7 +58,7 @@ def from_official_swin(state: Mapping[str, Array]) -> Mapped:
 
 
 def from_official_simmim(state: Mapping[str, Array]) -> Mapped:
-    """`encoder.*` (a ViT with timm's names for BEiT, or an official Swin) and `decoder.0.*`, a 1x1 convolution.
+    """Map `encoder.*` (a ViT with timm's names for BEiT, or an official Swin) and `decoder.0.*`, a 1x1 convolution.
 
     Raises `UserError` for a decoder of another kind.
     """
@@ -102,7 +102,7 @@ def from_transformers(state: Mapping[str, Array], kind: str) -> Mapped:
 
 
 def to_transformers(state: Mapping[str, Array], kind: str) -> State:
-    """The inverse, under the names that Transformers writes: `ViTForMaskedImageModeling`, `SwinFor…`, `Swinv2For…`.
+    """Invert, to the names that Transformers writes: `ViTForMaskedImageModeling`, `SwinFor…`, `Swinv2For…`.
 
     For `beit` the names are those of `BeitModel`, which has no head: ours is left out.
     """
@@ -184,7 +184,7 @@ def _exchanged(name: str, pairs: Iterable[tuple[str, str]], theirs: int) -> str 
 
 
 def _part_of_triple(name: str, dialect: Dialect) -> tuple[str, str | None]:
-    """For a query, key or value name, return timm's joined name and the part's index."""
+    """Return timm's joined name of a query, key or value name, and the part's index."""
     kinds = "weight|bias" if dialect.joint_bias else "weight"
     found = re.fullmatch(rf"({_as_pattern(dialect.blocks[1])}){re.escape(dialect.attention)}(\w+)\.({kinds})", name)
     if found is None or found[found.re.groups - 1] not in _TRIPLE:
@@ -302,7 +302,7 @@ def _place(name: str) -> str:
 
 
 def _head_from_convolution(state: Mapping[str, Array]) -> State:
-    """`decoder.0.*` → our linear head: a 1x1 convolution (P, D, 1, 1) is a linear layer (P, D)."""
+    """Map `decoder.0.*` to our linear head: a 1x1 convolution (P, D, 1, 1) is a linear layer (P, D)."""
     names = {"decoder.0.weight": "head.weight", "decoder.0.bias": "head.bias"}
     if unknown := set(state) - set(names):
         raise UserError(f"the checkpoint holds {min(unknown)!r}, which no linear prediction head has")

@@ -42,7 +42,7 @@ class JaxMachine:
 
     @classmethod
     def find(cls, wanted: str) -> "JaxMachine":
-        """All devices of a kind; auto is the best that JAX sees. `tpu` joins the other hosts of a slice first.
+        """Find all devices of a kind; auto is the best that JAX sees. `tpu` joins the other hosts of a slice first.
 
         A program that has called `jax.distributed.initialize` itself is taken as it is.
         """
@@ -60,7 +60,7 @@ class JaxMachine:
             ) from None
 
     def building(self) -> contextlib.AbstractContextManager[Any]:
-        """Keras's own copy of the weights stays in the host's memory."""
+        """Keep Keras's own copy of the weights in the host's memory."""
         return jax.default_device(jax.local_devices(backend="cpu")[0])
 
     def start(self, model: MaskedImageModel, config: PretrainConfig) -> "JaxStepper":
@@ -93,7 +93,7 @@ class JaxMachine:
         return NamedSharding(self.mesh, PartitionSpec(_AXIS))
 
     def spread(self, shape: tuple[int, ...]) -> NamedSharding:
-        """Along the longest axis that divides; copied where none does."""
+        """Split along the longest axis that divides; copy where none does."""
         fitting = [axis for axis, length in enumerate(shape) if length and length % self.devices == 0]
         if not fitting:
             return self.copied
@@ -116,7 +116,7 @@ class JaxStepper:
         return figures
 
     def lower(self, batch: Batch) -> Any:
-        """The step, traced for a whole batch of these shapes: `.compile()` compiles it for the machine's devices."""
+        """Trace the step for a whole batch of these shapes; `.compile()` compiles it for the machine's devices."""
 
         def typed(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
@@ -176,7 +176,7 @@ class JaxStepper:
         return advance(self._rule, state, found, lr)
 
     def _precisely(self, function: Any) -> Any:
-        """Traced so that fp32 means fp32: TPUs and GPUs would round the factors of products."""
+        """Trace a function so that fp32 means fp32: TPUs and GPUs would round the factors of products."""
         if self._config.precision != "fp32":
             return function
         return partial(_with_full_precision, function)
@@ -188,6 +188,6 @@ def _with_full_precision(function: Any, *args: Any) -> Any:
 
 
 def _place(array: NDArray[Any], sharding: NamedSharding) -> Any:
-    """A whole array, given on every process, on the devices."""
+    """Put a whole array, given on every process, on the devices."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -160,13 +160,13 @@ class RelativeBias(Module):
         )
 
     def scores(self) -> Array:
-        """(n, N, N)."""
+        """Look up the bias of each head: (n, N, N)."""
         bias = ops.take(ops.convert_to_tensor(self.relative_position_bias_table), self._index, axis=0)  # (N, N, n)
         return ops.transpose(bias, (2, 0, 1))
 
 
 def _relative_index(grid: tuple[int, int], *, prefix: bool) -> NDArray[np.int32]:
-    """Table row for query i and key j: (N, N).
+    """Compute the table row for query i and key j: (N, N).
 
     Rows enumerate row distance, then column distance; a class token adds three: to it, from it, to itself.
     """

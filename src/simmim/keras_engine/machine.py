@@ -27,7 +27,7 @@ class Machine(Protocol):
     """Processes that train together; `rank` is this one's number."""
 
     def building(self) -> AbstractContextManager[Any]:
-        """Where models are built."""
+        """Return the context in which models are built."""
         ...
 
     def start(self, model: MaskedImageModel, config: PretrainConfig) -> "Stepper": ...
@@ -49,7 +49,7 @@ class Stepper(Protocol):
     """The training state on the devices. Every process calls these together, each with its part of the batch."""
 
     def step(self, batch: Batch, lr: float) -> Any:
-        """Train on a batch; the figures of `simmim.keras_engine.optim.advance`, not waited for."""
+        """Train on a batch; return the figures of `simmim.keras_engine.optim.advance` without waiting for them."""
         ...
 
     def fetch(self, figures: Sequence[Any]) -> list[list[float]]: ...
@@ -62,16 +62,16 @@ class Stepper(Protocol):
         ...
 
     def read(self) -> State:
-        """The state as NumPy arrays, whole on every process."""
+        """Return the state as NumPy arrays, whole on every process."""
         ...
 
     def write(self, state: State) -> None:
-        """The reverse of `read`."""
+        """Set the state that `read` returned."""
         ...
 
 
 def first_state(model: MaskedImageModel) -> State:
-    """The state of a new model, as NumPy arrays."""
+    """Return the state of a new model, as NumPy arrays."""
     values = [np.asarray(variable, np.float32) for variable in model.trainable_variables]
     return State(
         parameters=values,

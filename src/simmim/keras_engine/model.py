@@ -61,7 +61,7 @@ class MaskedImageModel(Module):
         return self.loss.mean(*sums), prediction, ops.stack(sums)
 
     def has_weight_decay(self, variable: keras.Variable) -> bool:
-        """As in the PyTorch engine: 1-D parameters, biases and the encoder's `without_decay` are exempt."""
+        """Return whether a parameter decays: not if it is 1-D, a bias, or in the encoder's `without_decay`."""
         name = weights.torch_name(variable)
         return len(variable.shape) > 1 and not name.endswith(".bias") and name not in self.encoder.without_decay
 

@@ -100,7 +100,7 @@ def advance(rule: Rule, state: State, found: Gradients, lr: Array) -> tuple[Stat
 def _adamw(
     rule: Rule, decay: float, parameter: Array, gradient: Array, mean: Array, square: Array, updates: Array, lr: Array
 ) -> tuple[Array, Array, Array]:
-    """AdamW as in PyTorch: decay by lr · weight decay, epsilon after the bias correction."""
+    """Apply AdamW as in PyTorch: decay by lr · weight decay, epsilon after the bias correction."""
     first, second = rule.betas
     mean = first * mean + (1.0 - first) * gradient
     square = second * square + (1.0 - second) * ops.square(gradient)
@@ -117,7 +117,7 @@ def _correction(beta: float, updates: Array) -> Array:
 def in_pieces(
     pieces: int, batch: dict[str, Any], statistics: list[Any], judge: Callable[[dict[str, Any], list[Any]], Gradients]
 ) -> Gradients:
-    """Mean loss and gradients of a batch, accumulated over `pieces` parts."""
+    """Compute mean loss and gradients of a batch, accumulated over `pieces` parts."""
     found: list[Gradients] = []
     for piece in range(pieces):
         # Each piece strides over the whole batch, so that a sharded batch stays on its devices.

@@ -107,7 +107,7 @@ def check_batch(config: PretrainConfig, devices: int) -> None:
 
 
 def choose_precision(wanted: str, device: str) -> str:
-    """`auto` → bf16 on accelerators; XLA's CPU code gains nothing from it."""
+    """Resolve `auto` to bf16 on accelerators; XLA's CPU code gains nothing from it."""
     if wanted != "auto":
         return wanted
     return "fp32" if device == "cpu" else "bf16"

@@ -84,7 +84,7 @@ class _Stages(Module):
             self.stages.append(blocks)
 
     def stem(self, images: Array, training: bool) -> Array:
-        """(B, H, W, C) → (B, H/4, W/4, 64)."""
+        """Shrink images to a quarter: (B, H, W, C) → (B, H/4, W/4, 64)."""
         x = ops.relu(self.bn1(self.conv1(_pad(images, 3)), training=training))
         return ops.max_pool(_pad(x, 1), 3, strides=2, padding="valid", data_format="channels_last")  # x ≥ 0
 

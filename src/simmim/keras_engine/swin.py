@@ -146,7 +146,7 @@ class WindowBlock(Module):
         return ops.roll(x, self.shift, axis=(1, 2))
 
     def _score_bias(self, windows: Array) -> Array:
-        """(n, N, N), or (B · windows, n, N, N) where windows differ."""
+        """Compute the scores' bias: (n, N, N), or (B · windows, n, N, N) where windows differ."""
         bias = self.bias.scores()
         if self.forbidden is None:
             return bias
@@ -155,7 +155,7 @@ class WindowBlock(Module):
 
 
 def _shift_mask(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> NDArray[np.float32]:
-    """Score mask that restricts attention to tokens that were neighbours before the shift.
+    """Compute the score mask that restricts attention to tokens that were neighbours before the shift.
 
     (windows, 1, N, N); a window of the shifted map holds parts of up to four regions.
     """

@@ -36,7 +36,7 @@ class TensorFlowMachine:
 
     @classmethod
     def find(cls, wanted: str) -> "TensorFlowMachine":
-        """All devices of a kind; auto takes GPUs where there are some, else the CPU."""
+        """Find all devices of a kind; auto takes GPUs where there are some, else the CPU."""
         if wanted == "tpu":
             return cls._tpu()
         gpus = tf.config.list_logical_devices("GPU")
@@ -48,7 +48,7 @@ class TensorFlowMachine:
 
     @classmethod
     def _tpu(cls) -> "TensorFlowMachine":
-        """The TPU of this host or, where TPU_NAME is set, that slice, all of whose hosts this process drives."""
+        """Connect to this host's TPU or, if TPU_NAME is set, to that slice; this process drives all of its hosts."""
         try:
             resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=os.environ.get("TPU_NAME", "local"))
             tf.config.experimental_connect_to_cluster(resolver)
@@ -62,7 +62,7 @@ class TensorFlowMachine:
 
     @classmethod
     def absent_tpu(cls) -> "TensorFlowMachine":
-        """One device of a TPU that is not here: models are built on the CPU, and steppers only `lower`."""
+        """Stand in for one device of a TPU that is not here: models are built on the CPU, steppers only `lower`."""
         return cls(tf.distribute.OneDeviceStrategy("CPU:0"), "tpu", "TPU")
 
     def building(self) -> AbstractContextManager[Any]:
@@ -87,7 +87,7 @@ def _strategy(devices: Sequence[Any]) -> tf.distribute.Strategy:
 
 
 def _traced(function: Callable[..., Any], *, jit_compile: bool | None = None) -> Any:
-    """A graph of the function as it is: it has no branches or loops over tensors for AutoGraph to rewrite."""
+    """Trace a function as it is: it has no branches or loops over tensors for AutoGraph to rewrite."""
     return tf.function(function, autograph=False, jit_compile=jit_compile)
 
 
@@ -117,7 +117,7 @@ class TensorFlowStepper:
         return self._strategy.experimental_local_results(figures)[0]
 
     def lower(self, batch: Batch) -> str:
-        """The step of one replica, for its part of a batch of these shapes, in StableHLO."""
+        """Lower the step of one replica, for its part of a batch of these shapes, to StableHLO."""
 
         def step(lr: Any, *arrays: Any) -> Any:
             return self._strategy.run(self._replica, args=(dict(zip(batch, arrays, strict=True)), lr))
@@ -141,7 +141,7 @@ class TensorFlowStepper:
             variable.assign(value)
 
     def _split(self, batch: Batch) -> dict[str, Any]:
-        """Each replica's part of the batch, on its device."""
+        """Put each replica's part of the batch on its device."""
         count = self._strategy.num_replicas_in_sync
         parts = {name: np.split(array, count) for name, array in batch.items()}
         return {
@@ -156,7 +156,7 @@ class TensorFlowStepper:
         return _traced(lambda batch, lr: self._strategy.run(self._replica, args=(batch, lr)))
 
     def _replica(self, batch: dict[str, Any], lr: Any) -> Any:
-        """One replica's part in a step; returns the figures, which are equal on all."""
+        """Do one replica's part of a step; return the figures, which are equal on all."""
         state = tf.nest.map_structure(tf.convert_to_tensor, self._variables)
         found = self._find(state, batch)
         if self._strategy.num_replicas_in_sync > 1:

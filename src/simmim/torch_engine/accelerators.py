@@ -118,8 +118,12 @@ def _without_tf32(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _exact_on_tpu(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
     exact_fp32()
-    yield
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 ACCELERATORS: dict[str, Accelerator] = {
@@ -128,7 +132,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         Accelerator(  # NVIDIA, and AMD by ROCm, which PyTorch calls cuda too
             name="cuda",
             find=_gpu("cuda", "NVIDIA or AMD GPU"),
-            has_bf16=lambda: torch.cuda.is_bf16_supported(),
+            has_bf16=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
             automatic=True,
             compiles=True,
             numbered=True,
@@ -147,7 +151,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         Accelerator(
             name="xpu",
             find=_gpu("xpu", "Intel GPU"),
-            has_bf16=torch.xpu.is_bf16_supported,
+            has_bf16=lambda: torch.xpu.is_bf16_supported(including_emulation=False),
             automatic=True,
             numbered=True,
             pins=True,

@@ -1,1 +1,1 @@
-"""What every training shares, whichever engine runs it: plan, loop, run directory, checkpoints, trackers."""
+"""Parts that every training shares, on any engine: plan, loop, run directory, checkpoints, trackers."""

@@ -1,5 +1,4 @@
-"""Checkpoint directories, whichever engine fills them: written aside and renamed, with checksums; the newest that
-verifies is used.
+"""Checkpoint directories of any engine: written aside and renamed, with checksums; the newest that verifies is used.
 
 `RUN/checkpoints/step-00001000/` holds the engine's files and `manifest.json` (SHA-256 of every other file). A directory
 without a manifest or with a file that does not match it is damaged, and the one before it is used.
@@ -20,7 +19,7 @@ ARRAYS = "state.safetensors"
 
 
 def begin(directory: Path, step: int) -> Path:
-    """A new directory for the files of the checkpoint after `step` steps; until `publish` nobody takes it for one."""
+    """Create a directory for the files of a checkpoint; it does not count as one until `publish`."""
     aside = aside_path(directory, step)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -28,7 +27,7 @@ def begin(directory: Path, step: int) -> Path:
 
 
 def publish(directory: Path, step: int, *, keep: int) -> Path:
-    """Make what `begin` gave and its caller filled the newest checkpoint; of those before it `keep` - 1 stay."""
+    """Make the filled directory of `begin` the newest checkpoint; keep `keep` - 1 of those before it."""
     aside, final = aside_path(directory, step), checkpoint_path(directory, step)
     digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
     (aside / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
@@ -43,7 +42,7 @@ def publish(directory: Path, step: int, *, keep: int) -> Path:
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint that verifies, or `None` where there is none; warns of damaged ones that it passes over.
+    """Find the newest checkpoint that verifies, `None` if there is none; warn of damaged ones that are passed over.
 
     Raises `UserError` where there are checkpoints and every one is damaged.
     """

@@ -26,12 +26,15 @@ def check_data(run: Run, sources: Mapping[str, ImageSource], *, accept: bool) ->
     if run.data.is_file():
         if json.loads(run.data.read_text(encoding="utf-8")) == found:
             return None
-        change = _describe_change(_read_names(run), names)
-        if not accept:
+        old = _read_names(run)
+        if old != names:
+            change = _describe_change(old, names)
+        if change and not accept:
             raise UserError(
                 f"the images of {run.path} changed since it began: {change}; bring the old ones back, give another "
                 "--out, or go on with other splits and order by --accept-changed-data"
             )
+    # Names first: a process killed in between leaves the names of changes that were accepted, and old digests.
     with written_whole(run.data_names) as path:
         path.write_bytes(gzip.compress(_encode(names), compresslevel=1, mtime=0))
     write_json(run.data, found, indent=2)

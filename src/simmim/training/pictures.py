@@ -29,7 +29,7 @@ def save_png(picture: NDArray[np.uint8], path: Path) -> None:
 
 
 def to_rgb(images: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """(B, H, W, C) in units of 1 = white → (B, H, W, 3). One channel is grey; of more than three, three show."""
+    """Convert (B, H, W, C), 1 = white, to (B, H, W, 3) bytes. One channel is grey; of more than three, three show."""
     if images.shape[-1] < 3:
         images = np.repeat(images[..., :1], 3, axis=-1)
     return (np.clip(images[..., :3], 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -38,7 +38,7 @@ def to_rgb(images: NDArray[np.floating]) -> NDArray[np.uint8]:
 def reconstruction_panel(
     original: NDArray[np.floating], predicted: NDArray[np.floating], hidden: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:
-    """A picture (rows, columns, 3) with one row an image: original, masked, reconstruction.
+    """Draw a picture (rows, columns, 3) with one row an image: original, masked, reconstruction.
 
     `original` and `predicted` (B, H, W, C) in units of 1 = white, `hidden` (B, H, W). The reconstruction shows the
     prediction where pixels were hidden and the original elsewhere. Small images are enlarged.
@@ -62,14 +62,14 @@ def reconstruction_panel(
 
 
 def class_colours(count: int) -> NDArray[np.uint8]:
-    """Colours (K, 3) that tell classes apart; the first is grey, since class 0 is often the background."""
+    """Return colours (K, 3) that tell classes apart; the first is grey, since class 0 is often the background."""
     golden = (5**0.5 - 1) / 2  # hues that are never near those just before
     hues = [colorsys.hsv_to_rgb(k * golden % 1, 0.9, 1 - 0.35 * (k % 3 == 0)) for k in range(1, count)]
     return np.rint(255 * np.array([(0.5, 0.5, 0.5), *hues])).astype(np.uint8)
 
 
 def lay_classes(image: NDArray[np.uint8], mask: NDArray[np.integer], count: int) -> NDArray[np.uint8]:
-    """An image (H, W, 3) half covered by the colours of its pixels' classes (H, W); black where there is none."""
+    """Half cover an image (H, W, 3) with the colours of its pixels' classes (H, W), black where there is none."""
     colours = np.zeros((max(count, int(mask.max(initial=0)) + 1), 3), np.uint8)
     colours[:count] = class_colours(count)
     return (image // 2) + colours[mask] // 2
@@ -78,7 +78,7 @@ def lay_classes(image: NDArray[np.uint8], mask: NDArray[np.integer], count: int)
 def class_panel(
     image: NDArray[np.uint8], true: NDArray[np.integer], predicted: NDArray[np.integer], count: int
 ) -> NDArray[np.uint8]:
-    """A picture (rows, columns, 3): image (H, W, 3), true classes (H, W) and predicted ones, side by side."""
+    """Draw a picture (rows, columns, 3): image (H, W, 3), true classes (H, W) and predicted ones, side by side."""
     pictures = {
         "image": image,
         "true": lay_classes(image, true, count),
@@ -91,13 +91,13 @@ def class_panel(
 
 
 def enlarged(pictures: NDArray[np.uint8], high: int = _HIGH) -> NDArray[np.uint8]:
-    """Pictures (B, H, W, 3), as many times larger as makes them so many pixels high at least."""
+    """Enlarge pictures (B, H, W, 3) by a whole number, to at least `high` pixels of height."""
     zoom = max(1, math.ceil(high / pictures.shape[1]))
     return np.repeat(np.repeat(pictures, zoom, 1), zoom, 2)
 
 
 def captioned(picture: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
-    """A picture (H, W, 3), enlarged if it is small, with a line of text below it, in proportion to it."""
+    """Add a line of text below a picture (H, W, 3), in proportion to it; enlarge a small picture."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = enlarged(picture[None])[0]

@@ -1,4 +1,4 @@
-"""The run directory (docs/architecture.md): what a training writes, and how the same command finds it again."""
+"""The run directory (docs/pretraining.md): its files, and how the same command finds it again."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write instead of `path`, renamed onto it at the end: readers see the old file or the new, whole."""
+    """Give a path to write, renamed to `path` at the end: readers see the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)  # always the same name: what a killed process left is written over
     try:
@@ -38,7 +38,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """A JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     with written_whole(path) as aside:
         aside.write_text(json.dumps(value, indent=indent), encoding="utf-8")
 
@@ -54,9 +54,9 @@ def _aside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def new_directory(out: str | Path) -> Iterator[Path]:
-    """A directory to fill that is `--out` at the end, whole; if it comes to an error, nothing is there.
+    """Give a directory to fill, renamed to `out` at the end; after an error, nothing is there.
 
-    Raises `UserError` where `out` exists and is not an empty directory.
+    Raises `UserError` if `out` exists and is not an empty directory.
     """
     target = Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
@@ -139,7 +139,7 @@ def mark_task(directory: Path, task: str) -> None:
 
 
 def find_task_of(path: Path) -> str | None:
-    """What a run, or the model directory of one, was fine-tuned for; `None` for whatever was not."""
+    """Return the task that a run, or the model directory of one, was fine-tuned for; `None` if it was not."""
     for file in (path / _TASK, Run(path).model / _TASK):
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))["task"]
@@ -148,7 +148,7 @@ def find_task_of(path: Path) -> str | None:
 
 
 def find_model(path: Path) -> Path:
-    """The model directory of a fine-tuned run; `path` may be either. Raises `UserError` where there is none."""
+    """Find the model directory of a fine-tuned run; `path` may be either. Raises `UserError` if there is none."""
     if (path / _TASK).is_file():
         return path
     run = Run(path)
@@ -172,7 +172,7 @@ def recall(config: Config) -> Config | None:
 
 
 def open_run(config: TrainingConfig) -> Run:
-    """The run directory of `config.out`, made if new. A run that is there is resumed, or refused if it differs.
+    """Open the run directory of `config.out`, made if new. A run in it is resumed, or refused if it differs.
 
     `config` is complete (nothing left to resolve), so that it can be compared. Raises `UserError` that
     names the fields that differ, or for a directory that holds something else.

@@ -146,7 +146,7 @@ def _losses(values: dict[str, float]) -> str:
 
 
 def progress(items: Iterable[Item], total: int, what: str, *, every_seconds: float = 10) -> Iterator[Item]:
-    """The items, while standard error shows how many there were: a bar on a terminal, else a line now and then."""
+    """Yield the items and show on standard error how many are done: a bar on a terminal, else a line now and then."""
     if sys.stderr.isatty():
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -165,7 +165,7 @@ def progress(items: Iterable[Item], total: int, what: str, *, every_seconds: flo
 
 
 def duration(seconds: float) -> str:
-    """`95` → `1m35s`."""
+    """Format seconds: `95` → `1m35s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)

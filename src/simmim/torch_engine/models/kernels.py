@@ -21,10 +21,10 @@ _UNFUSED_TOKENS = 1100
 def allowed_kernels(backbone: nn.Module, precision: str) -> dict[str, tuple[str, ...]]:
     """Return the kernels that suit a timm module on the CPU, by field of `Kernels`; PyTorch's usual kernel first."""
     ways: dict[str, tuple[str, ...]] = {"linear": ("default",), "attention": ("fused",)}
-    if precision == "fp32" and has_onednn() and _linear_layers(backbone):
+    if precision == "fp32" and has_onednn() and linear_layers(backbone):
         ways["linear"] = ("default", "onednn")
     embed: Any = getattr(backbone, "patch_embed", None)
-    if embed is not None and embed.num_patches <= _UNFUSED_TOKENS and _fused_attention(backbone):
+    if embed is not None and embed.num_patches <= _UNFUSED_TOKENS and fused_attention(backbone):
         ways["attention"] = ("fused", "products")
     ways["memory_format"] = ("channels_last",) if embed is not None else ("channels_last", "contiguous")
     return ways
@@ -55,10 +55,10 @@ def fill_kernels(kernels: Kernels, found: Mapping[str, str]) -> Kernels:
 def set_kernels(model: nn.Module, backbone: nn.Module, kernels: Kernels) -> None:
     """Let `model`, which contains the timm module `backbone`, use these kernels on the CPU; `auto` changes nothing."""
     if kernels.attention == "products":
-        for module in _fused_attention(backbone):
+        for module in fused_attention(backbone):
             module.fused_attn = False
     if kernels.linear == "onednn":
-        for module in _linear_layers(model):
+        for module in linear_layers(model):
             replace_class(module, OneDnnLinear)
     if kernels.memory_format == "contiguous":
         stem = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
@@ -70,11 +70,13 @@ def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _linear_layers(model: nn.Module) -> list[nn.Module]:
+def linear_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the plain linear layers of a model."""
     return [module for module in model.modules() if type(module) is nn.Linear]
 
 
-def _fused_attention(backbone: nn.Module) -> list[Any]:
+def fused_attention(backbone: nn.Module) -> list[Any]:
+    """Return the layers of a timm module that use fused attention."""
     return [module for module in backbone.modules() if getattr(module, "fused_attn", False)]
 
 

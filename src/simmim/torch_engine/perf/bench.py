@@ -35,7 +35,7 @@ class BenchConfig:
 
     command: ClassVar[str] = "bench"
     model: str = "vit_base_patch16_224"
-    """The encoder, by its timm name."""
+    """Encoder, by its timm name."""
     batch_size: Positive = 8
     """Images of a step."""
     image_size: ImageSize = None
@@ -45,11 +45,11 @@ class BenchConfig:
     workers: Count = None
     """Threads or processes that read images (default: one a core)."""
     decode: Literal["cpu", "gpu"] = "cpu"
-    """What decodes JPEGs: the CPU's threads, or the GPU by nvJPEG."""
+    """Decode JPEGs on the CPU, or on the GPU with nvJPEG."""
     readers: Literal["threads", "processes"] = "threads"
-    """What reads images."""
+    """Read images with threads, or with processes."""
     antialias: bool = True
-    """Blur what is shrunk, as Pillow does."""
+    """Blur before shrinking, as Pillow does."""
     device: Device = "auto"
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -48,10 +48,10 @@ _BATCHES = (2, 4)
 
 
 def measure_work(config: PretrainConfig) -> StepWork:
-    """The work of a step of `config`, complete but for `batch_size`, which does not matter here.
+    """Measure the work of a step of `config`, complete except for `batch_size`, which does not matter here.
 
     What autocast and attention do on its `device` is followed ("auto": on CUDA), since each saves other tensors.
-    Raises `UserError` for what cannot be built.
+    Raises `UserError` for a model that cannot be built.
     """
     first, second = (_record(config, images) for images in _BATCHES)
     assert first.names == second.names
@@ -69,7 +69,7 @@ def measure_work(config: PretrainConfig) -> StepWork:
 
 
 def count_flops(config: PretrainConfig) -> int:
-    """FLOP of forward and backward for one image, by PyTorch's own counter on the real step.
+    """Count FLOP of forward and backward for one image, with PyTorch's own counter on the real step.
 
     Attention runs unfused here: that counter does not know the CPU's fused kernel and would leave it out.
     """
@@ -85,14 +85,14 @@ def count_flops(config: PretrainConfig) -> int:
 
 
 def _line(first: list[int], second: list[int]) -> np.ndarray:
-    """The lines through two points each: (2, operations), base and slope."""
+    """Fit lines through two points each: (2, operations), base and slope."""
     low, high = np.array(first, np.float64), np.array(second, np.float64)
     slope = (high - low) / (_BATCHES[1] - _BATCHES[0])
     return np.stack((low - slope * _BATCHES[0], slope))
 
 
 def _record(config: PretrainConfig, images: int) -> "_Tape":
-    """One update of `images` images, with AdamW's averages there from the start."""
+    """Record one update of `images` images, with AdamW's averages there from the start."""
     like = _LIKE.get(config.device, _LikeCuda)()
     with torch.device("meta"):
         step = build_step(config)
@@ -179,14 +179,14 @@ class _Tape(TorchDispatchMode):
 
 
 def _is_view(func: Any) -> bool:
-    """Whether an operation only looks at its input differently."""
+    """Return whether an operation only looks at its input differently."""
     return any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns) or (
         func.overloadpacket is aten._unsafe_view
     )
 
 
 def _written(func: Any, args: Any) -> list[Tensor]:
-    """The inputs that an operation changes in place."""
+    """Return the inputs that an operation changes in place."""
     changed = [
         value
         for argument, value in zip(func._schema.arguments, args, strict=False)
@@ -196,7 +196,7 @@ def _written(func: Any, args: Any) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What a kernel reads or writes of a tensor; an expanded one is read once."""
+    """Count the bytes that a kernel reads or writes of a tensor; an expanded one is read once."""
     return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
 
 
@@ -209,7 +209,7 @@ def _attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_:
 
 
 def _conv_backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *args: Any, **_: Any) -> int:
-    """As much as the forward for each gradient asked for; PyTorch's own formula forgets groups."""
+    """Count as much as the forward for each gradient asked for; PyTorch's own formula forgets groups."""
     wanted = args[-1]
     return conv_flop_count(x.shape, weight.shape, grad.shape) * (int(wanted[0]) + int(wanted[1]))  # type: ignore[arg-type]
 
@@ -268,7 +268,7 @@ def _cuda_attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """(B, heads, N, D) by the kernel that takes a bias with a gradient and never holds N × N numbers but the bias's."""
+    """Attend, (B, heads, N, D), by the kernel that takes a bias with a gradient and holds no other N × N numbers."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

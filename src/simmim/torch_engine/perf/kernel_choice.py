@@ -13,7 +13,6 @@ import json
 import os
 import statistics
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.training import Kernels, TrainingConfig
-from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_has_bf16, cpu_name, user_cache
 from simmim.torch_engine.models.encoders import sketch_encoder
@@ -34,11 +32,13 @@ from simmim.torch_engine.models.family import find_blocks
 from simmim.torch_engine.models.kernels import (
     allowed_kernels,
     fill_kernels,
+    fused_attention,
     has_onednn,
     kernels_of_rules,
+    linear_layers,
     set_kernels,
 )
-from simmim.training.run_directory import Run, write_json
+from simmim.training.run_directory import recall, write_json
 
 _IMAGES = 2  # measured at once, at most
 _ROWS = 512  # of a linear layer, at most
@@ -71,32 +71,21 @@ def choose_kernels(config: TrainingConfig, main_says: Callable[[int], int], rank
         return kernels
     if kernels.linear == "onednn" and not has_onednn():
         raise UserError("kernels linear 'onednn' is not in this PyTorch; use default")
-    return _ALL[main_says(_ALL.index(_choose(config)) if rank == 0 else 0)]
+    begun = recall(config)  # on every rank, so that each reports a configuration that cannot be read
+    return _ALL[main_says(_ALL.index(_choose(config, begun and begun.kernels)) if rank == 0 else 0)]
 
 
-def _choose(config: TrainingConfig) -> Kernels:
-    kernels, recorded, backbone = config.kernels, _recorded(config), _sketch(config)
+def _choose(config: TrainingConfig, recorded: Kernels | None) -> Kernels:
+    kernels, backbone = config.kernels, _sketch(config)
     if recorded is not None:
         kernels = fill_kernels(kernels, dataclasses.asdict(recorded))
         if kernels.linear == "onednn" and not has_onednn():  # the run comes from another machine
             kernels = dataclasses.replace(kernels, linear="default")
     elif os.environ.get("SIMMIM_KERNELS") != "rules":
         usual = {name: ways[0] for name, ways in allowed_kernels(backbone, config.precision).items()}
-        found = {name: faster(seconds) for name, seconds in measure_kernels(config).items()}
+        found = {name: faster(seconds) for name, seconds in measure_kernels(config, backbone).items()}
         return fill_kernels(kernels, usual | found)
     return kernels_of_rules(kernels, backbone, config.precision, pretraining=isinstance(config, PretrainConfig))
-
-
-def _recorded(config: TrainingConfig) -> Kernels | None:
-    """Return the kernels of the run to resume; `None` for a new run."""
-    file = Run(Path(config.out or "")).config
-    if config.out is None or config.fresh or not file.is_file():
-        return None
-    try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError:  # `open_run` reports it
-        return Kernels()
-    return from_settings(Kernels, values.get("kernels", {}))
 
 
 def faster(seconds: Seconds) -> str:
@@ -110,11 +99,14 @@ def _sketch(config: TrainingConfig) -> Any:
     return sketch_encoder(config.model, config.image_size, config.model_args).backbone
 
 
-def measure_kernels(config: TrainingConfig) -> dict[str, Seconds]:
-    """Time each kind of kernel that has a choice for a complete configuration, or read the times from the cache."""
+def measure_kernels(config: TrainingConfig, backbone: Any = None) -> dict[str, Seconds]:
+    """Time each kind of kernel that has a choice for a complete configuration, or read the times from the cache.
+
+    `backbone` is the configuration's encoder without memory, where the caller has it already.
+    """
     if config.device != "cpu":
         return {}
-    found, backbone = {}, _sketch(config)
+    found, backbone = {}, backbone or _sketch(config)
     for name, ways in allowed_kernels(backbone, config.precision).items():
         if len(ways) > 1 and not (name == "linear" and config.compile):  # a compiled step has linear layers of its own
             found[name] = _cached(config, backbone, name, ways)
@@ -177,9 +169,9 @@ def _layers(config: TrainingConfig, backbone: Any, name: str) -> Counter[_Layer]
     found = Counter[_Layer]()
     assert config.image_size is not None
     if name == "linear":
-        modules = [module for module in backbone.modules() if type(module) is nn.Linear]
+        modules = linear_layers(backbone)
     elif name == "attention":
-        modules = [module for module in backbone.modules() if getattr(module, "fused_attn", False)]
+        modules = fused_attention(backbone)
     else:
         modules = find_blocks(backbone)
 

@@ -54,8 +54,10 @@ class Trial:
 
 
 def measure_step(trial: Trial, seconds: float) -> dict[str, Any]:
-    """Speed of whole updates on one random batch, in images and in FLOP (multiply and add counted apart), and what of
-    it the machine could do by its rates."""
+    """Measure the speed of whole updates on one random batch, and the share of what the machine could do by its rates.
+
+    Speeds are in images and in FLOP, multiply and add counted apart.
+    """
     config, device = trial.config, trial.world.device
     batch = random_batch(config, config.batch_size, trial.step)
     seconds_a_step = median_time(lambda: trial.update(0, batch), seconds, trial.wait)
@@ -123,8 +125,11 @@ def peak_memory(device: torch.device) -> int:
 
 
 def measure_rates(config: PretrainConfig, device: torch.device, seconds: float) -> Rates:
-    """What this machine reaches at best: FLOP/s of one large matrix product in the step's precision, and bytes/s of a
-    copy that no cache holds."""
+    """Measure the best rates of this machine.
+
+    They are the FLOP/s of one large matrix product in the step's precision, and the bytes/s of a copy that no cache
+    holds.
+    """
     row = find_accelerator(device)
     side, size = (8192, 2**30) if row.total_memory else (2048, 2**28)
     left, right = (torch.randn(side, side, device=device, dtype=DTYPES[config.precision]) for _ in range(2))
@@ -136,7 +141,7 @@ def measure_rates(config: PretrainConfig, device: torch.device, seconds: float) 
 
 
 def median_time(call: Callable[[], Any], seconds: float, wait: Callable[[], None]) -> float:
-    """Median seconds of a call, over `seconds` and at least three calls, after two warm-up calls."""
+    """Measure the median seconds of a call, over `seconds` and at least three calls, after two warm-up calls."""
     for _ in range(_WARM_UP):
         call()
     wait()

@@ -133,7 +133,7 @@ class Mix:
     cutmix: float = 1.0
 
     def draw(self, seed: int, step: int, size: int, height: int, width: int) -> NDArray[np.float32]:
-        """What `mix_images` needs of a step, the same for all its images: (B, 5), the image's own share and a box."""
+        """Draw what `mix_images` needs of a step, equal for all its images: (B, 5), the image's own share and a box."""
         key = sample_keys(seed, step, 0, stream="mix")
         rng = np.random.Generator(np.random.Philox(key=int(key[0])))
         row = np.zeros(5, np.float32)
@@ -152,7 +152,7 @@ class Mix:
 
 
 def mix_images(images: Tensor, mix: Tensor) -> Tensor:
-    """Images (B, C, H, W) mixed with their mirrored batch as `mix` (B, 5) says: in its box, or all over without one."""
+    """Mix images (B, C, H, W) with their mirrored batch as `mix` (B, 5) says: in its box, or all over without one."""
     other = images.flip(0)
     share, top, bottom, left, right = (column.view(-1, 1, 1, 1) for column in mix.unbind(1))
     rows = torch.arange(images.shape[2], device=images.device).view(1, 1, -1, 1)
@@ -163,7 +163,7 @@ def mix_images(images: Tensor, mix: Tensor) -> Tensor:
 
 
 def soft_labels(labels: Tensor, classes: int, smoothing: float, mix: Tensor | None) -> Tensor:
-    """Class shares (B, K) of labels (B,): smoothed, and mixed as the images were."""
+    """Compute class shares (B, K) of labels (B,): smoothed, and mixed as the images were."""
     low = smoothing / classes
     shares = torch.full((len(labels), classes), low, device=labels.device)
     shares.scatter_(1, labels.unsqueeze(1), 1 - smoothing + low)

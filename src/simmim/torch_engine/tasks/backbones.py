@@ -34,13 +34,28 @@ class Origin:
     image_size: tuple[int, int]
     channels: int
     mean: tuple[float, ...] | None
-    """`None` for scratch, as `std` and `weights`."""
+    """`None` for scratch, as `std`."""
     std: tuple[float, ...] | None
     weights: dict[str, Tensor] | None
+    """`None` for scratch, and where a checkpoint holds them."""
 
 
 def find_origin(config: FinetuneConfig) -> Origin:
-    """Find the encoder that `--from` names. Raises `UserError` if there is none."""
+    """Find the encoder that `--from` names. Raises `UserError` if there is none.
+
+    A run with a checkpoint resumes without that encoder: the checkpoint holds the weights.
+    """
+    try:
+        return _read_origin(config)
+    except UserError:
+        begun = recall(config)
+        if begun is None or begun.init != config.init or not any(Run(Path(begun.out or "")).checkpoints.glob("step-*")):
+            raise
+    assert begun.image_size is not None and isinstance(begun.mean, tuple) and isinstance(begun.std, tuple)
+    return Origin(begun.model, begun.model_args, begun.image_size, begun.channels, begun.mean, begun.std, None)
+
+
+def _read_origin(config: FinetuneConfig) -> Origin:
     assert config.init is not None
     if config.init == "scratch":
         model = _SCRATCH if config.model == "auto" else config.model
@@ -126,7 +141,7 @@ def _colours(config: FinetuneConfig, origin: Origin, images: ImageSource, world:
     return tuple(tuple(row) for row in numbers.tolist())
 
 
-def create_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, **head: Any) -> nn.Module:
+def create_task_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | None, **head: Any) -> nn.Module:
     """Create the timm module of an encoder for a task and load `weights`. `head` gives arguments such as num_classes.
 
     As in the official fine-tuning, a ViT averages its tokens and applies a new norm after that, and a relative bias

@@ -39,7 +39,7 @@ class TaskStep(PixelStep):
     draws: DropPathDraws
 
     def after_update(self, finite: Tensor) -> None:
-        """Called after each optimiser step; `finite` is a boolean on the device, false where the step was skipped."""
+        """Run after each optimiser step; `finite` is a boolean on the device, false where the step was skipped."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
-from simmim.torch_engine.tasks.backbones import create_backbone
+from simmim.torch_engine.tasks.backbones import create_task_backbone
 from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, evaluation_bad_images
 from simmim.torch_engine.train.storage import save_hub
 from simmim.training.pictures import captioned, to_rgb
@@ -114,7 +114,7 @@ class ClassifyTask:
         if "use_fc_norm" in self.config.model_args:
             fresh = {"use_fc_norm": True}
         classes = len(self.data.classes)
-        backbone = create_backbone(self.config, self._weights, num_classes=classes, global_pool="avg", **fresh)
+        backbone = create_task_backbone(self.config, self._weights, num_classes=classes, global_pool="avg", **fresh)
         return ClassifyStep(backbone, self.config, self._class_weights())
 
     def _class_weights(self) -> NDArray[np.float32]:
@@ -177,7 +177,7 @@ class ClassifyTask:
         }
 
     def _predict(self, step: ClassifyStep, bad_images: BadImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Class probabilities (N, K) of the evaluation images that can be read, and their indices (N,)."""
+        """Predict class probabilities (N, K) of the readable evaluation images; return their indices (N,) too."""
         config = self.config
         assert config.image_size is not None
         probabilities, indices = [], []

@@ -113,7 +113,7 @@ class DetectTask:
         return figures
 
     def _find(self, step: DetectStep, bad_images: BadImages) -> dict[int, Found]:
-        """What is found in each evaluation image that can be read."""
+        """Find the objects in each evaluation image that can be read."""
         config, val = self.config, self.data.val
         found: dict[int, Found] = {}
         with evaluating(step):

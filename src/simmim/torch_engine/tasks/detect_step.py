@@ -75,7 +75,10 @@ class DetectStep(TaskStep):
         mask: Tensor | None = None,
         drop_path: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """`boxes` (B, n, 4), `label` (B, n) from 1 on, 0 where there is no object, `mask` (B, n, H, W), `key` (B,)."""
+        """Compute the losses of a batch.
+
+        `boxes` (B, n, 4), `label` (B, n) from 1 on, 0 where there is no object, `mask` (B, n, H, W), `key` (B,).
+        """
         self.draws.uniform = drop_path
         self.keys.numbers = key.tolist()
         boxes = mirror_boxes(boxes, flip, self.size)
@@ -93,7 +96,7 @@ class DetectStep(TaskStep):
 
     @torch.no_grad()
     def find(self, image: NDArray[Any], sizes: Sequence[tuple[int, int]]) -> list[Found]:
-        """What is in the letterboxes (B, H, W, C) of images of `sizes` (height, width), in evaluation mode."""
+        """Find objects in the letterboxes (B, H, W, C) of images of `sizes` (height, width), in evaluation mode."""
         images = self.normalize(torch.from_numpy(image).to(self.mean.device))
         return [self._place(found, *size) for found, size in zip(self.detector(images), sizes, strict=True)]
 

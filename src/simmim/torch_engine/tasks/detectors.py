@@ -109,7 +109,7 @@ class KeyedSampler:
 
 
 def create_detector(config: DetectConfig, pyramid: Pyramid, classes: int, keys: SampleKeys) -> Any:
-    """The detector of a configuration with torchvision's settings, which are those of its paper.
+    """Create the detector of a configuration with torchvision's settings, which are those of its paper.
 
     In training it takes normalised images (B, C, H, W) and for each image boxes (n, 4) and labels (n,), with Mask R-CNN
     masks (n, H, W), and returns its losses by name; else boxes, labels and scores of each image. Labels count from
@@ -150,7 +150,7 @@ def create_detector(config: DetectConfig, pyramid: Pyramid, classes: int, keys: 
 
 
 def first_label(detector: str) -> int:
-    """The number of the first class: detectors of two stages have 0 for the ground."""
+    """Return the number of the first class: detectors of two stages have 0 for the background."""
     return 1 if detector in TWO_STAGES else 0
 
 

@@ -27,7 +27,7 @@ def draw_objects(
     texts: Sequence[str],
     masks: NDArray[np.bool_] | None = None,
 ) -> NDArray[np.uint8]:
-    """An image (H, W, C) in 0..255 with boxes (n, 4), a text each and masks (n, H, W), coloured by labels (n,)."""
+    """Draw boxes (n, 4), texts and masks (n, H, W) on an image (H, W, C) in 0..255, coloured by labels (n,)."""
     pixels = enlarged(to_rgb(image[None] / np.float32(255)), _HIGH)[0]
     if not len(boxes):
         return pixels

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simmim.config.tasks import FinetuneConfig
 from simmim.errors import UserError
 from simmim.torch_engine.models.family import find_family
-from simmim.torch_engine.tasks.backbones import create_backbone
+from simmim.torch_engine.tasks.backbones import create_task_backbone
 from simmim.training.plan import check_stride
 
 
@@ -99,7 +99,7 @@ class SimplePyramid(Pyramid):
 
 
 def _double(width: int) -> nn.Module:
-    """(B, width, h, w) → (B, width / 2, 2 h, 2 w)."""
+    """Create a layer that doubles the map: (B, width, h, w) → (B, width / 2, 2 h, 2 w)."""
     return nn.ConvTranspose2d(width, width // 2, 2, stride=2)
 
 
@@ -126,7 +126,7 @@ def create_pyramid(config: FinetuneConfig, weights: dict[str, Tensor] | None, *,
     if weights is not None and "norm.weight" not in weights:
         # An encoder fine-tuned for classification has its last norm after pooling, the closest to one before it.
         weights = {name.replace("fc_norm.", "norm."): tensor for name, tensor in weights.items()}
-    backbone: Any = create_backbone(config, weights, **dict(family.arguments) | {"num_classes": 0})
+    backbone: Any = create_task_backbone(config, weights, **dict(family.arguments) | {"num_classes": 0})
     if family.stage_norms is not None:
         check_stride(config.image_size, backbone.feature_info[-1]["reduction"], config.model)
         return StagePyramid(backbone, family.stage_norms)

@@ -28,7 +28,7 @@ from simmim.method.random_keys import sample_keys
 from simmim.metrics.classification import class_table, confusion_matrix, intersection_over_union
 from simmim.torch_engine.tasks.augment import ColourJitter
 from simmim.torch_engine.tasks.base import TaskSpec, TaskStep, evaluation_bad_images, save_model
-from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, build_step, to_picture, windows
+from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, build_segment_step, to_picture, windows
 from simmim.training.pictures import class_panel, save_png
 from simmim.training.plan import Batch, drop_path_numbers
 from simmim.training.run_directory import write_json
@@ -66,7 +66,7 @@ class SegmentTask:
         ]
 
     def build(self) -> SegmentStep:
-        return build_step(self.config, self._weights, len(self.data.classes))
+        return build_segment_step(self.config, self._weights, len(self.data.classes))
 
     def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
         config = self.config
@@ -139,7 +139,7 @@ def load_predictor(directory: Path, device: str) -> SegmentPredictor:
     settings = {name: facts[name] for name in _BUILT_FROM}
     config = from_settings(SegmentConfig, {**settings, "precision": "fp32"})
     classes = tuple(facts["label_names"])
-    step = build_step(config, None, len(classes))
+    step = build_segment_step(config, None, len(classes))
     step.model.load_state_dict(load_file(directory / "model.safetensors"))
     return SegmentPredictor(step.eval().to(device), config, classes, np.dtype(facts["dtype"]))
 

@@ -77,7 +77,7 @@ class SegmentStep(TaskStep):
 
 
 def dice_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """1 - the soft Dice coefficient (arXiv 1606.04797), the mean over an image's classes, then over the images.
+    """Compute 1 - the soft Dice coefficient (arXiv 1606.04797), averaged over an image's classes, then over images.
 
     `scores` (B, K, H, W) before softmax, `labels` (B, H, W). Pixels without a class do not count, nor do classes that
     an image does not have: cross-entropy holds those down.
@@ -106,7 +106,7 @@ class SegmentPredictor(Predictor):
         self.windows = windows(config)
 
     def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:
-        """For each image (H, W, C) its classes "mask" (H, W) and "shares": the share of pixels of each class found."""
+        """Predict the classes of images (H, W, C): "mask" (H, W), and "shares" of the pixels for each class found."""
         found = []
         for mask in self.masks(images):
             counts = np.bincount(mask.ravel(), minlength=len(self.classes)) / mask.size
@@ -119,7 +119,7 @@ class SegmentPredictor(Predictor):
 
     @torch.no_grad()
     def masks(self, images: Sequence[NDArray[Any]]) -> list[Mask]:
-        """The classes (H, W) of images (H, W, C): where windows overlap, the sum of their scores decides."""
+        """Predict the classes (H, W) of images (H, W, C): where windows overlap, the sum of their scores decides."""
         boxes = [self.windows.boxes(*image.shape[:2]) for image in images]
         crops = [
             crop_resize(image, box, self.windows.size)
@@ -136,7 +136,7 @@ class SegmentPredictor(Predictor):
         return masks
 
     def _scores(self, crops: list[NDArray[Any]]) -> Iterator[Tensor]:
-        """Class scores (K, h, w) of each crop."""
+        """Yield the class scores (K, h, w) of each crop."""
         device, dtype = self.step.mean.device, DTYPES[self.config.precision]
         for start in range(0, len(crops), self.config.batch_size):
             pixels = torch.from_numpy(np.stack(crops[start : start + self.config.batch_size])).to(device)
@@ -145,8 +145,8 @@ class SegmentPredictor(Predictor):
             yield from scores.float()
 
 
-def build_step(config: SegmentConfig, weights: dict[str, Tensor] | None, classes: int) -> SegmentStep:
-    """The model of a complete configuration; the encoder has `weights` (timm's names), or random ones."""
+def build_segment_step(config: SegmentConfig, weights: dict[str, Tensor] | None, classes: int) -> SegmentStep:
+    """Build the model of a complete configuration; the encoder has `weights` (timm's names), or random ones."""
     # ViTDet's pyramid has 256 channels where UPerNet has 512.
     pyramid = create_pyramid(config, weights, channels=config.decoder_channels // 2)
     return SegmentStep(Segmenter(pyramid, classes, config.decoder_channels), config)

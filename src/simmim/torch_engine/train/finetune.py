@@ -10,7 +10,6 @@ from timm.optim._param_groups import param_groups_layer_decay
 from simmim.config.tasks import FinetuneConfig
 from simmim.config.validation import validated
 from simmim.data.pipeline import Reading
-from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
 from simmim.torch_engine.models.kernels import set_kernels
@@ -31,8 +30,6 @@ from simmim.training.trainer import find_start
 def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
     """Fine-tune, or resume; see `simmim.finetune`. Raises `UserError` for settings that cannot work."""
     config = validated(config)
-    if config.init is None:
-        raise UserError("--from is missing; give the --out directory of a run, scratch or timm:NAME")
     spec = find_spec(config.task)
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
@@ -125,7 +122,7 @@ def read_figures(run: Run) -> dict[str, Any]:
 
 
 def parameter_groups(step: TaskStep, config: FinetuneConfig) -> list[dict[str, Any]]:
-    """Layer decay over the encoder (timm's grouping, the official one); what follows learns at full rate."""
+    """Group parameters: layer decay over the encoder (timm's and the official grouping), full rate for the rest."""
     assert config.layer_decay is not None
     backbone: Any = step.backbone
     exempt = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else set()

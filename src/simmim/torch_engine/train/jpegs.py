@@ -40,7 +40,7 @@ class JpegDecoder:
         self._stream = torch.cuda.Stream(device) if find_accelerator(device).decodes_jpegs else None
 
     def __call__(self, images: NDArray[np.uint8], jpegs: Sequence[Jpeg | None], fill: Callable[[int], None]) -> Tensor:
-        """(B, H, W, C) → (B, H, W, C) uint8, which the device has when this returns."""
+        """Decode a batch (B, H, W, C) → (B, H, W, C) uint8, which the device has when this returns."""
         with torch.cuda.stream(self._stream):  # does nothing for `None`
             batch = torch.from_numpy(images).to(self._device)
             for portion in _portions({place: jpeg for place, jpeg in enumerate(jpegs) if jpeg is not None}):
@@ -64,9 +64,9 @@ class JpegDecoder:
         return refused
 
     def _decode(self, files: Sequence[bytes]) -> list[Tensor | None]:
-        """Pixels (C, h, w) of JPEGs, `None` for those that are refused.
+        """Decode JPEGs to pixels (C, h, w), `None` for those that are refused.
 
-        A refusal is of all that were given, so that the one is looked for by halving.
+        nvJPEG refuses a whole call, so the one at fault is found by halving.
         """
         try:
             return [*self.decode(files)]
@@ -77,7 +77,7 @@ class JpegDecoder:
             return self._decode(files[:half]) + self._decode(files[half:])
 
     def decode(self, files: Sequence[bytes]) -> list[Tensor]:
-        """Pixels (C, h, w) of JPEGs as stored. `RuntimeError` if one cannot be decoded."""
+        """Decode JPEGs to pixels (C, h, w) as stored. Raises `RuntimeError` if one cannot be decoded."""
         from torchvision.io import ImageReadMode, decode_jpeg  # deprecated since 0.29, so it may be gone one day
 
         mode = ImageReadMode.RGB if self._channels == 3 else ImageReadMode.GRAY
@@ -87,7 +87,7 @@ class JpegDecoder:
         return list(decode_jpeg(bytes_of_each, mode, self._device))
 
     def find_fault(self) -> str | None:
-        """Why it doesn't work here, found by decoding a picture of many colours that libjpeg-turbo decodes too."""
+        """Return why decoding does not work here, or `None`: compare a picture of many colours with libjpeg-turbo's."""
         import simplejpeg
 
         shades = np.linspace(0, 255, 64).astype(np.uint8)
@@ -104,7 +104,7 @@ class JpegDecoder:
 
 
 def open_decoder(plan: Plan, device: torch.device) -> JpegDecoder | None:
-    """What `--decode` asks for, `None` for the CPU's threads. Raises `UserError` where it cannot be had."""
+    """Open the decoder that `--decode` names; `None` for the CPU's threads. Raises `UserError` if it does not work."""
     config = plan.config
     if config.decode == "cpu":
         return None
@@ -131,7 +131,7 @@ def read_batches(
 
 
 def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, made in a thread that may wait for the GPU while this one starts a step."""
+    """Make each batch ahead, in a thread that may wait for the GPU while this one starts a step."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, batches, None)
         while (batch := coming.result()) is not None:
@@ -140,7 +140,7 @@ def one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _portions(jpegs: dict[int, Jpeg]) -> Iterator[dict[int, Jpeg]]:
-    """So many at a time as have `_AT_ONCE` bytes of pixels."""
+    """Yield as many at a time as have `_AT_ONCE` bytes of pixels."""
     portion: dict[int, Jpeg] = {}
     room = _AT_ONCE
     for place, jpeg in jpegs.items():
@@ -155,7 +155,7 @@ def _portions(jpegs: dict[int, Jpeg]) -> Iterator[dict[int, Jpeg]]:
 
 
 def show(pixels: Tensor, jpeg: Jpeg, size: tuple[int, int]) -> Tensor:
-    """The part of a JPEG (C, h, w) that it is read for, upright, at `size`: (H, W, C) uint8."""
+    """Cut the wanted part out of a JPEG's pixels (C, h, w), upright, at `size`: (H, W, C) uint8."""
     if jpeg.orientation in (5, 6, 7, 8):
         pixels = pixels.transpose(1, 2)
     for side, mirrored in ((1, (3, 4, 7, 8)), (2, (2, 3, 6, 7))):

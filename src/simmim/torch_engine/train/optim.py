@@ -10,7 +10,7 @@ from simmim.torch_engine.models.masked import Encoder
 
 
 def has_weight_decay(model: nn.Module, name: str, parameter: Tensor) -> bool:
-    """False for 1-D parameters, biases, and what the encoder names in `without_decay`.
+    """Return whether a parameter decays: not if it is 1-D, a bias, or in the encoder's `without_decay`.
 
     As the official pretraining does in fact, which is not quite what it means to: it decays Swin's relative-bias tables
     and the ViT's mask token, since the names by which it would exempt them match nothing. Its fine-tuning exempts the
@@ -36,16 +36,16 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def create_optimizer(
     model: nn.Module, *, weight_decay: float, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW for pretraining."""
+    """Create AdamW for pretraining."""
     return create_adamw(parameter_groups(model, weight_decay), betas=betas, device=device)
 
 
 def create_adamw(
     groups: list[dict[str, Any]], *, betas: tuple[float, float], device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW; its learning rate is set at every step, by the schedule.
+    """Create AdamW; the schedule sets its learning rate at every step.
 
-    Fused, so that a step can skip itself on the device; see `Update`.
+    It is fused, so that a step can skip itself on the device; see `Update`.
     """
     if find_accelerator(device).rate_is_tensor:
         groups = [group | {"lr": torch.full((), 0.0, device=device)} for group in groups]

@@ -1,4 +1,4 @@
-"""What a run keeps of a model, in and out: the encoder for other tools, the whole model for ours."""
+"""Save and load a run's models: the encoder for other tools, the whole model for ours."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ from simmim.training.run_directory import Run, find_task_of, written_whole
 
 
 def full_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:
-    """The state of a model that may be compiled, copied or sharded over processes; all of them call this together."""
+    """Return the state of a model that may be compiled, copied or sharded; all processes call this together."""
     options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
     return get_model_state_dict(model, options=options)
 
@@ -72,13 +72,13 @@ def save_hub(
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
-    """A safetensors file, whole or not at all."""
+    """Write a safetensors file, whole or not at all."""
     with written_whole(path) as aside:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, aside)
 
 
 def load_encoder(run: str | Path) -> nn.Module:
-    """The encoder of a run, or of an encoder directory, as a plain timm module without classifier, ready to evaluate.
+    """Load the encoder of a run or an encoder directory: a timm module without classifier, in evaluation mode.
 
     Raises `UserError` where `run` has no saved encoder.
     """
@@ -100,7 +100,7 @@ def _encoder_of(run: str | Path, *, pretrained: bool) -> nn.Module:
 
 
 def load_model(run: str | Path) -> MaskedImageModel:
-    """The `MaskedImageModel` of a run's newest checkpoint that verifies, on the CPU, in evaluation mode.
+    """Load the `MaskedImageModel` of a run's newest checkpoint that verifies, on the CPU, in evaluation mode.
 
     Raises `UserError` where `run` is not a pretraining run or has no checkpoint yet.
     """
@@ -108,7 +108,7 @@ def load_model(run: str | Path) -> MaskedImageModel:
 
 
 def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
-    """The model of a run, as `load_model`, with its normalisation, and its configuration."""
+    """Load the model of a run, as `load_model`, with its normalisation, and its configuration."""
     directory = Run(Path(run))
     if task := find_task_of(directory.path):
         raise UserError(f"{run} is fine-tuned for {task}, and reconstructs nothing; give the run that it began from")
@@ -187,7 +187,7 @@ def initialize(model: MaskedImageModel, source: str, name: str) -> str:
 
 
 def as_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copies of NumPy arrays."""
+    """Copy NumPy arrays to tensors."""
     return {name: torch.tensor(array) for name, array in state.items()}
 
 

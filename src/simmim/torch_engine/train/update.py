@@ -64,7 +64,7 @@ class Update:
         self.bad_limit = 26 if fp16 else 10
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint keeps besides model and optimiser. Waits for the device."""
+        """Return what a checkpoint keeps besides model and optimiser. Waits for the device."""
         return {"good": float(self._good), "bad": float(self._bad), "scale": float(self._scale)}
 
     def load_state(self, state: dict[str, float]) -> None:
@@ -86,7 +86,7 @@ class Update:
         return lr, self.advance(self._to_device(batch))
 
     def advance(self, batch: dict[str, Tensor]) -> Tensor:
-        """The device's part of a call, at the learning rate that is set: a batch there → the figures."""
+        """Do the device's part of a call, at the learning rate that is set: a batch there → the figures."""
         statistics = [buffer.clone() for buffer in self._statistics]
         loss, *components = self._backward(batch)
         norm = self._clip()
