@@ -59,13 +59,14 @@ def test_a_collapse_is_said_in_one_line_while_it_happens(
     run = simmim.pretrain(
         data="demo",
         out=str(tmp_path / "run"),
-        model="resnet10t",
+        model="vit_tiny_patch16_224",
+        model_args={"depth": 1, "embed_dim": 24, "num_heads": 1},
         image_size=32,
         objectives=(Constant(),),
         batch_size=16,
         steps=120,
         warmup_epochs=0,
-        lr=0.3,
+        lr=1.0,
         val_images=0,
         device="cpu",
         precision="fp32",
@@ -76,4 +77,4 @@ def test_a_collapse_is_said_in_one_line_while_it_happens(
     rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     watched = [row for row in rows if "feature_std" in row]
     assert [row["step"] for row in watched] == list(range(10, 121, 10))
-    assert watched[-1]["feature_std"] < 0.02 and watched[-1]["effective_rank"] >= 1
+    assert watched[-1]["feature_std"] < 0.05 and watched[-1]["effective_rank"] >= 1
