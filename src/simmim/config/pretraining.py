@@ -32,6 +32,9 @@ class PretrainConfig(TrainingConfig):
 
     command: ClassVar[str] = "pretrain"
 
+    lr: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
+    """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr (default:
+    by batch size and model, see docs/pretraining.md)."""
     crop_scale: SharesIfAny = None
     """Range of a random crop's area, as a share of the image (default: 0.67 1, or as the source declares)."""
     crop_ratio: RangeIfAny = None

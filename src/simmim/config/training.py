@@ -84,7 +84,7 @@ class TrainingConfig:
     """Images per optimiser step, over all ranks and accumulation steps."""
     accumulate_steps: Positive = 1
     """Forward and backward passes per optimiser step; more passes use less memory."""
-    lr: PositiveReal = 2e-4
+    lr: PositiveReal | None = 2e-4
     """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr."""
     warmup_lr: NotNegativeReal = 5e-7
     """Learning rate of the first step, for a batch of 512."""

@@ -57,6 +57,12 @@ class Architecture:
     arguments: dict[str, Any]
     bottleneck: bool = False  # ResNet's block of three convolutions
 
+    @property
+    def width(self) -> int | None:
+        """Number of features of a token of the last stage; `None` for a convolutional net."""
+        stages = len(self.arguments["depths"]) if self.family == "swin" else 1
+        return None if self.family == "resnet" else self.arguments["embed_dim"] * 2 ** (stages - 1)
+
     def with_arguments(self, changes: dict[str, Any]) -> "Architecture":
         """Apply the user's model arguments. Raises `UserError` for one that this engine does not support."""
         if unknown := set(changes) - set(self.arguments):

@@ -41,6 +41,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         config,
         images,
         patch=architecture.arguments.get("patch_size", 1),  # a convolutional net has none
+        width=architecture.width,
         world=machine,
         backend=backend,
         image_size=config.image_size or architecture.image_size,

@@ -39,7 +39,7 @@ class MaskStrategy(Strategy, ABC, family="mask"):
     ratio: float = 0.6
     """Share of cells to hide, between 0 and 1."""
     cell: int | None = None
-    """Side of a cell in pixels (default: the paper's 32, or the nearest multiple of the model's patch size)."""
+    """Side of a cell in pixels (default: the paper's 32, a sixth of a small image, in whole patches)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -47,9 +47,18 @@ class MaskStrategy(Strategy, ABC, family="mask"):
         if self.cell is not None and self.cell < 1:
             raise UserError(f"mask cell {self.cell} is less than 1 pixel; use for example 32")
 
-    def for_patch(self, patch: int) -> Self:
-        """Set the cell size, if unset, for an encoder with patches of `patch` pixels a side."""
-        return self if self.cell else replace(self, cell=max(round(PAPER_CELL / patch), 1) * patch)
+    def for_patch(self, patch: int, image_size: tuple[int, int] | None = None) -> Self:
+        """Set the cell size, if unset, for an encoder with patches of `patch` pixels a side.
+
+        It is the paper's 32 pixels, or on a small image a sixth of its side as in the paper (32 of 192), to the nearest
+        multiple of the patch that divides the image.
+        """
+        if self.cell:
+            return self
+        wanted = min(PAPER_CELL, *(side / 6 for side in image_size or ()), PAPER_CELL)
+        sizes = [n * patch for n in range(1, max(round(wanted / patch), 1) + 1)]
+        fitting = [cell for cell in sizes if all(side % cell == 0 for side in image_size or ())]
+        return replace(self, cell=(fitting or sizes)[-1])
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, columns) of cells in an image of (H, W) pixels.

@@ -16,6 +16,19 @@ def scale_lr(base_lr: float, global_batch: int) -> float:
     return base_lr * global_batch / 512
 
 
+def usual_lr(global_batch: int, width: int | None) -> float:
+    """Choose a peak learning rate, for a batch of 512 as `scale_lr` takes it, from batch and model.
+
+    A transformer whose tokens have `width` features trains at 1e-3 · sqrt(batch / 64) · 128 / width: SimMIM's own
+    8e-4 for a ViT-B at 2048 within a sixth, and 1e-3 for a width of 128 at 64, where trainings of some thousand steps
+    did best (benchmarks/results/pretraining_helps_search.md). A convolutional net, of width `None`, trains at
+    1e-3 · sqrt(batch / 64), at most 2e-3. AdamW's rate grows with the root of the batch (arXiv 2205.10287).
+    """
+    peak = 1e-3 * math.sqrt(global_batch / 64)
+    peak = min(peak, 2e-3) if width is None else peak * 128 / width
+    return peak * 512 / global_batch
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
     """Learning rate at a step (0, 1, …): linear warm-up, then the subclass's curve."""

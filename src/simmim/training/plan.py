@@ -65,6 +65,12 @@ class TrainingPlan(ABC):
     def save_every_steps(self) -> int:
         return self.config.save_every_steps or max(self.steps_per_epoch, 100)
 
+    @property
+    def lr(self) -> float:
+        """Peak learning rate for a batch of 512."""
+        assert self.config.lr is not None
+        return self.config.lr
+
     @cached_property
     def schedule(self) -> Schedule:
         config = self.config
@@ -76,7 +82,7 @@ class TrainingPlan(ABC):
                 f"use --warmup-epochs {length / 10:.3g}"
             )
         common = {
-            "peak_lr": scale_lr(config.lr, config.batch_size),
+            "peak_lr": scale_lr(self.lr, config.batch_size),
             "warmup_lr": scale_lr(config.warmup_lr, config.batch_size),
             "warmup_steps": round(config.warmup_epochs * self.steps_per_epoch),
         }
@@ -90,7 +96,7 @@ class TrainingPlan(ABC):
         """Return lines that describe the training to a person."""
         config = self.config
         return [
-            f"learning   rate {scale_lr(config.lr, config.batch_size):.2e}, {config.schedule}",
+            f"learning   rate {scale_lr(self.lr, config.batch_size):.2e}, {config.schedule}",
             f"steps      {self.total_steps} of {config.batch_size} images, {self.steps_per_epoch} an epoch",
             f"writes     {config.out}",
         ]

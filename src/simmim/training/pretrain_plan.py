@@ -28,6 +28,7 @@ from simmim.hardware.host import reading_cores
 from simmim.method.colour_clusters import fit_colour_clusters
 from simmim.method.masks import upsample_mask
 from simmim.method.random_keys import sample_keys
+from simmim.method.schedules import usual_lr
 from simmim.method.targets import ClusterTarget, block_means
 from simmim.method.views import View
 from simmim.training.plan import Batch, TrainingPlan, drop_path_numbers, measured_once
@@ -89,15 +90,23 @@ class Plan(TrainingPlan):
 
     @classmethod
     def complete(
-        cls, config: PretrainConfig, images: Images, *, patch: int, world: World | None = None, **machine: Any
+        cls,
+        config: PretrainConfig,
+        images: Images,
+        *,
+        patch: int,
+        width: int | None = None,
+        world: World | None = None,
+        **machine: Any,
     ) -> "Plan":
         """Decide whatever the configuration leaves open: from the images, and from what the engine says of the machine.
 
-        `patch` is the side of the encoder's patches, in pixels; `machine` gives at least image_size, device, precision
-        and compile. Raises `UserError` where settings contradict each other.
+        `patch` is the side of the encoder's patches, in pixels, and `width` the number of features of its tokens, or
+        `None` for a convolutional net; `machine` gives at least image_size, device, precision and compile. Raises
+        `UserError` where settings contradict each other.
         """
         config = dataclasses.replace(config, channels=images.channels)
-        workers, mask = config.workers or reading_cores(), config.mask.for_patch(patch)
+        workers, mask = config.workers or reading_cores(), config.mask.for_patch(patch, machine["image_size"])
         changes = {"workers": workers, "mask": mask, **machine}
         begun = recall(config)
         if not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
@@ -108,6 +117,9 @@ class Plan(TrainingPlan):
             changes |= {name: tuple(row) for name, row in zip(("mean", "std"), numbers.tolist(), strict=True)}
         plan = cls(dataclasses.replace(config, **changes), images)
         plan = plan.replace(flip=plan.flip, crop_scale=plan.crop.scale, crop_ratio=plan.crop.ratio)
+        if config.lr is None:
+            old = begun and begun.lr
+            plan = plan.replace(lr=usual_lr(config.batch_size, width) if old is None else old)
         if config.warmup_epochs is None:
             old = begun and begun.warmup_epochs  # of a run whose images may have changed
             usual = min(10.0, plan.total_steps / plan.steps_per_epoch / 10)

@@ -66,6 +66,11 @@ class Encoder(nn.Module):
         return self.backbone.num_features
 
     @property
+    def width(self) -> int | None:
+        """Number of features of a token of the last stage; `None` for a convolutional net."""
+        return self.num_features
+
+    @property
     def stride(self) -> int:
         """Side of a feature-map cell in pixels."""
         return self.backbone.feature_info[-1]["reduction"]
@@ -269,6 +274,10 @@ class ConvEncoder(Encoder):
     @property
     def patch_size(self) -> int:
         return self._stage["reduction"]
+
+    @property
+    def width(self) -> None:
+        return None
 
     def _token_features(self) -> int:
         return self._stage["num_chs"]

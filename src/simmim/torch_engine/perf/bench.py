@@ -140,11 +140,13 @@ def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
             std=IMAGENET_STD,
         )
     )
+    encoder = sketch_encoder(config.model, size, {})
     images = Subset(source, np.resize(np.arange(len(source)), max(len(source), config.batch_size)))
     return Plan.complete(
         training,
         Images(train=images, val=Subset(source, np.arange(0)), dtype=sniff(source, channels=training.channels)),
-        patch=sketch_encoder(config.model, size, {}).patch_size,
+        patch=encoder.patch_size,
+        width=encoder.width,
         image_size=size,
         device=device,
         precision=choose_precision(config.precision, device),

@@ -43,7 +43,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     image_size = config.image_size or default_image_size(config.model)
-    patch = sketch_encoder(config.model, image_size, config.model_args).patch_size
+    encoder = sketch_encoder(config.model, image_size, config.model_args)
     images = open_images(config)
     check = KnnCheck(config) if config.probe else None
     with distributed.join(device, precision) as world:
@@ -51,7 +51,8 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         plan = Plan.complete(
             config,
             images,
-            patch=patch,
+            patch=encoder.patch_size,
+            width=encoder.width,
             world=world,
             image_size=image_size,
             device=device,
