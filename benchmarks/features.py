@@ -15,7 +15,7 @@ steps, at the best of three rates, chosen on the test images of seed 0, in its f
 
 To add an arm, add a line to `ARMS`. To stop is safe: every figure is kept in DIR/pieces as it comes, and the command
 goes on from there. Processes that share DIR may do different parts side by side (`--set`, `--encoder`, `--arm`,
-`--seed`, `--floors`); `--gather` then writes the tables of whatever is there.
+`--seed`, `--floors`); `--gather` then writes the tables of whatever is there, as the whole command does at its end.
 """
 
 import argparse
@@ -239,7 +239,8 @@ def classify(features: Features, seed: int) -> dict[str, Any]:
 
 def pretrained(start: Path, images: dict[str, Any]) -> Features:
     backbone: Any = simmim.load_encoder(start)
-    return read_features(PooledFeatures(backbone), images, backbone.pretrained_cfg["input_size"][1:])
+    facts = backbone.pretrained_cfg
+    return read_features(PooledFeatures(backbone), images, facts["input_size"][1:], facts["mean"], facts["std"])
 
 
 def untrained(encoder: str, seed: int, images: dict[str, Any]) -> Features:
@@ -251,19 +252,23 @@ def untrained(encoder: str, seed: int, images: dict[str, Any]) -> Features:
 
 
 def raw_pixels(images: dict[str, Any]) -> Features:
-    """Flatten the pixels and standardise each over the training images, which makes the vote stronger on all sets."""
+    """Flatten the pixels and standardise each over the training images: the vote gains by it, or is as good."""
     found = read_features(lambda pixels: pixels.flatten(1), images, (SIDE, SIDE))
     mean, std = found.train.mean(axis=0), np.maximum(found.train.std(axis=0), 1e-6)
     return dataclasses.replace(found, train=(found.train - mean) / std, val=(found.val - mean) / std)
 
 
 def read_features(
-    model: Callable[[Tensor], Tensor], images: dict[str, NDArray[Any]], size: tuple[int, int]
+    model: Callable[[Tensor], Tensor],
+    images: dict[str, NDArray[Any]],
+    size: tuple[int, int],
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
 ) -> Features:
-    """Compute the features of a set's images, normalised by ImageNet's colours as in training."""
+    """Compute the features of a set's images, resized to `size` and normalised."""
     read = FeatureReader(
         model=model,
-        pixels=PixelStep(IMAGENET_MEAN, IMAGENET_STD),
+        pixels=PixelStep(mean, std),
         size=size,
         channels=3,
         dtype=np.dtype(np.uint8),
@@ -277,8 +282,12 @@ def read_features(
     return Features(train, next(labels), test, next(labels), len(images["class_names"]))
 
 
-def rows(bench: Bench, name: str, encoder: str) -> Iterator[tuple[str, dict[str, dict[int, float]], str]]:
-    """Yield each row of a table: its name, balanced accuracy by figure and seed, and what pretraining took."""
+Row = tuple[str, dict[str, dict[int, float]], str]
+"""Of a table: its name, balanced accuracy by figure and seed, and what pretraining took."""
+
+
+def rows(bench: Bench, name: str, encoder: str) -> Iterator[Row]:
+    """Yield the floors of a set and an encoder, then the arms that are there."""
     pieces = bench.pieces
 
     def figures(arm: str, encoder: str = encoder) -> dict[str, dict[int, float]]:
@@ -296,8 +305,7 @@ def rows(bench: Bench, name: str, encoder: str) -> Iterator[tuple[str, dict[str,
     yield "chance", {figure: {SEEDS[0]: 1 / classes} for figure in FIGURES}, ""
     yield "raw pixels", figures("raw pixels", "any"), ""
     yield "untrained encoder", figures("untrained"), ""
-    for rate in SCRATCH_RATES:
-        yield f"from scratch, rate {rate:g}", figures(f"scratch {rate:g}"), ""
+    yield from_scratch(figures)
     for arm in ARMS:
         took = [piece for seed in SEEDS if (piece := pieces.find(name, encoder, arm, seed, "pretraining"))]
         steps, seconds = ([piece[key] for piece in took] for key in ("steps", "processor_seconds"))
@@ -305,7 +313,17 @@ def rows(bench: Bench, name: str, encoder: str) -> Iterator[tuple[str, dict[str,
             yield arm, figures(arm), f"{statistics.mean(steps):.0f} steps, {statistics.mean(seconds):.0f} s"
 
 
-def table(found: list[tuple[str, dict[str, dict[int, float]], str]]) -> str:
+def from_scratch(figures: Callable[[str], dict[str, dict[int, float]]]) -> Row:
+    """Return the row of the best rate, whose name tells what the others gave."""
+    tried = {rate: found[FIGURES[-1]] for rate in SCRATCH_RATES if (found := figures(f"scratch {rate:g}"))}
+    if not tried:
+        return "from scratch", {}, ""
+    best = max(tried, key=lambda rate: tried[rate][SEEDS[0]])
+    others = ", ".join(f"{rate:g}: {values[SEEDS[0]]:.3f}" for rate, values in tried.items() if rate != best)
+    return f"from scratch, rate {best:g} ({others})", {FIGURES[-1]: tried[best]}, ""
+
+
+def table(found: list[Row]) -> str:
     """Format rows as Markdown: mean, and in brackets each seed."""
     lines = ["| | " + " | ".join((*FIGURES, "pretraining")) + " |", "| --- " * (len(FIGURES) + 2) + "|"]
     for row, figures, took in found:
@@ -359,6 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     bench = Bench(options.data, options.work, options.seconds, options.quick)
+    chosen, everything = vars(options), {"set": SETS, "encoder": ENCODERS, "arm": ARMS, "seed": SEEDS}
+    whole = all(set(chosen[part]) == set(values) for part, values in everything.items()) and not options.floors
     if options.gather:
         save_all(bench)
         return
@@ -370,6 +390,8 @@ def main(argv: list[str] | None = None) -> None:
                     for seed in options.seed:
                         bench.arm(name, encoder, arm, seed)
     print(gather(bench, options.set, options.encoder)[0])
+    if whole and not options.quick:
+        save_all(bench)
 
 
 if __name__ == "__main__":
