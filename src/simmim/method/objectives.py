@@ -1,7 +1,7 @@
 """Objectives: the terms of a pretraining's loss. Engines build modules of them."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 from tyro.conf import Suppress
 
@@ -25,6 +25,12 @@ class Objective(Strategy, family="objective"):
     def __post_init__(self) -> None:
         if not 0 < self.weight < float("inf"):
             raise UserError(f"weight {self.weight} of objective {self.kind} is not above 0; use 1.0, or leave it out")
+
+    def for_steps(self, steps: int) -> Self:
+        """Decide what is left open until the length of the training is known."""
+        if getattr(self, "momentum_steps", 0) is None:
+            return replace(self, momentum_steps=steps)  # type: ignore[call-arg]
+        return self
 
     def at_least(self, name: str, least: float) -> None:
         """Raise `UserError` if a setting is below `least`."""
@@ -144,7 +150,9 @@ class LatentClusters(Objective):
     momentum: float = 0.99
     """Momentum of the average at the start."""
     momentum_end: float = 0.9999
-    """Momentum at the end of the run."""
+    """Momentum after `momentum_steps`."""
+    momentum_steps: int | None = None
+    """Steps over which the momentum rises (default: the whole run)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +210,9 @@ class Contrast(Objective):
     momentum: float = 0.99
     """Momentum of the average at the start."""
     momentum_end: float = 1.0
-    """Momentum at the end of the run."""
+    """Momentum after `momentum_steps`."""
+    momentum_steps: int | None = None
+    """Steps over which the momentum rises (default: the whole run)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,6 +27,7 @@ from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.colour_clusters import fit_colour_clusters
 from simmim.method.masks import upsample_mask
+from simmim.method.objectives import Objective
 from simmim.method.random_keys import sample_keys
 from simmim.method.schedules import usual_lr
 from simmim.method.targets import ClusterTarget, block_means
@@ -124,6 +125,9 @@ class Plan(TrainingPlan):
             old = begun and begun.warmup_epochs  # of a run whose images may have changed
             usual = min(10.0, plan.total_steps / plan.steps_per_epoch / 10)
             plan = plan.replace(warmup_epochs=usual if old is None else old)
+        olds = {each.kind: getattr(each, "momentum_steps", None) for each in (begun.objectives if begun else ())}
+        steps = [olds.get(each.kind) or plan.total_steps for each in config.objectives]
+        plan = plan.replace(objectives=tuple(map(Objective.for_steps, config.objectives, steps)))
         target = config.target
         if isinstance(target, ClusterTarget) and target.centres is None:
             old = begun and getattr(begun.target, "centres", None)
