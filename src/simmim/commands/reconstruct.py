@@ -8,6 +8,7 @@ from simmim.data.decode import BadImage, open_picture
 from simmim.data.evaluation import eval_images
 from simmim.data.sources import open_files, sniff
 from simmim.errors import UserError
+from simmim.method.objectives import PixelReconstruction
 from simmim.training.pictures import save_png
 
 
@@ -28,6 +29,9 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
     if len(images) > 1:
         _check(images)
     step, config = load_run(run)
+    if not any(isinstance(each, PixelReconstruction) for each in config.objectives):
+        kinds = ", ".join(each.kind for each in config.objectives)
+        raise UserError(f"{run} was trained for {kinds} and predicts no pixels; reconstruct needs the objective pixels")
     assert config.image_size is not None
     chosen = np.arange(len(source))
     if len(chosen) > count:

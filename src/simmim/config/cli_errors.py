@@ -17,6 +17,10 @@ _REWRITES = (
         r"Unrecognized options: --(mask|target|loss|head)\.([\w-]+).*",
         r"--\1.\2 is not a setting of the \1 in use; name the kind that has it by --\1, or leave it out",
     ),
+    (
+        r"Unrecognized options: --(descriptor|teacher|ema|clusters|sigreg|infonce)\.([\w-]+).*",
+        r"--\1.\2 is not a setting of an objective in use; add --objective \1=1, or leave it out",
+    ),
     (r"Unrecognized options: (-[^, ]+).* meant: (--[\w-]+).*", r"option \1 is not known; did you mean \2?"),
     (r"Unrecognized options: (-[^, ]+).*", r"option \1 is not known"),
     (r"Unrecognized options: (.*)", r"argument '\1' is not expected"),
@@ -29,14 +33,18 @@ _REWRITES = (
     ),
     (r"Error parsing (\S+): invalid literal for int\(\) with base 10: ('.*')", r"\1 \2 is not a whole number"),
     (r"Error parsing (\S+): could not convert string to float: ('.*')", r"\1 \2 is not a number"),
-    (r"Error parsing (?:mask|target|loss|head): (.*)", r"\1"),  # a strategy's own rule
+    (
+        r"Error parsing (?:mask|target|loss|head|descriptor|teacher|ema|clusters|sigreg|infonce): (.*)",
+        r"\1",
+    ),  # a strategy's own rule
     (r"Error parsing (\S+): (.*)", r"\1 \2"),
 )
 
 
 _WORDS = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
-# Options of version 0.1 and their current names.
-_OLD_NAMES = {
+# Options of version 0.1 and short forms, and their full names.
+_OTHER_NAMES = {
+    "--teacher": "--teacher.source",
     "--mask-ratio": "--mask.ratio",
     "--mask-cell": "--mask.cell",
     "--clusters": "--target.clusters",
@@ -46,9 +54,9 @@ _OLD_NAMES = {
 
 
 def _with_current_names(argv: Sequence[str]) -> list[str]:
-    """Replace option names of version 0.1 with the current ones."""
+    """Replace option names of version 0.1 and short forms."""
     parts = [word.partition("=") for word in argv]
-    return [_OLD_NAMES.get(name, name) + equals + value for name, equals, value in parts]
+    return [_OTHER_NAMES.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def parse(

@@ -125,13 +125,21 @@ def take_kinds(defaults: Any, argv: Sequence[str]) -> Any:
 def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
     """Change a configuration's objectives to those of the command line: `--objective pixels=1 teacher=0.5`.
 
-    Those that the configuration has already keep their settings, but for the weight. Raises `UserError`.
+    Those that the configuration has already keep their settings, but for the weight. A teacher that is named without
+    `--objective` becomes the only one. Raises `UserError`.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--objective", nargs="*")
-    words = parser.parse_known_args(argv)[0].objective
-    if words is None or not hasattr(defaults, "objectives"):
+    parser.add_argument("--teacher", "--teacher.source", dest="teacher")
+    options = parser.parse_known_args(argv)[0]
+    words = options.objective
+    if not hasattr(defaults, "objectives"):
         return defaults
+    if words is None:
+        kinds = [objective.kind for objective in defaults.objectives]
+        if not options.teacher or "teacher" in kinds:
+            return defaults
+        words = ["teacher"]
     before: dict[str, Any] = {objective.kind: objective for objective in defaults.objectives}
     family, found = _family_of(defaults.objectives[0]), []
     for word in words:

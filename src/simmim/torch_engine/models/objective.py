@@ -69,6 +69,31 @@ class ObjectiveBatch:
             return self.features
         return self.hidden.of(self.features.flatten(1, 2))
 
+    def predict(self, head: nn.Module, *, all_cells: bool) -> Tensor:
+        """Return what a head predicts of the hidden cells, (M·B, n, P), or of all where `hidden` is `None`.
+
+        A head that mixes cells needs them all (`all_cells`).
+        """
+        if not all_cells:
+            return head(self.of_hidden())
+        prediction = head(self.features)
+        return prediction if self.hidden is None else self.hidden.of(prediction.flatten(1, 2))
+
+    def hidden_of(self, values: Tensor) -> Tensor:
+        """Choose the hidden cells of each mask: values of images (B, h, w, K) → (M·B, n, K), or all, (M·B, h, w, K).
+
+        Where the encoder's map of masked images is finer, a value stands for all cells that it covers.
+        """
+        finer = self.images.shape[2] // self.encoder.stride // values.shape[1]
+        if finer > 1:
+            values = values.repeat_interleave(finer, dim=1).repeat_interleave(finer, dim=2)
+        if self.hidden is None:
+            return self.again(values)
+        # The cells of all masks of an image at once, since to repeat the values for each mask would cost memory.
+        places = self.hidden.places.unflatten(0, (-1, len(values)))  # (M, B, n)
+        chosen = Chosen(places.transpose(0, 1).flatten(1)).of(values.flatten(1, 2))
+        return chosen.unflatten(1, (len(places), -1)).transpose(0, 1).flatten(0, 1)
+
     def again(self, values: Tensor) -> Tensor:
         """Repeat what belongs to the images, (B, …), for each of their masks: (M·B, …)."""
         masks = len(self.features) // len(values)

@@ -19,6 +19,7 @@ from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
+from simmim.method.objectives import PixelReconstruction
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
@@ -71,6 +72,16 @@ def save_hub(
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
+def save_backbone(directory: Path, backbone: nn.Module) -> None:
+    """Write a timm module as a hub directory, as its own description has it; config.json comes last."""
+    save_weights(directory / "model.safetensors", backbone.state_dict())
+    with written_whole(directory / "config.json") as path:
+        facts: Any = backbone.pretrained_cfg
+        save_config_for_hf(
+            backbone, str(path), data_config={name: facts[name] for name in ("input_size", "mean", "std")}
+        )
+
+
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all."""
     with written_whole(path) as aside:
@@ -117,7 +128,9 @@ def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint yet; wait for its first --save-every-steps")
     # A run's features are those of anyone who loads its encoder, to the bit: products by the usual library.
-    step = build_step(config, PLAIN if config.plain_step else Savings(products=False))
+    # Objectives stay away: their modules (a teacher, clusters) are for training.
+    model = dataclasses.replace(config, objectives=(PixelReconstruction(),))
+    step = build_step(model, PLAIN if config.plain_step else Savings(products=False))
     load_model_state(checkpoint, step)
     return step.eval(), config
 

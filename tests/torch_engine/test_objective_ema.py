@@ -1,0 +1,172 @@
+"""The averaged teacher: moving averages against a loop, data2vec 2.0's target against its formula."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import simmim
+from simmim.config.pretraining import PretrainConfig
+from simmim.errors import UserError
+from simmim.method.masks import RandomMask
+from simmim.method.objectives import EmaTeacher, PixelReconstruction
+from simmim.torch_engine.models.moving_average import MovingAverage
+from simmim.torch_engine.models.objectives.ema import average_blocks
+from simmim.torch_engine.train.checkpoint import load_model_state
+from simmim.torch_engine.train.storage import build_step
+from simmim.training.checkpoint_directory import newest_checkpoint
+from simmim.training.loop import Loop
+from simmim.training.run_directory import Run
+
+SETTINGS: dict[str, Any] = {
+    "data": "demo",
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"depth": 3, "embed_dim": 24, "num_heads": 2, "patch_size": 8},
+    "image_size": 32,
+    "mask": RandomMask(ratio=0.5, cell=8),
+    "objectives": (PixelReconstruction(), EmaTeacher(momentum=0.5, momentum_end=0.9)),
+    "batch_size": 8,
+    "val_images": 0,
+    "device": "cpu",
+    "precision": "fp32",
+    "workers": 1,
+    "lr": 0.1,
+    "warmup_epochs": 0,
+}
+
+
+def train(out: Path, **settings: Any) -> Path:
+    return simmim.pretrain(**{**SETTINGS, "out": str(out)} | settings).path
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    step = build_step(Run(run).read_config(PretrainConfig))
+    newest = newest_checkpoint(Run(run).checkpoints)
+    assert newest is not None
+    load_model_state(newest, step)
+    return step.state_dict()
+
+
+def test_the_average_is_that_of_a_loop_and_a_skipped_step_changes_nothing() -> None:
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    average = MovingAverage(source, momentum=0.5, momentum_end=0.9, steps=4)
+    tensors = lambda module: [tensor.detach().double().numpy().copy() for tensor in module.state_dict().values()]  # noqa: E731
+    expected, done = tensors(source), 0
+    for finite in (True, True, False, True, True, True, True):
+        source(torch.randn(8, 3))
+        with torch.no_grad():
+            for parameter in source.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update(source, torch.tensor(finite))
+        if finite:
+            momentum = 0.5 + min(done / 4, 1) * 0.4
+            now = tensors(source)
+            counted = [name.endswith("num_batches_tracked") for name in source.state_dict()]
+            expected = [
+                new if whole else momentum * old + (1 - momentum) * new
+                for old, new, whole in zip(expected, now, counted, strict=True)
+            ]
+            done += 1
+    for found, wanted in zip(tensors(average.module), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    assert float(average.updates) == done
+
+
+def test_the_average_stays_in_evaluation_mode_and_has_no_gradient() -> None:
+    average = MovingAverage(
+        nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), momentum=1, momentum_end=1, steps=1
+    ).train()
+    assert not average.module.training
+    x = torch.ones(2, 3, requires_grad=True)
+    assert not average(x).requires_grad
+    torch.testing.assert_close(average(x), average(x))
+
+
+def test_the_target_is_data2vecs_formula() -> None:
+    maps = [np.random.default_rng(k).normal(size=(2, 5, 3, 4)) * (k + 1) + k for k in range(3)]
+    normal = [
+        (each - each.mean((2, 3), keepdims=True)) / np.sqrt(each.var((2, 3), keepdims=True) + 1e-5) for each in maps
+    ]
+    mean = np.mean(normal, axis=0).transpose(0, 2, 3, 1)
+    expected = (mean - mean.mean(-1, keepdims=True)) / np.sqrt(mean.var(-1, keepdims=True) + 1e-5)
+    found = average_blocks([torch.from_numpy(each) for each in maps])
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
+def test_the_teacher_follows_the_encoder_in_a_training(tmp_path: Path) -> None:
+    """Of three steps, by the encoders that checkpoints after one, two and three steps hold."""
+    runs = [
+        weights(
+            train(
+                tmp_path / str(n),
+                steps=n,
+                objectives=(EmaTeacher(momentum=0.5, momentum_end=0.9, momentum_steps=4),),
+                schedule="multistep",
+                milestones=(99.0,),
+            )
+        )
+        for n in (1, 2, 3)
+    ]
+    name = "backbone.blocks.0.mlp.fc1.weight"
+    own = [run[f"model.encoder.{name}"] for run in runs]
+    averages = [run[f"objectives.ema.teacher.module.{name}"] for run in runs]
+    for done, momentum in ((1, 0.6), (2, 0.7)):
+        torch.testing.assert_close(averages[done], momentum * averages[done - 1] + (1 - momentum) * own[done])
+
+
+def test_agreement_is_logged_and_the_length_of_the_schedule_is_written_down(tmp_path: Path) -> None:
+    run = train(tmp_path / "run", steps=3)
+    assert all(-1 <= row["ema_agreement"] <= 1 for row in rows(run))
+    assert "effective_rank" in rows(run)[-1] and "feature_std" in rows(run)[-1]
+    ema: Any = Run(run).read_config(PretrainConfig).objectives[1]
+    assert ema.momentum_steps == 3
+
+
+def test_a_run_that_was_broken_off_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"steps": 4, "save_every_steps": 2, "masks_per_image": 2}
+    whole = weights(train(tmp_path / "whole", **settings))
+    update = Loop._log
+
+    def break_off(self: Loop, done: int, *rest: Any) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+        update(self, done, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_log", break_off)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", **settings)
+    parts = weights(train(tmp_path / "parts", **settings))
+    assert float(whole["objectives.ema.teacher.updates"]) == 4
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def test_accumulation_gives_the_losses_of_the_whole_batch(tmp_path: Path) -> None:
+    whole, parts = (rows(train(tmp_path / str(n), steps=3, accumulate_steps=n)) for n in (1, 2))
+    np.testing.assert_allclose([row["loss/ema"] for row in parts], [row["loss/ema"] for row in whole], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"model": "resnet10t", "model_args": {}, "image_size": 64, "mask": RandomMask(ratio=0.5, cell=32)},
+        {"encode": "visible", "head": "transformer"},
+    ],
+)
+def test_other_encoders_and_heads_train_on_it(tmp_path: Path, student: dict[str, Any]) -> None:
+    run = train(tmp_path / "run", steps=2, **student)
+    assert all(np.isfinite(row["loss"]) for row in rows(run))
+
+
+def test_more_blocks_than_there_are_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="top 4 of objective ema is more than the 3 blocks of vit_tiny_patch16_224"):
+        train(tmp_path / "run", objectives=(EmaTeacher(top=4),))
