@@ -1,0 +1,21 @@
+"""Mask strategies: choose the cells of an image to hide from the encoder. `True` = masked."""
+
+from simmim.method.masks.base import PAPER_CELL, Keys, Mask, MaskStrategy, RandomMask, upsample_mask
+from simmim.method.masks.blocks import BlockMask, InverseBlockMask
+from simmim.method.masks.noise import NoiseMask
+from simmim.method.masks.patterns import GridMask, SquareMask, UniformMask
+
+__all__ = [
+    "PAPER_CELL",
+    "BlockMask",
+    "GridMask",
+    "InverseBlockMask",
+    "Keys",
+    "Mask",
+    "MaskStrategy",
+    "NoiseMask",
+    "RandomMask",
+    "SquareMask",
+    "UniformMask",
+    "upsample_mask",
+]
