@@ -33,6 +33,8 @@ class MaskStrategy(Strategy, ABC, family="mask"):
     Raises `UserError` for a ratio or a cell outside its range.
     """
 
+    guided: ClassVar[bool] = False
+    """Whether the training chooses the cells (`simmim.method.masks.guided`)."""
     ratio: float = 0.6
     """Share of cells to hide, between 0 and 1."""
     cell: int | None = None
@@ -56,6 +58,10 @@ class MaskStrategy(Strategy, ABC, family="mask"):
         sizes = [n * patch for n in range(1, max(round(wanted / patch), 1) + 1)]
         fitting = [cell for cell in sizes if all(side % cell == 0 for side in image_size or ())]
         return replace(self, cell=(fitting or sizes)[-1])
+
+    def for_steps(self, steps: int) -> Self:
+        """Decide what is left open until the length of the training is known."""
+        return self
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return (rows, columns) of cells in an image of (H, W) pixels.
