@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from simmim.method.masks import (
     BlockMask,
     GridMask,
+    InverseBlockMask,
     MaskStrategy,
+    NoiseMask,
     RandomMask,
     SquareMask,
     UniformMask,
@@ -119,6 +121,8 @@ def test_every_cell_is_hidden_in_some_image_and_visible_in_another(strategy: typ
         ("grid", 3099925588),
         ("square", 807878805),
         ("uniform", 2692619491),
+        ("inverse-block", 1263146292),
+        ("noise", 1252044756),
     ],
 )
 def test_masks_never_change(name: str, checksum: int) -> None:
@@ -169,6 +173,63 @@ def test_block_masks_favour_no_side_of_the_image() -> None:
     hidden = BlockMask(cell=16)(_keys(4000), (224, 224)).mean(axis=0)
     for mirrored in (hidden[::-1], hidden[:, ::-1], hidden.T):
         assert np.abs(hidden - mirrored).max() < 0.05
+
+
+# InverseBlockMask
+
+
+def test_one_inverse_block_that_needs_no_adjustment_is_a_visible_square() -> None:
+    # 9 of 49 cells are visible: one block of 3x3. Those around the 25 inner cells are whole; others end at the border.
+    visible = ~InverseBlockMask(ratio=0.81, adjust=0)(_keys(2000), (224, 224))
+    lines, places = visible.any(axis=2).sum(axis=1), visible.any(axis=1).sum(axis=1)
+    squares = (lines == 3) & (places == 3)
+    assert (visible.sum(axis=(1, 2)) == 9).all()
+    assert squares.mean() == pytest.approx(25 / 49, abs=0.05)
+
+
+def test_inverse_blocks_have_compact_visible_parts() -> None:
+    boundary = [
+        _boundary(kind(cell=16, ratio=0.8)(_keys(500), (224, 224))).mean() for kind in (InverseBlockMask, RandomMask)
+    ]
+    assert boundary[0] < 0.6 * boundary[1]
+
+
+# NoiseMask
+
+
+def _neighbours_agree(mask: NDArray[np.bool_]) -> float:
+    """Correlation of neighbouring cells."""
+    hidden = mask - mask.mean()
+    along = (hidden[:, 1:] * hidden[:, :-1]).mean() + (hidden[:, :, 1:] * hidden[:, :, :-1]).mean()
+    return float(along / 2 / hidden.var())
+
+
+@pytest.mark.parametrize(
+    ("colour", "low", "high"), [("red", 0.5, 0.9), ("green", 0.1, 0.5), ("purple", -0.5, -0.05), ("blue", -0.5, -0.1)]
+)
+def test_the_colour_of_noise_decides_how_neighbours_agree(colour, low: float, high: float) -> None:
+    assert low < _neighbours_agree(NoiseMask(cell=16, colour=colour)(_keys(500), (224, 224))) < high
+
+
+def test_the_spectrum_of_noise_masks_has_the_frequencies_of_their_colour() -> None:
+    frequency = np.fft.fftfreq(20)
+    radius = np.hypot(*np.meshgrid(frequency, frequency))
+    low, band, high = (radius > 0) & (radius < 0.1), (radius > 0.15) & (radius < 0.25), radius > 0.45
+    power = {}
+    for colour in ("red", "green", "blue", "purple"):
+        masks = NoiseMask(cell=16, colour=colour)(_keys(200), (320, 320))
+        spectrum = (np.abs(np.fft.fft2(masks)) ** 2).mean(axis=0)
+        power[colour] = [spectrum[part].mean() for part in (low, band, high)]
+    assert power["red"][0] > 3 * power["red"][1] > 9 * power["red"][2]
+    assert power["green"][1] > 2 * max(power["green"][0], power["green"][2])
+    assert power["blue"][0] < 0.5 * power["blue"][2]
+    assert power["purple"][1] < 0.7 * min(power["purple"][0], power["purple"][2])
+
+
+@pytest.mark.parametrize("colour", ["red", "green", "blue", "purple"])
+def test_noise_masks_hide_every_cell_almost_equally_often(colour) -> None:
+    hidden = NoiseMask(colour=colour)(_keys(20_000), (224, 224)).mean(axis=0)
+    assert np.abs(hidden - 30 / 49).max() < 0.06  # a corner of red noise has fewer neighbours that it goes with
 
 
 # GridMask
@@ -295,6 +356,14 @@ def test_a_mask_of_the_whole_image_is_refused() -> None:
         (BlockMask, {"cell": 0}, "mask cell 0 is less than 1 pixel; use for example 32"),
         (SquareMask, {"ratio": 60.0}, "mask ratio 60.0 is not between 0 and 1; use for example 0.6"),
         (BlockMask, {"min_cells": 0}, "smallest mask block 0 is less than 1 cell; use for example 16"),
+        (InverseBlockMask, {"block": 0}, "visible mask block 0 is less than 1 cell; use for example 3"),
+        (InverseBlockMask, {"adjust": -1}, "mask adjustment -1 is not between 0 and 1; use for example 0.07"),
+        (NoiseMask, {"colour": "pink"}, "mask noise colour 'pink' is unknown; use green, red, blue, purple"),
+        (
+            NoiseMask,
+            {"fine": 2.0},
+            "mask noise blurs 2.0 and 1.5 are not 0 < fine < coarse; use 0.7 and 1.5",
+        ),
         (SquareMask, {"position": "left"}, "square mask position 'left' is unknown; use 'random' or 'centre'"),
     ],
 )

@@ -15,6 +15,10 @@ from simmim.method.masks import BlockMask, GridMask
 SETTINGS: dict[str, dict[str, Any]] = {
     "--mask block --mask.min-cells 4": {"mask": {"kind": "block", "min_cells": 4}},
     "--mask square --mask.position centre": {"mask": {"kind": "square", "position": "centre"}},
+    "--mask inverse-block --mask.block 2 --mask.adjust 0.1": {
+        "mask": {"kind": "inverse-block", "block": 2, "adjust": 0.1}
+    },
+    "--mask noise --mask.colour red --mask.coarse 2": {"mask": {"kind": "noise", "colour": "red", "coarse": 2.0}},
     "--mask grid --mask.cell 8": {"mask": {"kind": "grid", "cell": 8}},
     "--target normalized --target.patch 8": {"target": {"kind": "normalized", "patch": 8}},
     "--target local_normalized --target.window 9": {"target": {"kind": "local_normalized", "window": 9}},

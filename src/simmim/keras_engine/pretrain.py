@@ -78,6 +78,10 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
             isinstance(config.head, TransformerHead) and config.head != TransformerHead(),
             "use depth 2 and width 256, or --engine torch",
         ),
+        f"--mask {config.mask.kind}": (
+            config.mask.guided,
+            "use one that needs no model, such as random, or --engine torch",
+        ),
         "objectives": (
             config.objectives != PretrainConfig.objectives,
             "leave out all but pixels with weight 1, or use --engine torch",

@@ -35,8 +35,8 @@ class Loss(Strategy, ABC, family="loss"):
         The target is (B, h, w, V, n²), or class ids (B, h, w, 1, n²).
         """
 
-    def sums(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> tuple[Array, Array]:
-        """Return (Σ error · weight, Σ weight), two scalars that add up over the parts of a batch.
+    def weighted_error(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> Array:
+        """Compute error · weight of each position, (B, h, w, n²).
 
         Prediction (B, h, w, V·n²), target of the same shape or class ids (B, h, w, n²), and weights (B, h, w, n²),
         as a `simmim.method.targets.Target` lays them out.
@@ -47,7 +47,14 @@ class Loss(Strategy, ABC, family="loss"):
             xp.reshape(prediction, (-1, h, w, prediction.shape[-1] // positions, positions)),
             xp.reshape(target, (-1, h, w, target.shape[-1] // positions, positions)),
         )
-        return xp.sum(error * weights), xp.sum(weights)
+        return error * weights
+
+    def sums(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> tuple[Array, Array]:
+        """Return (Σ error · weight, Σ weight), two scalars that add up over the parts of a batch.
+
+        Arguments as in `weighted_error`.
+        """
+        return xp.sum(self.weighted_error(xp, prediction, target, weights)), xp.sum(weights)
 
     def __call__(self, xp: Namespace, prediction: Array, target: Array, weights: Array) -> Array:
         """Return the mean error of masked positions; arguments as in `sums`."""

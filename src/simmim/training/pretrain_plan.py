@@ -26,7 +26,7 @@ from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.colour_clusters import fit_colour_clusters
-from simmim.method.masks import upsample_mask
+from simmim.method.masks import GuidedMask, upsample_mask
 from simmim.method.objectives import Objective
 from simmim.method.random_keys import sample_keys
 from simmim.method.schedules import usual_lr
@@ -38,6 +38,8 @@ from simmim.training.trainer import World
 
 VIEW = "view_"
 """Prefix of a view's numbers in a batch."""
+ORDER = "mask_order"
+"""Name of the cells' order for guided masks in a batch."""
 
 # On a tenth of ImageNet-1K (128,000 images) SimMIM fine-tunes to 83.60 after 250,000 steps, which at its batch of 2048
 # are 4,000 views of each image, and only to 83.41 after more (Xie et al., arXiv 2206.04664).
@@ -128,6 +130,8 @@ class Plan(TrainingPlan):
         olds = {each.kind: getattr(each, "momentum_steps", None) for each in (begun.objectives if begun else ())}
         steps = [olds.get(each.kind) or plan.total_steps for each in config.objectives]
         plan = plan.replace(objectives=tuple(map(Objective.for_steps, config.objectives, steps)))
+        steps = getattr(begun.mask, "steps", None) if begun else None
+        plan = plan.replace(mask=plan.config.mask.for_steps(steps or plan.total_steps))
         target = config.target
         if isinstance(target, ClusterTarget) and target.centres is None:
             old = begun and getattr(begun.target, "centres", None)
@@ -178,7 +182,8 @@ class Plan(TrainingPlan):
 
         With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
         With `decode` images are what it returns, and are on its device. For each of the `further` views there is
-        view_NAME (B, 5), as `View.draw` gives it.
+        view_NAME (B, 5), as `View.draw` gives it. Guided masks have mask_order (B, rows, columns) too. With M masks an
+        image, masks and orders are (B, M, …).
         """
         config = self.config
         views: dict[str, Any] = {"crop": self.crop, "channels": config.channels}
@@ -192,7 +197,7 @@ class Plan(TrainingPlan):
             epoch, index = images["epoch"], images["index"]
             batch: Batch = {"image": images["image"], "flip": images["flip"]}
             if config.masks_images:
-                batch["mask"] = draw_all_masks(config, epoch, index, patch)
+                batch |= draw_all_masks(config, epoch, index, patch)
             if drop_path_layers:
                 batch["drop_path"] = drop_path_numbers(config, epoch, index, drop_path_layers)
             batch |= {f"{VIEW}{view.name}": view.draw(config.seed, epoch, index) for view in further}
@@ -273,21 +278,27 @@ def _mean_std(config: PretrainConfig, images: Images) -> tuple[tuple[float, ...]
     return measure_mean_std(images.train, channels=config.channels, dtype=images.dtype, seed=config.seed)
 
 
-def draw_masks(
-    config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int, *, number: int = 0
-) -> NDArray[np.bool_]:
-    """Draw masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch, the first or a further one."""
+def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
+    """Draw masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch."""
+    return _draw(config, epoch, index, patch, number=0)["mask"]
+
+
+def draw_all_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> Batch:
+    """Draw what a step takes: mask (B, H/patch, W/patch), or (B, M, H/patch, W/patch) for M masks an image.
+
+    For guided masks there is mask_order, (B, rows, columns) or (B, M, rows, columns), too.
+    """
+    drawn = [_draw(config, epoch, index, patch, number=number) for number in range(config.masks_per_image)]
+    if len(drawn) == 1:
+        return drawn[0]
+    return {name: np.stack([each[name] for each in drawn], axis=1) for name in drawn[0]}
+
+
+def _draw(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int, *, number: int) -> Batch:
+    """Draw one of several masks of each image, and its order of the cells."""
     assert config.image_size is not None
     masks = config.mask.for_patch(patch)
     assert masks.cell is not None
-    stream = f"mask {number}" if number else "mask"
-    cells = masks(sample_keys(config.seed, epoch, index, stream=stream), config.image_size)
-    return upsample_mask(cells, masks.cell // patch)
-
-
-def draw_all_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
-    """Draw what a step takes: masks (B, H/patch, W/patch), or (B, M, H/patch, W/patch) for M masks an image."""
-    if config.masks_per_image == 1:
-        return draw_masks(config, epoch, index, patch)
-    drawn = [draw_masks(config, epoch, index, patch, number=number) for number in range(config.masks_per_image)]
-    return np.stack(drawn, axis=1)
+    keys = sample_keys(config.seed, epoch, index, stream=f"mask {number}" if number else "mask")
+    batch = {"mask": upsample_mask(masks(keys, config.image_size), masks.cell // patch)}
+    return batch | {ORDER: masks.order(keys, config.image_size)} if isinstance(masks, GuidedMask) else batch

@@ -17,13 +17,14 @@ from simmim.method.losses import Loss
 from simmim.method.targets import Target, unpatchify
 from simmim.torch_engine.models.encoders import create_encoder
 from simmim.torch_engine.models.heads import create_head
+from simmim.torch_engine.models.mask_guides import MaskGuide
 from simmim.torch_engine.models.masked import Encoder
 from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule
 from simmim.torch_engine.models.objectives.pixels import PixelObjective
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
 from simmim.torch_engine.models.views import collect_views, cut_view
 from simmim.training.plan import check_sizes
-from simmim.training.pretrain_plan import VIEW
+from simmim.training.pretrain_plan import ORDER, VIEW
 
 
 class MaskedImageModel(nn.Module):
@@ -66,6 +67,13 @@ class MaskedImageModel(nn.Module):
         self, prediction: Tensor, images: Tensor, mask: Tensor, hidden: Chosen | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the sums whose ratio is the loss, so that a batch can be judged in parts. Arguments as for `judge`."""
+        weighted, weights = self.errors(prediction, images, mask, hidden)
+        return weighted.sum(), weights.sum()
+
+    def errors(
+        self, prediction: Tensor, images: Tensor, mask: Tensor, hidden: Chosen | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return error · weight of each position, (B, h, w, n²) or (B, n, 1, n²), and the weights. As for `judge`."""
         stride = self.encoder.stride
         with torch.autocast(images.device.type, enabled=False):
             target = self._target_here()(torch, images.float().permute(0, 2, 3, 1), stride)
@@ -73,7 +81,7 @@ class MaskedImageModel(nn.Module):
             if hidden is not None:  # a map of n × 1 cells
                 prediction = prediction.unsqueeze(2)
                 target, weights = (hidden.of(each.flatten(1, 2)).unsqueeze(2) for each in (target, weights))
-            return self.loss.sums(torch, prediction.float(), target, weights)
+            return self.loss.weighted_error(torch, prediction.float(), target, weights), weights
 
     def _target_here(self) -> Target:
         """Return the target with its arrays on the device."""
@@ -122,7 +130,8 @@ class PretrainStep(PixelStep):
     """Masked image modelling of a batch, whose masks all hide as much as `counts` says.
 
     `objectives` are (weight, module) by kind. A call returns the loss, and where it has several terms each of them
-    too, as `loss/NAME`, and the figures that objectives add. The encoder sees the masked images once, for all.
+    too, as `loss/NAME`, and the figures that objectives add. The encoder sees the masked images once, for all. A
+    `guide` replaces the masks of a batch.
     """
 
     def __init__(
@@ -134,12 +143,14 @@ class PretrainStep(PixelStep):
         counts: Counts,
         savings: Savings,
         objectives: Mapping[str, tuple[float, ObjectiveModule]],
+        guide: MaskGuide | None = None,
     ):
         super().__init__(mean, std)
         self.model = model
         self.weights = {kind: weight for kind, (weight, _) in objectives.items()}
         modules = {kind: module for kind, (_, module) in objectives.items()}
         self.objectives = nn.ModuleDict(modules)
+        self.guide = guide
         self.views = collect_views(modules)
         masked = [module for module in modules.values() if module.needs_masked]
         if not any(isinstance(module, PixelObjective) for module in masked):
@@ -162,22 +173,31 @@ class PretrainStep(PixelStep):
         drop_path: Tensor | None = None,
         **draws: Tensor,
     ) -> dict[str, Tensor]:
-        """Batch as `simmim.training.pretrain_plan.Plan.batches` gives it; `draws` are the numbers of the views."""
+        """Batch as `simmim.training.pretrain_plan.Plan.batches` gives it; `draws` are for views and guided masks."""
         encoder = self.model.encoder
         images = self.prepare(image, flip)
-        hidden = features = None
+        hidden = features = score = None
         if mask is not None:
-            if mask.ndim == 4:  # several masks an image, (B, M, H/p, W/p): M rounds of the batch
-                mask = mask.transpose(0, 1).flatten(0, 1)
+            mask = _in_rounds(mask)
+            if self.guide is not None:
+                score = self.guide(images)
+                mask = self.guide.hide(score, _in_rounds(draws[ORDER]))
             rounds = len(mask) // len(images)
             encoder.drop_path_draws.uniform = drop_path if drop_path is None else drop_path.repeat(rounds, 1)
             features, hidden = self._encode(images if rounds == 1 else images.repeat(rounds, 1, 1, 1), mask)
         size = (images.shape[2], images.shape[3])
         views = {name: cut_view(images, draws[f"{VIEW}{name}"], view.size or size) for name, view in self.views.items()}
         batch = ObjectiveBatch(
-            encoder=encoder, images=images, mask=mask, hidden=hidden, masked=features, views=views, drop_path=drop_path
+            encoder=encoder,
+            images=images,
+            mask=mask,
+            hidden=hidden,
+            masked=features,
+            views=views,
+            drop_path=drop_path,
+            cell_losses={} if self.guide is not None and self.guide.learns else None,
         )
-        return self._add_up(batch)
+        return self._add_up(batch, score)
 
     def _encode(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Chosen | None]:
         """Encode masked images; return their features, of all cells or of the hidden ones, and the hidden cells."""
@@ -190,7 +210,7 @@ class PretrainStep(PixelStep):
             hidden = choose(mask[:, ::factor, ::factor], self._hidden, hidden=True)
         return encoder(images, mask, visible=visible, hidden=None if self._all_cells else hidden), hidden
 
-    def _add_up(self, batch: ObjectiveBatch) -> dict[str, Tensor]:
+    def _add_up(self, batch: ObjectiveBatch, score: Tensor | None) -> dict[str, Tensor]:
         total = torch.zeros((), device=batch.images.device)
         terms: dict[str, Tensor] = {}
         for kind, objective in self.objectives.items():
@@ -199,14 +219,24 @@ class PretrainStep(PixelStep):
                 raise UserError(f"loss {min(known)!r} of objective {kind} has the name of another; rename it")
             terms |= found
             total = total + self.weights[kind] * torch.stack(list(found.values())).sum()
+        if self.guide is not None and score is not None:
+            for name, term in self.guide.losses(score, batch).items():
+                terms[name], total = term, total + term
         named = {f"loss/{name}": term.detach() for name, term in terms.items()} if len(terms) > 1 else {}
         return {"loss": total, **named, **{name: value.detach() for name, value in batch.figures.items()}}
 
     @torch.no_grad()
     def after_update(self, finite: Tensor) -> None:
-        """Call every objective's `after_update`."""
+        """Call the `after_update` of every objective and of the guide."""
         for objective in self.objectives.values():
             cast(ObjectiveModule, objective).after_update(self, finite)
+        if self.guide is not None:
+            self.guide.after_update(self, finite)
+
+
+def _in_rounds(masks: Tensor) -> Tensor:
+    """Put several masks of an image, (B, M, …), in M rounds of the batch, (M·B, …); one is (B, …)."""
+    return masks if masks.ndim == 3 else masks.transpose(0, 1).flatten(0, 1)
 
 
 def build_model(config: PretrainConfig) -> MaskedImageModel:

@@ -56,6 +56,9 @@ class ObjectiveBatch:
     """What decides which layers an image skips, (B, layers)."""
     figures: dict[str, Tensor] = field(default_factory=dict)
     """Scalars by name that objectives add, to be logged beside the losses."""
+    cell_losses: dict[str, Tensor] | None = None
+    """Mean losses of feature-map cells, (M·B, h, w), 0 where nothing is hidden, that objectives add by name for a mask
+    guide that learns; `None` without one."""
     _encoded: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
     @property

@@ -44,7 +44,7 @@ def random_batch(config: PretrainConfig, size: int, step: PretrainStep) -> Batch
         "flip": rng.random((size, FLIP_AXES[config.flip or "horizontal"])) < 0.5,
     }
     if config.masks_images:
-        batch["mask"] = draw_all_masks(config, 0, index, encoder.patch_size)
+        batch |= draw_all_masks(config, 0, index, encoder.patch_size)
     if layers := encoder.drop_path_draws.layers:
         batch["drop_path"] = drop_path_numbers(config, 0, index, layers)
     batch |= {f"{VIEW}{view.name}": view.draw(config.seed, 0, index) for view in step.views.values()}

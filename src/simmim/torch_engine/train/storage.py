@@ -22,6 +22,7 @@ from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
 from simmim.method.objectives import PixelReconstruction
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
+from simmim.torch_engine.models.mask_guides import create_guide
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
 from simmim.torch_engine.models.objective import create_objectives
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
@@ -168,7 +169,10 @@ def build_step(
                     f"--checkpoint-activations is not for objective {kind} beside others, which encode the images "
                     "twice; leave one of them out, or use --accumulate-steps"
                 )
-    return PretrainStep(model, config.mean, config.std, counts=counts, savings=savings, objectives=objectives)
+    guide = create_guide(config.mask.for_patch(patch), model, config) if config.masks_images else None
+    return PretrainStep(
+        model, config.mean, config.std, counts=counts, savings=savings, objectives=objectives, guide=guide
+    )
 
 
 def initialize(model: MaskedImageModel, source: str, name: str) -> str:

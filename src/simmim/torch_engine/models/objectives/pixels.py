@@ -24,10 +24,16 @@ class PixelObjective(ObjectiveModule):
     def forward(self, step: "PretrainStep", batch: ObjectiveBatch) -> dict[str, Tensor]:
         assert batch.mask is not None
         model, images = step.model, batch.again(batch.images)
-        if self.all_cells:
-            return {"pixels": model.judge(model.head(batch.features), images, batch.mask)}
-        prediction = model.head(batch.of_hidden())
-        return {"pixels": model.judge(prediction, images, batch.mask, batch.hidden)}
+        hidden = None if self.all_cells else batch.hidden
+        prediction = model.head(batch.features if self.all_cells else batch.of_hidden())
+        weighted, weights = model.errors(prediction, images, batch.mask, hidden)
+        if batch.cell_losses is not None:
+            losses = weighted.detach().sum(-1) / weights.sum(-1).clamp(min=1e-5)  # (B, h, w) or (B, n, 1)
+            if hidden is not None:
+                h, w = (side // batch.encoder.stride for side in images.shape[2:])
+                losses = hidden.put(losses, h * w).unflatten(1, (h, w))[..., 0]
+            batch.cell_losses["pixels"] = losses
+        return {"pixels": model.loss.mean(weighted.sum(), weights.sum())}
 
 
 @create_objective.register(PixelReconstruction)
