@@ -54,22 +54,47 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "model": "vit_tiny_patch16_224",
         "model_args": {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
         "image_size": 32,
-        "mask_cell": 4,
+        "mask": {"kind": "random", "cell": 4},
     },
     # Images are enlarged to 64 pixels, which leaves 2x2 cells of the feature map at the usual stride of 32.
     "resnet": {
         "model": "resnet18",
         "model_args": {"channels": [32, 64, 128, 256]},
         "image_size": 64,
-        "mask_cell": 16,
+        "mask": {"kind": "random", "cell": 16},
     },
 }
 # Those of pretraining_helps. Rates are for a batch of 512, so that 0.008 is 1e-3 at a batch of 64.
 PIXELS: dict[str, Any] = {"batch_size": 64, "lr": 0.008, "val_images": 0}
+# Chosen on fashion alone: by a prototype of it, of which docs/objectives.md tells.
+DESCRIPTOR: dict[str, Any] = {
+    "objectives": [{"kind": "descriptor"}],
+    "batch_size": 64,
+    "lr": 0.012,
+    "val_images": 0,
+    "clip_grad": 3.0,
+    "crop_scale": (0.6, 1.0),
+    "vit": {"mask": {"kind": "random", "cell": 4, "ratio": 0.5}, "encode": "visible", "positions": "sincos"},
+    "resnet": {"objectives": [{"kind": "descriptor", "see": "whole"}]},
+}
+LATENT: dict[str, Any] = PIXELS | {"crop_scale": (0.6, 1.0)}
 ARMS: dict[str, dict[str, Any]] = {
     "pixels": PIXELS,
+    "descriptor": DESCRIPTOR,
+    "pixels + ema": LATENT | {"objectives": [{"kind": "pixels"}, {"kind": "ema"}]},
+    "clusters": LATENT | {"objectives": [{"kind": "clusters"}]},
+    "sigreg": LATENT | {"objectives": [{"kind": "sigreg"}]},
+    "infonce": LATENT | {"objectives": [{"kind": "infonce"}]},
+    "descriptor + infonce": DESCRIPTOR | {"objectives": [{"kind": "descriptor"}, {"kind": "infonce", "weight": 0.1}]},
 }
-"""Arguments of `simmim.pretrain` by arm. They may replace an encoder's, such as mask_cell, but not its model."""
+"""Arguments of `simmim.pretrain` by arm, with those for one encoder under its name. They may replace an encoder's."""
+
+
+def arm_settings(arm: str, encoder: str) -> dict[str, Any]:
+    """Return the arguments of an arm for an encoder."""
+    common = {key: value for key, value in ARMS[arm].items() if key not in ENCODERS}
+    return {**ENCODERS[encoder], **common, **ARMS[arm].get(encoder, {})}
+
 
 FIGURES = ("k-NN", "linear", "k-NN few", "linear few", "fine-tuned few")
 SEEDS = LABEL_SETS
@@ -141,7 +166,7 @@ class Bench:
     def pretrain(self, name: str, encoder: str, arm: str, seed: int) -> None:
         """Pretrain for the processor time, and keep the encoder. Raises `SystemExit` where the time cannot be met."""
         load_set(name, self.data, self.sets)
-        settings = {**ENCODERS[encoder], **ARMS[arm], "seed": seed, "data": str(self.sets / f"{name}.npz")}
+        settings = {**arm_settings(arm, encoder), "seed": seed, "data": str(self.sets / f"{name}.npz")}
         shown = {key: str(value) for key, value in settings.items() if key != "data"} | {"seconds": str(self.seconds)}
         path = self.encoder_path(name, encoder, arm, seed)
 

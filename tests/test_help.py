@@ -30,10 +30,22 @@ def groups(capsys, monkeypatch):
     return read
 
 
-def test_the_ten_common_options_of_a_pretraining_come_first(groups):
+def test_the_common_options_of_a_pretraining_come_first(groups):
     name, options = next(iter(groups("pretrain").items()))
     assert name == "common"
-    assert options == ["data", "out", "recipe", "model", "image-size", "epochs", "batch-size", "lr", "mask", "target"]
+    assert options == [
+        "data",
+        "out",
+        "recipe",
+        "model",
+        "image-size",
+        "epochs",
+        "batch-size",
+        "lr",
+        "objective",
+        "mask",
+        "target",
+    ]
 
 
 def test_every_option_of_a_pretraining_has_a_group(groups):

@@ -183,7 +183,7 @@ def test_recipes_command_shows_a_recipe_as_toml_that_pretrain_takes(capsys: pyte
 def test_unknown_recipe_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "--recipe", "simmim-vit-g"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith("simmim: recipe 'simmim-vit-g' is not known; choose from demo, small")
+    assert message.startswith("simmim: recipe 'simmim-vit-g' is not known; choose from default-small")
     assert message.count("\n") == 1
 
 

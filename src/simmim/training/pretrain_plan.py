@@ -109,7 +109,10 @@ class Plan(TrainingPlan):
         `UserError` where settings contradict each other.
         """
         config = dataclasses.replace(config, channels=images.channels)
-        workers, mask = config.workers or reading_cores(), config.mask.for_patch(patch, machine["image_size"])
+        workers, mask = (
+            config.workers or reading_cores(),
+            config.mask.for_patch(patch, machine.get("image_size", config.image_size)),
+        )
         changes = {"workers": workers, "mask": mask, **machine}
         begun = recall(config)
         if not (isinstance(config.mean, tuple) and isinstance(config.std, tuple)):
