@@ -239,7 +239,7 @@ class Plan(TrainingPlan):
 
         With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
         With `decode` images are what it returns, and are on its device. For each of the `further` views there is
-        view_NAME (B, 5), as `View.draw` gives it.
+        view_NAME (B, 5 or 11), as `View.draw` gives it.
         """
         config = self.config
         crop = RandomResizedCrop(

@@ -15,13 +15,14 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.method.losses import Loss
 from simmim.method.targets import Target, unpatchify
+from simmim.method.views import View
 from simmim.torch_engine.models.encoders import create_encoder
 from simmim.torch_engine.models.heads import create_head
 from simmim.torch_engine.models.masked import Encoder
 from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule
 from simmim.torch_engine.models.objectives.pixels import PixelObjective
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
-from simmim.torch_engine.models.views import collect_views, cut_view
+from simmim.torch_engine.models.views import collect_views, cut_view, recolour
 from simmim.training.plan import VIEW, check_sizes
 
 
@@ -167,12 +168,20 @@ class PretrainStep(PixelStep):
         hidden = features = None
         if self._masked:
             features, hidden = self._encode(images if rounds == 1 else images.repeat(rounds, 1, 1, 1), mask)
-        size = (images.shape[2], images.shape[3])
-        views = {name: cut_view(images, draws[f"{VIEW}{name}"], view.size or size) for name, view in self.views.items()}
+        views = {name: self._view(view, images, draws[f"{VIEW}{name}"]) for name, view in self.views.items()}
         batch = ObjectiveBatch(
             encoder=encoder, images=images, mask=mask, hidden=hidden, masked=features, views=views, drop_path=drop_path
         )
         return self._add_up(batch)
+
+    @torch.no_grad()
+    def _view(self, view: View, images: Tensor, draws: Tensor) -> Tensor:
+        """Return a view (B, C, height, width) of normalised images (B, C, H, W)."""
+        images = cut_view(images, draws, view.size or (images.shape[2], images.shape[3]))
+        if not view.recolours:
+            return images
+        colours = recolour((images / self.scale + self.mean) / 255, draws)
+        return (colours * 255 - self.mean) * self.scale
 
     def _encode(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Chosen | None]:
         """Encode masked images; return their features, of all cells or of the hidden ones, and the hidden cells."""
