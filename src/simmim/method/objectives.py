@@ -164,15 +164,22 @@ class SigReg(Objective):
     regularisation: float = 0.05
     """Share λ of SIGReg; agreement has 1 − λ."""
     local_views: int = 2
-    """Small crops at half the resolution, beside two large ones."""
+    """Small crops beside two large ones. ViT, DeiT and convolutional encoders see them at half the side."""
     slices: int = 256
     """Random directions that SIGReg tests at each step."""
     values: int = 64
     """Values of the projection."""
+    jitter: float = 0.5
+    """Strength of the views' colour jitter (SimCLR's), 0 to 1."""
+    grey: float = 0.2
+    """Share of the views without colour."""
+    blur: float = 0.5
+    """Share of the views that are blurred."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("regularisation", 0, 1)
+        for name in ("regularisation", "jitter", "grey", "blur"):
+            self.within(name, 0, 1)
         self.at_least("local_views", 0)
         self.at_least("slices", 1)
         self.at_least("values", 2)
@@ -180,7 +187,7 @@ class SigReg(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast(Objective):
-    """Recognise an image among the batch (InfoNCE, arXiv 1807.03748) from its visible patches, as CMAE does (2207.13532).
+    """Recognise an image among the batch (InfoNCE, arXiv 1807.03748) from its visible patches (CMAE, 2207.13532).
 
     The masked image passes a projector and a predictor; a moving average of encoder and projector sees another crop.
     """
@@ -192,6 +199,8 @@ class Contrast(Objective):
     """Temperature of the similarities."""
     values: int = 128
     """Values of the projection."""
+    jitter: float = 0.5
+    """Strength of the other crop's colour jitter (SimCLR's), 0 to 1."""
     momentum: float = 0.99
     """Momentum of the average at the start."""
     momentum_end: float = 1.0
@@ -201,5 +210,6 @@ class Contrast(Objective):
         super().__post_init__()
         self.at_least("temperature", 1e-3)
         self.at_least("values", 2)
+        self.within("jitter", 0, 1)
         self.within("momentum", 0, 1)
         self.within("momentum_end", 0, 1)

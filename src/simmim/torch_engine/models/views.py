@@ -13,6 +13,7 @@ from torch import Tensor
 from simmim.errors import UserError
 from simmim.method.views import CROP_NUMBERS, View
 from simmim.torch_engine.models.objective import ObjectiveModule
+from simmim.torch_engine.models.sampling import resampling_weights
 
 # RGB → YIQ, the colours of NTSC: Y is the luma of ITU-R BT.601.
 _YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -37,19 +38,10 @@ def cut_view(images: Tensor, draws: Tensor, size: tuple[int, int]) -> Tensor:
     """
     top, left, height, width, mirrored = draws[:, :CROP_NUMBERS].float().unbind(1)
     with torch.autocast(images.device.type, enabled=False):
-        rows = _weights(top, height, images.shape[2], size[0])
-        columns = _weights(left, width, images.shape[3], size[1])
+        rows = resampling_weights(top, height, images.shape[2], size[0])
+        columns = resampling_weights(left, width, images.shape[3], size[1])
         columns = torch.where(mirrored.view(-1, 1, 1) > 0.5, columns.flip(1), columns)
         return rows.unsqueeze(1) @ images.float() @ columns.unsqueeze(1).transpose(2, 3)
-
-
-def _weights(start: Tensor, length: Tensor, pixels: int, outputs: int) -> Tensor:
-    """Weights (B, outputs, pixels) of the pixels along a side, of which `start` and `length` (B,) are shares."""
-    step = (length * pixels / outputs).view(-1, 1, 1)  # pixels from one output to the next
-    centres = start.view(-1, 1, 1) * pixels + (torch.arange(outputs, device=start.device).view(1, -1, 1) + 0.5) * step
-    distances = (torch.arange(pixels, device=start.device) + 0.5 - centres).abs()
-    weights = (1 - distances / step.clamp(min=1)).clamp(min=0)
-    return weights / weights.sum(dim=2, keepdim=True)
 
 
 def recolour(images: Tensor, draws: Tensor) -> Tensor:
