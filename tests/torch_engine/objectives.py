@@ -67,6 +67,16 @@ def check_resume(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str = "vit
     assert [row["loss"] for row in worker.rows(whole)] == [row["loss"] for row in worker.rows(parts)]
 
 
+def check_two_process_runs(folder: Path, **settings: Any) -> None:
+    """A run of two processes that share the model must have the losses of one process."""
+    one = worker.settings(folder / "one", steps=4, log_every_steps=1, val_images=0, batch_size=8, **settings)
+    two = dataclasses.replace(one, out=str(folder / "two"), shard=True)
+    pretrain(one)
+    worker.run_together(worker.pretrain, two, log=folder / "log")
+    found, expected = ([row["loss"] for row in worker.rows(each)] for each in (two, one))
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 def check_training(config: PretrainConfig, *names: str, steps: int = 12, lr: float = 1e-3) -> dict[str, list[float]]:
     """Train on one batch; the losses must fall. Returns figures by name, of each step."""
     update = tiny.update(config, lr=lr)

@@ -128,6 +128,11 @@ def test_two_processes_that_share_the_model_give_the_losses_and_gradients_of_one
     objectives.check_two_processes(tiny.config(objectives=LEJEPA, batch_size=8, shard=True), tmp_path)
 
 
+@pytest.mark.slow
+def test_a_run_of_two_processes_that_share_the_model_has_the_losses_of_one(tmp_path: Path) -> None:
+    objectives.check_two_process_runs(tmp_path, objectives=LEJEPA)
+
+
 @pytest.mark.parametrize("kind", ["vit", "resnet18"])
 def test_a_run_that_was_broken_off_resumes_to_the_same_bits(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

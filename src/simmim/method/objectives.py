@@ -138,7 +138,9 @@ class LatentClusters(Objective):
     momentum: float = 0.99
     """Momentum of the average at the start."""
     momentum_end: float = 0.9999
-    """Momentum at the end of the run."""
+    """Momentum after `momentum_steps`."""
+    momentum_steps: int | None = None
+    """Steps over which the momentum rises (default: the whole run)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,6 +150,7 @@ class LatentClusters(Objective):
         self.at_least("iterations", 1)
         self.within("momentum", 0, 1)
         self.within("momentum_end", 0, 1)
+        self.at_least("momentum_steps", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +207,9 @@ class Contrast(Objective):
     momentum: float = 0.99
     """Momentum of the average at the start."""
     momentum_end: float = 1.0
-    """Momentum at the end of the run."""
+    """Momentum after `momentum_steps`."""
+    momentum_steps: int | None = None
+    """Steps over which the momentum rises (default: the whole run)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -213,3 +218,4 @@ class Contrast(Objective):
         self.within("jitter", 0, 1)
         self.within("momentum", 0, 1)
         self.within("momentum_end", 0, 1)
+        self.at_least("momentum_steps", 1)

@@ -28,6 +28,7 @@ from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.colour_clusters import fit_colour_clusters
 from simmim.method.masks import upsample_mask
+from simmim.method.objectives import Objective
 from simmim.method.random_keys import sample_keys, uniforms
 from simmim.method.schedules import CosineSchedule, MultiStepSchedule, Schedule, scale_lr
 from simmim.method.targets import ClusterTarget, block_means
@@ -209,7 +210,7 @@ class Plan(TrainingPlan):
             centres = measured_once(old, lambda: plan.find_clusters(target), shape, world)
             plan = plan.replace(target=dataclasses.replace(target, centres=tuple(map(tuple, centres.tolist()))))
         assert plan.schedule
-        return plan
+        return plan.replace(objectives=_with_momentum_steps(config.objectives, begun, plan.total_steps))
 
     def replace(self, **changes: Any) -> "Plan":
         return Plan(dataclasses.replace(self.config, **changes), self.images)
@@ -349,6 +350,20 @@ def measured_once(
         return world.share(np.zeros(shape))
     numbers = np.array(begun, np.float64) if np.shape(begun) == shape else np.array(find(), np.float64)
     return numbers if world is None else world.share(numbers)
+
+
+def _with_momentum_steps(
+    objectives: tuple[Objective, ...], begun: PretrainConfig | None, steps: int
+) -> tuple[Objective, ...]:
+    """Let the momentum of moving averages rise over the whole run, unless the user or the run begun says otherwise."""
+    before = {each.kind: getattr(each, "momentum_steps", None) for each in (begun.objectives if begun else ())}
+    undecided = [each.kind for each in objectives if getattr(each, "momentum_steps", steps) is None]
+    return tuple(
+        dataclasses.replace(
+            each, **{"momentum_steps": before.get(each.kind) or steps} if each.kind in undecided else {}
+        )
+        for each in objectives
+    )
 
 
 def draw_masks(

@@ -16,6 +16,11 @@ def count_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def this_rank() -> int:
+    """Return the number of this process among them."""
+    return dist.get_rank() if count_ranks() > 1 else 0
+
+
 class _Sum(torch.autograd.Function):
     """Sum over ranks, forward and backward."""
 
@@ -40,3 +45,24 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 def mean_over_ranks(values: Tensor) -> Tensor:
     """Average equally shaped tensors of all ranks, with gradients."""
     return values if count_ranks() == 1 else sum_over_ranks(values) / count_ranks()
+
+
+@torch.no_grad()
+def gather_from_ranks(values: Tensor) -> Tensor:
+    """Join equally shaped tensors (n, …) of all ranks in their order, without gradients: (ranks · n, …)."""
+    if count_ranks() == 1:
+        return values.detach()
+    joined = values.new_empty(count_ranks() * len(values), *values.shape[1:])
+    dist.all_gather_into_tensor(joined, values.detach().contiguous())
+    return joined
+
+
+@torch.no_grad()
+def logsumexp_over_ranks(values: Tensor) -> Tensor:
+    """Return log Σ exp over the first dimension of tensors (n, …) of all ranks, without gradients: (…)."""
+    own = values.detach().logsumexp(dim=0)
+    if count_ranks() == 1:
+        return own
+    most = own.clone()
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return most + sum_over_ranks((own - most).exp()).log()

@@ -88,7 +88,7 @@ class SigRegObjective(ObjectiveModule):
         names = [view.name for view in self.views]
         # Views of one size pass the encoder together.
         self.passes = [names] if small is None or len(names) == 2 else [names[:2], names[2:]]
-        self.projector = Projector((encoder.num_features, _WIDTH, _WIDTH, objective.values))
+        self.projector = Projector((encoder.backbone.num_features, _WIDTH, _WIDTH, objective.values))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, step: "PretrainStep", batch: ObjectiveBatch) -> dict[str, Tensor]:
