@@ -162,6 +162,7 @@ class LatentClusters(Objective):
         self.at_least("iterations", 1)
         self.within("momentum", 0, 1)
         self.within("momentum_end", 0, 1)
+        self.at_least("momentum_steps", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,15 +180,22 @@ class SigReg(Objective):
     regularisation: float = 0.05
     """Share λ of SIGReg; agreement has 1 − λ."""
     local_views: int = 2
-    """Small crops at half the resolution, beside two large ones."""
+    """Small crops beside two large ones. ViT, DeiT and convolutional encoders see them at half the side."""
     slices: int = 256
     """Random directions that SIGReg tests at each step."""
     values: int = 64
     """Values of the projection."""
+    jitter: float = 0.5
+    """Strength of the views' colour jitter (SimCLR's), 0 to 1."""
+    grey: float = 0.2
+    """Share of the views without colour."""
+    blur: float = 0.5
+    """Share of the views that are blurred."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("regularisation", 0, 1)
+        for name in ("regularisation", "jitter", "grey", "blur"):
+            self.within(name, 0, 1)
         self.at_least("local_views", 0)
         self.at_least("slices", 1)
         self.at_least("values", 2)
@@ -207,6 +215,8 @@ class Contrast(Objective):
     """Temperature of the similarities."""
     values: int = 128
     """Values of the projection."""
+    jitter: float = 0.5
+    """Strength of the other crop's colour jitter (SimCLR's), 0 to 1."""
     momentum: float = 0.99
     """Momentum of the average at the start."""
     momentum_end: float = 1.0
@@ -218,5 +228,7 @@ class Contrast(Objective):
         super().__post_init__()
         self.at_least("temperature", 1e-3)
         self.at_least("values", 2)
+        self.within("jitter", 0, 1)
         self.within("momentum", 0, 1)
         self.within("momentum_end", 0, 1)
+        self.at_least("momentum_steps", 1)

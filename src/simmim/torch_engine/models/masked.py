@@ -12,12 +12,15 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from simmim.errors import UserError
 from simmim.method.masks import MaskStrategy
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.heads import sine_positions
+from simmim.torch_engine.models.sampling import resampling_weights
 from simmim.torch_engine.models.savings import (
     Chosen,
     ForwardState,
@@ -131,6 +134,14 @@ class Encoder(nn.Module):
             state.clear()
         return features
 
+    def allow(self, size: tuple[int, int]) -> bool:
+        """Prepare for `at_size` with images of `size` (height, width); return whether the encoder takes them."""
+        return False
+
+    def at_size(self, images: Tensor) -> Tensor:
+        """Encode images of a size that `allow` allowed, without mask: (B, C, H, W) → (B, H / stride, W / stride, D)."""
+        return self(images)
+
     def _seen(self, mask: Tensor | None, visible: Chosen | None) -> Chosen | None:
         """Return the visible patches, if the backbone uses them."""
         return visible
@@ -169,6 +180,26 @@ class TokenEncoder(Encoder):
         with torch.no_grad():
             table[:, table.shape[1] - h * w :] = sine_positions(h, w, table.shape[2], table.device).flatten(0, 1)
 
+    def allow(self, size: tuple[int, int]) -> bool:
+        """Allow multiples of the patch if only a table of positions depends on the image size (ViT, DeiT).
+
+        A bias between patches (BEiT) or windows (Swin) would need more than another table.
+        """
+        net = self.backbone
+        table = isinstance(net, VisionTransformer) and net.pos_embed is not None and not net.dynamic_img_size
+        if not table or any(side % self.patch_size for side in size):
+            return False
+        net.patch_embed.strict_img_size = False
+        return True
+
+    def at_size(self, images: Tensor) -> Tensor:
+        """Encode images of another size, for which the table of positions is resized. The backbone keeps its table."""
+        table, (h, w) = self.backbone.pos_embed, self.backbone.patch_embed.grid_size
+        table = resize_positions(
+            table, (h, w), (images.shape[2] // self.patch_size, images.shape[3] // self.patch_size)
+        )
+        return functional_call(self, {"backbone.pos_embed": table}, (images,))
+
     def _token_features(self) -> int:
         return self.backbone.patch_embed.proj.out_channels
 
@@ -186,6 +217,16 @@ class TokenEncoder(Encoder):
         B, _, H, W = images.shape
         tokens = features[:, self.backbone.num_prefix_tokens :]
         return tokens.reshape(B, H // self.patch_size, W // self.patch_size, -1)
+
+
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Resize a table of positions, (1, prefix + h·w, D), from the grid (h, w) `old` to `new`; keep its prefix."""
+    prefix = table.shape[1] - old[0] * old[1]
+    whole = (table.new_zeros(1), table.new_ones(1))
+    rows, columns = (resampling_weights(*whole, *sides)[0] for sides in zip(old, new, strict=True))
+    with torch.autocast(table.device.type, enabled=False):
+        grid = torch.einsum("yh,xw,hwd->yxd", rows, columns, table[0, prefix:].unflatten(0, old))
+    return torch.cat((table[:, :prefix], grid.flatten(0, 1).unsqueeze(0)), dim=1)
 
 
 class VisibleEncoder(TokenEncoder):
@@ -278,6 +319,9 @@ class ConvEncoder(Encoder):
     @property
     def width(self) -> None:
         return None
+
+    def allow(self, size: tuple[int, int]) -> bool:
+        return not any(side % self.stride for side in size)
 
     def _token_features(self) -> int:
         return self._stage["num_chs"]

@@ -15,6 +15,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.method.losses import Loss
 from simmim.method.targets import Target, unpatchify
+from simmim.method.views import View
 from simmim.torch_engine.models.encoders import create_encoder
 from simmim.torch_engine.models.heads import create_head
 from simmim.torch_engine.models.mask_guides import MaskGuide
@@ -22,7 +23,7 @@ from simmim.torch_engine.models.masked import Encoder
 from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule
 from simmim.torch_engine.models.objectives.pixels import PixelObjective
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
-from simmim.torch_engine.models.views import collect_views, cut_view
+from simmim.torch_engine.models.views import collect_views, cut_view, recolour
 from simmim.training.plan import check_sizes
 from simmim.training.pretrain_plan import ORDER, VIEW
 
@@ -185,8 +186,7 @@ class PretrainStep(PixelStep):
             rounds = len(mask) // len(images)
             encoder.drop_path_draws.uniform = drop_path if drop_path is None else drop_path.repeat(rounds, 1)
             features, hidden = self._encode(images if rounds == 1 else images.repeat(rounds, 1, 1, 1), mask)
-        size = (images.shape[2], images.shape[3])
-        views = {name: cut_view(images, draws[f"{VIEW}{name}"], view.size or size) for name, view in self.views.items()}
+        views = {name: self._view(view, images, draws[f"{VIEW}{name}"]) for name, view in self.views.items()}
         batch = ObjectiveBatch(
             encoder=encoder,
             images=images,
@@ -198,6 +198,15 @@ class PretrainStep(PixelStep):
             cell_losses={} if self.guide is not None and self.guide.learns else None,
         )
         return self._add_up(batch, score)
+
+    @torch.no_grad()
+    def _view(self, view: View, images: Tensor, draws: Tensor) -> Tensor:
+        """Return a view (B, C, height, width) of normalised images (B, C, H, W)."""
+        images = cut_view(images, draws, view.size or (images.shape[2], images.shape[3]))
+        if not view.recolours:
+            return images
+        colours = recolour((images / self.scale + self.mean) / 255, draws)
+        return (colours * 255 - self.mean) * self.scale
 
     def _encode(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Chosen | None]:
         """Encode masked images; return their features, of all cells or of the hidden ones, and the hidden cells."""

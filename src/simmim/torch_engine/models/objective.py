@@ -127,12 +127,16 @@ class ObjectiveBatch:
         return self._encoded[()]
 
     def encode(self, *names: str) -> Tensor:
-        """Return the encoder's features of views of one size, without masks: (V, B, h, w, D), computed once."""
+        """Return the encoder's features of views of one size, without masks: (V, B, h, w, D), computed once.
+
+        Views of another size than the images need `encoder.allow(size)` when the objective is created.
+        """
         if names not in self._encoded:
             images = torch.cat([self.views[name] for name in names])
             if self.drop_path is not None:
                 self.encoder.drop_path_draws.uniform = self.drop_path.repeat(len(names), 1)
-            self._encoded[names] = self.encoder(images).unflatten(0, (len(names), -1))
+            encode = self.encoder if images.shape[2:] == self.images.shape[2:] else self.encoder.at_size
+            self._encoded[names] = encode(images).unflatten(0, (len(names), -1))
         return self._encoded[names]
 
 
