@@ -118,7 +118,7 @@ def test_positions_are_resized_as_pytorch_resizes_images() -> None:
     torch.testing.assert_close(resize_positions(table, (6, 8), (6, 8)), table)
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_two_processes_give_the_losses_and_gradients_of_one(kind: str, tmp_path: Path) -> None:
     objectives.check_two_processes(tiny.config(kind, objectives=LEJEPA, batch_size=8), tmp_path)
 
@@ -133,7 +133,7 @@ def test_a_run_of_two_processes_that_share_the_model_has_the_losses_of_one(tmp_p
     objectives.check_two_process_runs(tmp_path, objectives=LEJEPA)
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet18"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_a_run_that_was_broken_off_resumes_to_the_same_bits(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
