@@ -89,7 +89,8 @@ def test_its_component_is_logged_and_the_loss_is_the_weighted_sum(tmp_path: Path
 
 
 def test_its_parameters_and_its_state_are_trained_and_saved(tmp_path: Path) -> None:
-    first, last = (load_run(train(tmp_path / str(steps), steps=steps, warmup_epochs=0))[0] for steps in (1, 2))
+    runs = (train(tmp_path / str(steps), steps=steps, warmup_epochs=0) for steps in (1, 2))
+    first, last = (load_run(run, objectives=True)[0] for run in runs)
     modules: list[Any] = [step.objectives["agreement"] for step in (first, last)]
     assert [float(module.updates) for module in modules] == [1, 2]
     assert not torch.equal(modules[0].predictor.weight, modules[1].predictor.weight)
@@ -98,7 +99,7 @@ def test_its_parameters_and_its_state_are_trained_and_saved(tmp_path: Path) -> N
 
 def test_a_run_that_was_broken_off_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"steps": 4, "save_every_steps": 2, "warmup_epochs": 0}
-    whole = load_run(train(tmp_path / "whole", **settings))[0].state_dict()
+    whole = load_run(train(tmp_path / "whole", **settings), objectives=True)[0].state_dict()
     update = Loop._log
 
     def break_off(self: Loop, done: int, *rest: Any) -> None:
@@ -110,7 +111,7 @@ def test_a_run_that_was_broken_off_resumes_to_the_same_bits(tmp_path: Path, monk
         patch.setattr(Loop, "_log", break_off)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", **settings)
-    parts = load_run(train(tmp_path / "parts", **settings))[0].state_dict()
+    parts = load_run(train(tmp_path / "parts", **settings), objectives=True)[0].state_dict()
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
     assert [row["step"] for row in rows(tmp_path / "parts")] == [1, 2, 3, 4]
 

@@ -63,7 +63,7 @@ def check_resume(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str = "vit
     worker.break_off(parts, 3, monkeypatch)
     pretrain(parts)
     assert whole.out and parts.out
-    tiny.assert_same(*(dict(load_run(each.out)[0].state_dict()) for each in (whole, parts)))
+    tiny.assert_same(*(dict(load_run(each.out, objectives=True)[0].state_dict()) for each in (whole, parts)))
     assert [row["loss"] for row in worker.rows(whole)] == [row["loss"] for row in worker.rows(parts)]
 
 

@@ -15,11 +15,8 @@ from simmim.errors import UserError
 from simmim.method.masks import RandomMask
 from simmim.method.objectives import DescriptorRegression, PixelReconstruction
 from simmim.torch_engine.models.objectives.descriptor import Projection, gradient_histograms, small_copy
-from simmim.torch_engine.train.checkpoint import load_model_state
-from simmim.torch_engine.train.storage import build_step, load_run
-from simmim.training.checkpoint_directory import newest_checkpoint
+from simmim.torch_engine.train.storage import load_run
 from simmim.training.loop import Loop
-from simmim.training.run_directory import Run
 
 SETTINGS: dict[str, Any] = {
     "data": "demo",
@@ -49,11 +46,7 @@ def losses(run: Path, name: str = "loss") -> list[float]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    step = build_step(load_run(run)[1])
-    newest = newest_checkpoint(Run(run).checkpoints)
-    assert newest is not None
-    load_model_state(newest, step)
-    return step.state_dict()
+    return load_run(run, objectives=True)[0].state_dict()
 
 
 def histograms_by_loop(image: np.ndarray) -> np.ndarray:

@@ -16,9 +16,7 @@ from simmim.method.masks import RandomMask
 from simmim.method.objectives import EmaTeacher, PixelReconstruction
 from simmim.torch_engine.models.moving_average import MovingAverage
 from simmim.torch_engine.models.objectives.ema import average_blocks
-from simmim.torch_engine.train.checkpoint import load_model_state
-from simmim.torch_engine.train.storage import build_step
-from simmim.training.checkpoint_directory import newest_checkpoint
+from simmim.torch_engine.train.storage import load_run
 from simmim.training.loop import Loop
 from simmim.training.run_directory import Run
 
@@ -48,11 +46,7 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    step = build_step(Run(run).read_config(PretrainConfig))
-    newest = newest_checkpoint(Run(run).checkpoints)
-    assert newest is not None
-    load_model_state(newest, step)
-    return step.state_dict()
+    return load_run(run, objectives=True)[0].state_dict()
 
 
 def test_the_average_is_that_of_a_loop_and_a_skipped_step_changes_nothing() -> None:

@@ -119,8 +119,11 @@ def load_model(run: str | Path) -> MaskedImageModel:
     return load_run(run)[0].model
 
 
-def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
-    """Load the model of a run, as `load_model`, with its normalisation, and its configuration."""
+def load_run(run: str | Path, *, objectives: bool = False) -> tuple[PretrainStep, PretrainConfig]:
+    """Load the model of a run, as `load_model`, with its normalisation, and its configuration.
+
+    The modules of its objectives (a teacher, clusters), which are for training, come only if asked for.
+    """
     directory = Run(Path(run))
     if task := find_task_of(directory.path):
         raise UserError(f"{run} is fine-tuned for {task}, and reconstructs nothing; give the run that it began from")
@@ -129,9 +132,8 @@ def load_run(run: str | Path) -> tuple[PretrainStep, PretrainConfig]:
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint yet; wait for its first --save-every-steps")
     # A run's features are those of anyone who loads its encoder, to the bit: products by the usual library.
-    # Objectives stay away: their modules (a teacher, clusters) are for training.
-    model = dataclasses.replace(config, objectives=(PixelReconstruction(),))
-    step = build_step(model, PLAIN if config.plain_step else Savings(products=False))
+    built = config if objectives else dataclasses.replace(config, objectives=(PixelReconstruction(),))
+    step = build_step(built, PLAIN if config.plain_step else Savings(products=False))
     load_model_state(checkpoint, step)
     return step.eval(), config
 
