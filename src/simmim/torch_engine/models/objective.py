@@ -99,7 +99,7 @@ class ObjectiveBatch:
 
     def again(self, values: Tensor) -> Tensor:
         """Repeat what belongs to the images, (B, …), for each of their masks: (M·B, …)."""
-        masks = len(self.features) // len(values)
+        masks = 1 if self.mask is None else len(self.mask) // len(values)
         return values if masks == 1 else values.repeat(masks, *[1] * (values.ndim - 1))
 
     def hidden_share(self) -> Tensor:

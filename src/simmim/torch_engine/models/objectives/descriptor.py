@@ -133,4 +133,6 @@ class DescriptorObjective(ObjectiveModule):
 
 @create_objective.register(DescriptorRegression)
 def _(objective: DescriptorRegression, model: "MaskedImageModel", config: "PretrainConfig") -> ObjectiveModule:
-    return DescriptorObjective(objective, model.encoder.num_features, config.channels)
+    encoder = model.encoder  # whose features of masked images may differ from those of whole ones (UM-MAE's Swin)
+    features = encoder.num_features if objective.needs_masked else encoder.backbone.num_features
+    return DescriptorObjective(objective, features, config.channels)
