@@ -128,7 +128,7 @@ class LossGuide(MaskGuide):
             return self.predictor(centred * scale)[..., 0]
 
     def losses(self, score: Tensor, batch: ObjectiveBatch) -> dict[str, Tensor]:
-        assert batch.mask is not None and batch.cell_losses
+        assert batch.mask is not None and batch.cell_losses is not None
         hidden = choose(batch.mask[:, :: self.patches, :: self.patches], self.count, hidden=True)
         losses = self._pool(torch.stack(list(batch.cell_losses.values()), dim=-1)).sum(dim=-1)
         values = torch.stack((batch.again(score), losses), dim=-1)
