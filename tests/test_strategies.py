@@ -19,6 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "mask": {"kind": "inverse-block", "block": 2, "adjust": 0.1}
     },
     "--mask noise --mask.colour red --mask.coarse 2": {"mask": {"kind": "noise", "colour": "red", "coarse": 2.0}},
+    "--mask hard --mask.share 0.3 --mask.steps 10": {"mask": {"kind": "hard", "share": 0.3, "steps": 10}},
     "--mask grid --mask.cell 8": {"mask": {"kind": "grid", "cell": 8}},
     "--target normalized --target.patch 8": {"target": {"kind": "normalized", "patch": 8}},
     "--target local_normalized --target.window 9": {"target": {"kind": "local_normalized", "window": 9}},

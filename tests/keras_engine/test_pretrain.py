@@ -120,6 +120,7 @@ def test_it_starts_from_a_run_of_the_torch_engine(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--precision", "fp16"], "--precision fp16 is not for --engine keras --backend jax; use bf16"),
+        (["--mask", "hard"], "--mask hard is not for --engine keras --backend jax; use one that needs no model"),
         (["--decode", "gpu"], "--decode gpu is not for --engine keras --backend jax; use --decode cpu"),
         (["--no-compile"], "--no-compile is not for --engine keras --backend jax; leave it out"),
         (["--encode", "visible", "--head", "transformer"], "--encode visible is not for --engine keras"),

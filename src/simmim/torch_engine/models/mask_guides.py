@@ -108,21 +108,27 @@ def _keep_attention(kept: list[Tensor], prefix: int, attention: Attention, input
 
 
 class LossGuide(MaskGuide):
-    """Score a cell by a linear function of its feature, which learns to rank the losses of an image's hidden cells."""
+    """Score a cell by a linear function of its feature, which learns to rank the losses of an image's hidden cells.
+
+    Features are normalised over the cells of their image, since only differences between these say anything.
+    """
 
     learns = True
 
     def __init__(self, mask: GuidedMask, encoder: Encoder, image_size: tuple[int, int]):
         super().__init__(mask, encoder, image_size)
         self.predictor = nn.Linear(encoder.num_features, 1, bias=False)  # no order depends on a bias
+        nn.init.zeros_(self.predictor.weight)  # random weights would outweigh what few steps teach
 
     def forward(self, images: Tensor) -> Tensor:
         features = self._pool(self.teacher(images))
         with torch.autocast(images.device.type, enabled=False):
-            return self.predictor(features)[..., 0]
+            centred = features - features.mean(dim=(1, 2), keepdim=True)
+            scale = centred.square().mean(dim=(1, 2), keepdim=True).add(1e-6).rsqrt()
+            return self.predictor(centred * scale)[..., 0]
 
     def losses(self, score: Tensor, batch: ObjectiveBatch) -> dict[str, Tensor]:
-        assert batch.mask is not None and batch.cell_losses
+        assert batch.mask is not None and batch.cell_losses is not None
         hidden = choose(batch.mask[:, :: self.patches, :: self.patches], self.count, hidden=True)
         losses = self._pool(torch.stack(list(batch.cell_losses.values()), dim=-1)).sum(dim=-1)
         values = torch.stack((batch.again(score), losses), dim=-1)
@@ -132,11 +138,11 @@ class LossGuide(MaskGuide):
 def ranking_loss(score: Tensor, losses: Tensor) -> Tensor:
     """Judge by scores (B, n) which of two cells of an image has the higher loss (B, n); HPM, equation 5.
 
-    The binary cross-entropy of each pair of unequal losses, averaged over all pairs.
+    The binary cross-entropy of each pair of unequal losses, averaged over an image's pairs and over images.
     """
     higher = losses.unsqueeze(2) > losses.unsqueeze(1)  # (B, n, n)
     error = F.softplus(score.unsqueeze(1) - score.unsqueeze(2))
-    return (error * higher).sum() / higher.sum().clamp(min=1)
+    return ((error * higher).sum(dim=(1, 2)) / higher.sum(dim=(1, 2)).clamp(min=1)).mean()
 
 
 @singledispatch
