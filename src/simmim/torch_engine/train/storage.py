@@ -19,6 +19,7 @@ from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
+from simmim.method.masks import RandomMask
 from simmim.method.objectives import PixelReconstruction
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
@@ -122,7 +123,8 @@ def load_model(run: str | Path) -> MaskedImageModel:
 def load_run(run: str | Path, *, objectives: bool = False) -> tuple[PretrainStep, PretrainConfig]:
     """Load the model of a run, as `load_model`, with its normalisation, and its configuration.
 
-    The modules of its objectives (a teacher, clusters), which are for training, come only if asked for.
+    The modules of its objectives (a teacher, clusters) and the guide of its masks, which are for training, come only if
+    asked for.
     """
     directory = Run(Path(run))
     if task := find_task_of(directory.path):
@@ -132,7 +134,8 @@ def load_run(run: str | Path, *, objectives: bool = False) -> tuple[PretrainStep
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint yet; wait for its first --save-every-steps")
     # A run's features are those of anyone who loads its encoder, to the bit: products by the usual library.
-    built = config if objectives else dataclasses.replace(config, objectives=(PixelReconstruction(),))
+    mask = RandomMask(ratio=config.mask.ratio, cell=config.mask.cell) if config.mask.guided else config.mask
+    built = config if objectives else dataclasses.replace(config, objectives=(PixelReconstruction(),), mask=mask)
     step = build_step(built, PLAIN if config.plain_step else Savings(products=False))
     load_model_state(checkpoint, step)
     return step.eval(), config
