@@ -167,6 +167,17 @@ def test_the_command_has_only_options_that_pretrain_has(capsys):
     assert used <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
+def test_an_objective_is_counted_and_named_in_the_command():
+    small = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    asked = {"accelerator": ("rtx-3060",), "devices": 1, "batch_size": 64, "model": "vit_tiny_patch16_224"}
+    plain, averaged = (
+        advise(request(model_args=small, objective=objective, **asked)).options[0]
+        for objective in ((), ("pixels=1", "ema=0.5"))
+    )
+    assert averaged.hours[1] > 1.2 * plain.hours[1]
+    assert "--objective pixels=1 ema=0.5" in averaged.command and "--objective" not in plain.command
+
+
 def test_the_command_for_tpus_tells_torchtpu_of_its_processes():
     launch = "env $(python -m torch.tpu.distributed | tr -d '\"') torchrun --nproc-per-node 2 -m simmim pretrain "
     assert answer(accelerator=("tpu-v5e",), devices=2, batch_size=512).options[0].command.startswith(launch)

@@ -148,7 +148,9 @@ def test_the_cell_is_whole_patches_next_to_the_paper_s_32_pixels(patch: int, cel
 
 def test_a_model_of_patch_14_is_trained_with_cells_of_28_pixels(tmp_path: Path) -> None:
     settings = {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 14}
-    run = simmim.pretrain(data="demo", out=str(tmp_path / "run"), model_args=settings, image_size=56, steps=1)
+    run = simmim.pretrain(
+        data="demo", out=str(tmp_path / "run"), model_args=settings, image_size=168, batch_size=4, steps=1
+    )
     assert "cell = 28\n" in run.config.read_text(encoding="utf-8")
 
 

@@ -16,11 +16,12 @@ from typing import Any
 
 from simmim.advise.request import Option, Range, Request
 from simmim.config.pretraining import PretrainConfig
-from simmim.config.strategies import parse_strategy
+from simmim.config.strategies import parse_strategy, parse_words
 from simmim.errors import UserError
 from simmim.hardware.accelerators import Accelerator, Facts, read_facts
 from simmim.hardware.roofline import Rates, StepWork, fit_rates
 from simmim.method.heads import Head
+from simmim.method.objectives import FrozenTeacher, Objective
 
 Measure = Callable[[PretrainConfig], StepWork]
 OWN = "this-machine"
@@ -191,6 +192,10 @@ class Estimator:
         words.append(f"--image-size {height if height == width else f'{height}x{width}'}")
         words.append(f"--channels {request.channels}" if request.channels != 3 else "")
         words.append(f"--head {request.head}" if request.head != "linear" else "")
+        if request.objective:
+            words.append(f"--objective {' '.join(request.objective)}")
+        if request.teacher:
+            words.append(f"--teacher {shlex.quote(request.teacher)}")
         words.append(f"--epochs {request.epochs:g} --batch-size {self.batch_size}")
         words.append(f"--accumulate-steps {pieces}" if pieces > 1 else "")
         words.append(f"--precision {precision} --device {row.device}")
@@ -254,9 +259,17 @@ def config_of(request: Request) -> PretrainConfig:
         image_size=size,
         channels=request.channels,
         head=parse_strategy(Head, request.head),
+        objectives=_objectives(request),
         mean=colour,
         std=colour,
     )
+
+
+def _objectives(request: Request) -> tuple[Objective, ...]:
+    """Return the terms of the loss; a teacher that is named alone is the only one, as in a pretraining."""
+    words = request.objective or (["teacher"] if request.teacher else ["pixels"])
+    before = [FrozenTeacher(source=request.teacher)] if request.teacher else []
+    return parse_words(Objective, words, before)
 
 
 def _default_batch(images: int) -> int:

@@ -27,6 +27,10 @@ class Request:
     """Channels of an image."""
     head: Literal["linear", "mlp", "transformer"] = "linear"
     """The prediction head."""
+    objective: Annotated[tuple[str, ...], arg(metavar="KIND[=WEIGHT] ..."), HINT] = ()
+    """Terms of the loss (default: pixels); teachers and views are counted."""
+    teacher: Word = None
+    """The teacher of objective teacher: a run, timm:NAME or a file."""
     images: Positive = 1_281_167
     """Number of training images (default: ImageNet-1k's)."""
     epochs: PositiveReal = 100.0

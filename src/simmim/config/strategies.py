@@ -140,19 +140,25 @@ def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
         if not options.teacher or "teacher" in kinds:
             return defaults
         words = ["teacher"]
-    before: dict[str, Any] = {objective.kind: objective for objective in defaults.objectives}
-    family, found = _family_of(defaults.objectives[0]), []
+    family = _family_of(defaults.objectives[0])
+    return dataclasses.replace(defaults, objectives=parse_words(family, words, defaults.objectives))
+
+
+def parse_words(family: type[Family], words: Sequence[str], before: Sequence[Family] = ()) -> tuple[Family, ...]:
+    """Read objectives from words KIND or KIND=WEIGHT; those of `before` keep their settings. Raises `UserError`."""
+    known: dict[str, Any] = {objective.kind: objective for objective in before}
+    found = []
     for word in words:
         kind, equals, weight = word.partition("=")
         try:
             changes = {"weight": float(weight)} if equals else {}
         except ValueError:
             raise UserError(f"weight {weight!r} of objective {kind} is not a number; write {kind}=1") from None
-        objective: Any = before.get(kind) or find_kind(family, kind)()
+        objective: Any = known.get(kind) or find_kind(family, kind)()
         found.append(dataclasses.replace(objective, **changes))
     if not found:
         raise UserError(f"--objective names none; give one or more of {', '.join(family.kinds)}")
-    return dataclasses.replace(defaults, objectives=tuple(found))
+    return tuple(found)
 
 
 def with_strategy_options(configuration: type[Any], defaults: Any) -> type[Any]:
