@@ -261,7 +261,7 @@ def test_a_run_that_was_broken_off_resumes_to_the_same_bits(
     def train(name: str) -> Path:
         return simmim.pretrain(**SETTINGS, mask=kind(cell=16), out=str(tmp_path / name)).path
 
-    step, config = load_run(train("whole"))
+    step, config = load_run(train("whole"), objectives=True)
     log = Loop._log
 
     def break_off(self: Loop, done: int, *rest: Any) -> None:
@@ -273,7 +273,7 @@ def test_a_run_that_was_broken_off_resumes_to_the_same_bits(
         patch.setattr(Loop, "_log", break_off)
         with pytest.raises(KeyboardInterrupt):
             train("parts")
-    tiny.assert_same(load_run(train("parts"))[0].state_dict(), step.state_dict())
+    tiny.assert_same(load_run(train("parts"), objectives=True)[0].state_dict(), step.state_dict())
     assert isinstance(config.mask, GuidedMask) and config.mask.steps == 4  # completed by the plan
     assert step.guide is not None and float(step.guide.teacher.updates) == 4
 

@@ -27,13 +27,10 @@ from simmim.method.masks import RandomMask
 from simmim.method.objectives import FrozenTeacher, PixelReconstruction
 from simmim.torch_engine.models.objectives.teacher import Teacher, load_teacher
 from simmim.torch_engine.perf.cost import count_flops, measure_work
-from simmim.torch_engine.train.checkpoint import load_model_state
 from simmim.torch_engine.train.storage import build_step, load_run
-from simmim.training.checkpoint_directory import newest_checkpoint
 from simmim.training.loop import Loop
-from simmim.training.run_directory import Run
 
-from . import worker
+from . import objectives
 
 VIT: dict[str, Any] = {
     "model": "vit_tiny_patch16_224",
@@ -75,17 +72,14 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 def saved(run: Path) -> dict[str, Tensor]:
     """All that a run's newest checkpoint holds of the step."""
-    step, newest = build_step(Run(run).read_config(PretrainConfig)), newest_checkpoint(Run(run).checkpoints)
-    assert newest is not None
-    load_model_state(newest, step)
-    return step.state_dict()
+    return load_run(run, objectives=True)[0].state_dict()
 
 
 def complete(source: Path, **settings: Any) -> PretrainConfig:
     """A complete configuration for `build_step`: the small ViT, taught by `source`."""
     usual: dict[str, Any] = {"objectives": (FrozenTeacher(source=str(source)),), "precision": "fp32", "device": "cpu"}
-    colours = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-    return PretrainConfig(**{**VIT, "image_size": (32, 32)} | usual | colours | settings)
+    usual |= {**VIT, "image_size": (32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+    return PretrainConfig(**usual | settings)
 
 
 @pytest.fixture(scope="module")
@@ -164,31 +158,7 @@ def test_gradients_are_those_of_finite_differences(
 ) -> None:
     torch.manual_seed(0)
     step = build_step(complete(teachers["vit"], objectives=(FrozenTeacher(source=str(teachers["vit"]), by=by),)))
-    check_gradients(step, "objectives.teacher.head", monkeypatch)
-
-
-def check_gradients(step: Any, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare with central differences in fp64, which stands for fp32 meanwhile."""
-    monkeypatch.setattr(Tensor, "float", Tensor.double)
-    step.double().train()
-    image = (demo_images(3, 32) * 255).permute(0, 2, 3, 1)
-    mask = torch.arange(16).view(1, 4, 4).expand(3, 4, 4) % 2 == 0
-    parameters = dict(step.named_parameters())
-
-    def loss() -> Tensor:
-        return step(image, torch.zeros(3, 1, dtype=torch.bool), mask)["loss"]
-
-    loss().backward()
-    for name in (f"{head}.weight", f"{head}.bias", "model.encoder.mask_token", "model.encoder.backbone.pos_embed"):
-        parameter = parameters[name]
-        assert parameter.grad is not None
-        place = int(parameter.grad.abs().argmax())
-        with torch.no_grad():
-            ends = []
-            for shift in (1e-5, -2e-5, 1e-5):
-                parameter.view(-1)[place] += shift
-                ends.append(float(loss()))
-        assert float(parameter.grad.view(-1)[place]) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6), name
+    objectives.check_gradients(step, "objectives.teacher.head", monkeypatch)
 
 
 def test_accumulation_and_several_masks_give_the_losses_of_the_whole_batch(
@@ -293,13 +263,8 @@ def test_a_checkpoint_directory_of_another_package_teaches(tmp_path: Path, teach
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_give_the_losses_of_one(tmp_path: Path, teachers: dict[str, Path], shard: bool) -> None:
-    one = worker.settings(tmp_path / "one", steps=3, log_every_steps=1, val_images=0, batch_size=8)
-    one = dataclasses.replace(one, objectives=(FrozenTeacher(source=str(teachers["swin"])),))
-    two = dataclasses.replace(one, out=str(tmp_path / "two"), shard=shard)
-    worker.finish(one, tmp_path / "log")
-    worker.run_together(worker.pretrain, two, log=tmp_path / "log")
-    found, expected = ([row["loss"] for row in worker.rows(each)] for each in (two, one))
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    teacher = FrozenTeacher(source=str(teachers["swin"]))
+    objectives.check_two_process_runs(tmp_path, shard=shard, objectives=(teacher,))
 
 
 def test_teacher_on_the_command_line_is_the_objective(tmp_path: Path, teachers: dict[str, Path]) -> None:

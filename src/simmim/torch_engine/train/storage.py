@@ -122,7 +122,7 @@ def load_model(run: str | Path) -> MaskedImageModel:
 def load_run(run: str | Path, *, objectives: bool = False) -> tuple[PretrainStep, PretrainConfig]:
     """Load the model of a run, as `load_model`, with its normalisation, and its configuration.
 
-    What is for training, the modules of its objectives (a teacher, clusters) and its mask guide, comes only if asked for.
+    Its objectives (a teacher, clusters) and its mask guide, which are for training, come only if asked for.
     """
     directory = Run(Path(run))
     if task := find_task_of(directory.path):

@@ -106,10 +106,7 @@ class TeacherObjective(ObjectiveModule):
         with torch.autocast(batch.images.device.type, enabled=False):
             prediction = prediction.float()
             agreement = F.cosine_similarity(prediction, target, dim=-1)  # (M·B, n) or (M·B, h, w)
-            if self.by == "cosine":
-                error = 1 - agreement
-            else:
-                error = F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=-1)
+            error = 1 - agreement if self.by == "cosine" else smooth_l1(prediction, target)
             mean = torch.mean if self.on_all else batch.mean_over_hidden
             batch.figures["teacher_agreement"] = mean(agreement)
             return {"teacher": mean(error)}
@@ -119,6 +116,13 @@ class TeacherObjective(ObjectiveModule):
 
         if not (run / KEPT / "config.json").exists():
             save_backbone(run / KEPT, self.teacher.backbone)
+
+
+def smooth_l1(prediction: Tensor, target: Tensor) -> Tensor:
+    """Return the mean smooth L1 error (β = 1) of vectors (…, D): (…). TorchTPU lacks PyTorch's."""
+    distance = (prediction - target).abs()
+    short = distance.clamp(max=1)
+    return (short * (distance - short / 2)).mean(dim=-1)
 
 
 def load_teacher(source: str, *, weights: bool = True) -> nn.Module:
