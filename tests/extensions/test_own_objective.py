@@ -128,6 +128,17 @@ def test_it_trains_without_pixels_too(tmp_path: Path) -> None:
     assert not (run / "reconstructions").exists()
 
 
+def test_what_reads_the_model_needs_no_module_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(tmp_path / "run", steps=1)
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a module was built")
+
+    monkeypatch.setattr(AgreementModule, "__init__", refuse)
+    assert "agreement" not in load_run(run)[0].objectives
+    assert simmim.load_model(run)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Copied(Objective):
     """Keep a copy of the encoder, as a teacher would."""

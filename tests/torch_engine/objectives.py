@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -67,14 +68,41 @@ def check_resume(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str = "vit
     assert [row["loss"] for row in worker.rows(whole)] == [row["loss"] for row in worker.rows(parts)]
 
 
-def check_two_process_runs(folder: Path, **settings: Any) -> None:
-    """A run of two processes that share the model must have the losses of one process."""
+def check_two_process_runs(folder: Path, *, shard: bool = True, **settings: Any) -> None:
+    """A run of two processes that share the model, or have a copy each, must have the losses of one process."""
     one = worker.settings(folder / "one", steps=4, log_every_steps=1, val_images=0, batch_size=8, **settings)
-    two = dataclasses.replace(one, out=str(folder / "two"), shard=True)
+    two = dataclasses.replace(one, out=str(folder / "two"), shard=shard)
     pretrain(one)
     worker.run_together(worker.pretrain, two, log=folder / "log")
     found, expected = ([row["loss"] for row in worker.rows(each)] for each in (two, one))
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def check_gradients(step: Any, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients must be those of central differences, in fp64, which stands for fp32 meanwhile.
+
+    `step` is of 32 pixels and patches of 8; `head` is the prefix of a linear head.
+    """
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+    step.double().train()
+    image = torch.from_numpy(np.random.default_rng(0).uniform(0, 255, (3, 32, 32, 3)))
+    mask = torch.arange(16).view(1, 4, 4).expand(3, 4, 4) % 2 == 0
+    parameters = dict(step.named_parameters())
+
+    def loss() -> Tensor:
+        return step(image, torch.zeros(3, 1, dtype=torch.bool), mask)["loss"]
+
+    loss().backward()
+    for name in (f"{head}.weight", f"{head}.bias", "model.encoder.mask_token", "model.encoder.backbone.pos_embed"):
+        parameter = parameters[name]
+        assert parameter.grad is not None, name
+        place = int(parameter.grad.abs().argmax())
+        ends = []
+        with torch.no_grad():
+            for shift in (1e-5, -2e-5, 1e-5):
+                parameter.view(-1)[place] += shift
+                ends.append(float(loss()))
+        assert float(parameter.grad.view(-1)[place]) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6), name
 
 
 def check_training(config: PretrainConfig, *names: str, steps: int = 12, lr: float = 1e-3) -> dict[str, list[float]]:

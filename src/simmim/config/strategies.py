@@ -125,8 +125,8 @@ def take_kinds(defaults: Any, argv: Sequence[str]) -> Any:
 def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
     """Change a configuration's objectives to those of the command line: `--objective pixels=1 teacher=0.5`.
 
-    Those that the configuration has already keep their settings, but for the weight. A teacher that is named without
-    `--objective` becomes the only one. Raises `UserError`.
+    Those that the configuration has already keep their settings, but for the weight. `--teacher` adds the objective of
+    that name; without `--objective` it becomes the only one. Raises `UserError`.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--objective", nargs="*")
@@ -135,11 +135,11 @@ def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
     words = options.objective
     if not hasattr(defaults, "objectives"):
         return defaults
+    kinds = [each.kind for each in defaults.objectives] if words is None else [word.partition("=")[0] for word in words]
+    if options.teacher and "teacher" not in kinds:
+        words = [*(words or ()), "teacher"]
     if words is None:
-        kinds = [objective.kind for objective in defaults.objectives]
-        if not options.teacher or "teacher" in kinds:
-            return defaults
-        words = ["teacher"]
+        return defaults
     family = _family_of(defaults.objectives[0])
     return dataclasses.replace(defaults, objectives=parse_words(family, words, defaults.objectives))
 

@@ -10,10 +10,10 @@ from simmim.torch_engine.train.distributed import local_part
 
 
 class MovingAverage(nn.Module):
-    """Average a module's parameters and buffers over training (mean teacher, arXiv 1703.01780).
+    """Average a module's parameters and saved buffers over training (mean teacher, arXiv 1703.01780).
 
-    `momentum` rises linearly to `momentum_end` over `steps` updates. Calls run the average without gradients, in
-    evaluation mode: a normalisation uses averaged statistics, and no layer drops anything.
+    `momentum` rises linearly to `momentum_end` over `steps` updates. Buffers of integers are copied. Calls run the
+    average without gradients, in evaluation mode: normalisation uses averaged statistics, and no layer drops anything.
     """
 
     def __init__(self, source: nn.Module, *, momentum: float, momentum_end: float, steps: int | None):
@@ -45,5 +45,11 @@ class MovingAverage(nn.Module):
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Return this rank's part of all parameters and buffers."""
-    return [local_part(tensor.detach()) for tensor in (*module.parameters(), *module.buffers())]
+    """Return this rank's part of all parameters, and of the buffers that checkpoints hold: others never change."""
+    buffers = [
+        buffer
+        for part in module.modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    ]
+    return [local_part(tensor.detach()) for tensor in (*module.parameters(), *buffers)]

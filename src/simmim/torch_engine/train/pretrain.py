@@ -167,8 +167,8 @@ class TorchPretrainSession(PretrainSession):
         state = full_state(self._model, sharded=True)
         if not self.world.is_main:
             return None
-        copy = build_step(config)
-        copy.load_state_dict(state)
+        copy = build_step(config, trains=False)
+        copy.load_state_dict({name: state[name] for name in copy.state_dict()})
         return copy.to(self.world.device)
 
     def _save_encoder(self) -> None:

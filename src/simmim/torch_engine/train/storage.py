@@ -19,7 +19,6 @@ from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
-from simmim.method.masks import RandomMask
 from simmim.method.objectives import PixelReconstruction
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
@@ -123,8 +122,7 @@ def load_model(run: str | Path) -> MaskedImageModel:
 def load_run(run: str | Path, *, objectives: bool = False) -> tuple[PretrainStep, PretrainConfig]:
     """Load the model of a run, as `load_model`, with its normalisation, and its configuration.
 
-    The modules of its objectives (a teacher, clusters) and the guide of its masks, which are for training, come only if
-    asked for.
+    Its objectives (a teacher, clusters) and its mask guide, which are for training, come only if asked for.
     """
     directory = Run(Path(run))
     if task := find_task_of(directory.path):
@@ -134,9 +132,7 @@ def load_run(run: str | Path, *, objectives: bool = False) -> tuple[PretrainStep
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint yet; wait for its first --save-every-steps")
     # A run's features are those of anyone who loads its encoder, to the bit: products by the usual library.
-    mask = RandomMask(ratio=config.mask.ratio, cell=config.mask.cell) if config.mask.guided else config.mask
-    built = config if objectives else dataclasses.replace(config, objectives=(PixelReconstruction(),), mask=mask)
-    step = build_step(built, PLAIN if config.plain_step else Savings(products=False))
+    step = build_step(config, PLAIN if config.plain_step else Savings(products=False), trains=objectives)
     load_model_state(checkpoint, step)
     return step.eval(), config
 
@@ -146,11 +142,16 @@ def build_step(
     savings: Savings | None = None,
     *,
     begin: Callable[[MaskedImageModel], None] = lambda model: None,
+    trains: bool = True,
 ) -> PretrainStep:
     """Build what one step trains, for a complete configuration, with random weights.
 
     `begin` may load initial weights. It is called before objectives are built, which may copy the encoder (a teacher).
+    A step that does not train has neither objectives nor a mask guide: what they own (a teacher, clusters) is for
+    training only.
     """
+    if not trains:
+        config = dataclasses.replace(config, objectives=(PixelReconstruction(),))
     assert isinstance(config.mean, tuple) and isinstance(config.std, tuple) and config.image_size is not None
     savings = savings or (PLAIN if config.plain_step else Savings())
     model = build_model(config)
@@ -174,7 +175,7 @@ def build_step(
                     f"--checkpoint-activations is not for objective {kind} beside others, which encode the images "
                     "twice; leave one of them out, or use --accumulate-steps"
                 )
-    guide = create_guide(config.mask.for_patch(patch), model, config) if config.masks_images else None
+    guide = create_guide(config.mask.for_patch(patch), model, config) if trains and config.masks_images else None
     return PretrainStep(
         model, config.mean, config.std, counts=counts, savings=savings, objectives=objectives, guide=guide
     )

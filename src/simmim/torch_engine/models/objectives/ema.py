@@ -34,7 +34,9 @@ def average_blocks(maps: list[Tensor]) -> Tensor:
 class EmaObjective(ObjectiveModule):
     """Mean squared error of the predicted target at hidden cells.
 
-    Unlike data2vec 2.0, which averages the outputs of the blocks' MLPs, this averages the outputs of the blocks.
+    As data2vec 2.0 for images (fairseq, base_images_only_task.yaml: `loss_beta` 0, `instance_norm_target_layer`,
+    `layer_norm_targets`), but the outputs of the blocks are averaged, not those of their MLPs; there is no term for the
+    class token; and squares are averaged over features, where theirs are summed and divided by √D.
     """
 
     def __init__(self, objective: EmaTeacher, model: "MaskedImageModel", config: "PretrainConfig"):
@@ -67,7 +69,7 @@ class EmaObjective(ObjectiveModule):
     def forward(self, step: "PretrainStep", batch: ObjectiveBatch) -> dict[str, Tensor]:
         target = batch.hidden_of(self.target(batch.images))
         prediction = batch.predict(self.head, all_cells=self.all_cells).float()
-        batch.figures["ema_agreement"] = F.cosine_similarity(prediction, target, dim=-1).mean()
+        batch.figures["ema_agreement"] = batch.mean_over_hidden(F.cosine_similarity(prediction, target, dim=-1))
         return {"ema": batch.mean_over_hidden((prediction - target).square().mean(dim=-1))}
 
     def after_update(self, step: "PretrainStep", finite: Tensor) -> None:
