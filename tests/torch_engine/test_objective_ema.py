@@ -1,5 +1,6 @@
 """The averaged teacher: moving averages against a loop, data2vec 2.0's target against its formula."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,17 @@ def test_the_target_is_of_the_outputs_of_the_teachers_top_blocks(kind: str, top:
     torch.testing.assert_close(target, average_blocks([each.permute(0, 3, 1, 2) for each in chosen]))
 
 
+def test_a_plain_step_judges_the_same_cells() -> None:
+    config = tiny.config(objectives=(EmaTeacher(),))
+    batch = {name: torch.from_numpy(value) for name, value in tiny.batch(config).items()}
+    figures = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        figures.append(build_step(dataclasses.replace(config, plain_step=plain))(**batch))
+    for name in ("loss", "ema_agreement"):
+        torch.testing.assert_close(figures[1][name], figures[0][name])
+
+
 def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     colours: dict[str, Any] = {"image_size": (32, 32), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
@@ -179,7 +191,8 @@ def test_gradients_are_those_of_finite_differences(monkeypatch: pytest.MonkeyPat
     )
 
 
-@pytest.mark.parametrize("shard", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [True, False])
 def test_two_processes_give_the_losses_and_the_average_of_one(tmp_path: Path, shard: bool) -> None:
     ema = EmaTeacher(momentum=0.5, momentum_end=0.9)
     objectives.check_two_process_runs(tmp_path, shard=shard, objectives=(PixelReconstruction(), ema))

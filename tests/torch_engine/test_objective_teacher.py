@@ -121,15 +121,16 @@ def test_any_encoder_teaches_any_other(
 
 @pytest.mark.parametrize("by", ["smooth-l1", "cosine"])
 @pytest.mark.parametrize("on", ["masked", "all"])
-def test_the_first_loss_is_that_of_the_formula(tmp_path: Path, teachers: dict[str, Path], on: Any, by: Any) -> None:
+@pytest.mark.parametrize("plain_step", [False, True])
+def test_the_first_loss_is_that_of_the_formula(teachers: dict[str, Path], plain_step: bool, on: Any, by: Any) -> None:
     """With one mask for all images, by hand from the pieces: teacher, masked features, head."""
     config = complete(teachers["vit"], objectives=(FrozenTeacher(source=str(teachers["vit"]), on=on, by=by),))
     torch.manual_seed(0)
-    step = build_step(config).eval()
+    step = build_step(dataclasses.replace(config, plain_step=plain_step)).eval()
     image = (demo_images(3, 32) * 255).permute(0, 2, 3, 1)
     mask = torch.zeros(3, 4, 4, dtype=torch.bool)
     mask.flatten(1)[:, ::2] = True
-    found = float(step(image, torch.zeros(3, 1, dtype=torch.bool), mask)["loss"].detach())
+    figures = step(image, torch.zeros(3, 1, dtype=torch.bool), mask)
     module: Any = step.objectives["teacher"]
     with torch.no_grad():
         prediction = module.head(step.model.encoder(step.normalize(image), mask)).double()
@@ -140,7 +141,10 @@ def test_the_first_loss_is_that_of_the_formula(tmp_path: Path, teachers: dict[st
         distance = (prediction - target).abs()
         error = torch.where(distance < 1, distance**2 / 2, distance - 0.5).mean(-1)
     expected = error.mean() if on == "all" else error[mask].mean()
-    assert found == pytest.approx(float(expected), rel=1e-5)
+    assert float(figures["loss"].detach()) == pytest.approx(float(expected), rel=1e-5)
+    cosine = F.cosine_similarity(prediction, target, dim=-1)
+    agreement = cosine.mean() if on == "all" else cosine[mask].mean()
+    assert float(figures["teacher_agreement"]) == pytest.approx(float(agreement), abs=1e-6)
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (8, 8), (3, 6), (2, 4)])
@@ -184,7 +188,7 @@ def test_the_teacher_computes_in_the_precision_of_the_training(teachers: dict[st
     found = []
     teacher.backbone.blocks[0].attn.qkv.register_forward_hook(lambda _, inputs, output: found.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        target = teacher(demo_images(1, 32))
+        target = teacher(demo_images(1, 32).requires_grad_())
     assert found == [torch.bfloat16] and target.dtype == torch.float32 and not target.requires_grad
     assert not any(part.training for part in teacher.modules())
 
