@@ -196,8 +196,8 @@ class Bench:
         if self.quick:
             return {"steps": 2, "processor_seconds": 0.0, "thrown_away": []}, train(2)[1]
         train(10)  # warms up
-        short, long = (train(steps)[0] for steps in (10, 50))
-        step = (long - short) / 40
+        short, long = (train(steps)[0] for steps in (10, 90))
+        step = (long - short) / 80
         start = max(short - 10 * step, 0.0)  # building, reading the first images and saving
         thrown_away = []
         for _ in range(ATTEMPTS):
