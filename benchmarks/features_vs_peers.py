@@ -7,8 +7,8 @@ The peers are lightly-train 0.18 (DINO, SimCLR) and stable-pretraining 0.1.8 (Si
 own: `python -m venv LIGHTLY; LIGHTLY/bin/pip install lightly-train timm`, and the same with stable-pretraining. They
 train the encoder of `features.py` on the same images, in one thread. Each has two kinds of arms: its defaults, of which
 only the image size is changed (views of 32 pixels, not 224, and DINO's small ones of half), and tuned ones, at two
-rates. Tuned arms have AdamW, bf16, batches of 64, which means more steps, and no blur, as SimCLR has none on images of
-32 pixels. All arms have TIMM_FUSED_ATTN=0, without which a step of the ViT takes about twice as long on a CPU.
+rates. Tuned arms have AdamW, bf16, batches of 64, which means more steps, milder crops and jitter, and no blur, as
+SimCLR has none on images of 32 pixels. All arms have TIMM_FUSED_ATTN=0, without which a step of the ViT takes about twice as long on a CPU.
 
 `--seconds` is the processor time of training, with reading of images, in the peer's process (`peer_training.py` says
 what counts). A short trial finds how many steps that is. A run that took less than 90 % or more than 120 % of the time
@@ -88,8 +88,15 @@ def lightly_dino(size: int) -> Arguments:
 
 def lightly_dino_tuned(size: int, rate: float) -> Arguments:
     found = lightly_dino(size) | lightly_tuned(rate)
-    found["transform_args"] |= {"gaussian_blur": None, "global_view_1": {"gaussian_blur": None}}
-    found["transform_args"]["local_view"] |= {"gaussian_blur": None}
+    found["transform_args"] |= {
+        "gaussian_blur": None,
+        "global_view_1": {"gaussian_blur": None},
+        "random_resize": {"min_scale": 0.3},
+    }
+    found["transform_args"]["local_view"] |= {
+        "gaussian_blur": None,
+        "random_resize": {"min_scale": 0.1, "max_scale": 0.3},
+    }
     # Made for short runs: by default the last layer would not train for 1250 steps.
     found["method_args"] = {"student_freeze_last_layer_steps": 30, "momentum_start": 0.95}
     return found
@@ -99,9 +106,16 @@ def lightly_simclr(size: int) -> Arguments:
     return {"method": "simclr", "transform_args": {"image_size": [size, size]}}
 
 
-def lightly_simclr_tuned(size: int, rate: float) -> Arguments:
+def lightly_simclr_its_views(size: int, rate: float) -> Arguments:
+    """Return the tuned arm with its own crops, jitter and temperature: in a short run its loss stays above chance."""
     found = lightly_simclr(size) | lightly_tuned(rate)
     found["transform_args"] |= {"gaussian_blur": None}
+    return found
+
+
+def lightly_simclr_tuned(size: int, rate: float) -> Arguments:
+    found = lightly_simclr_its_views(size, rate) | {"method_args": {"temperature": 0.2}}
+    found["transform_args"] |= {"random_resize": {"min_scale": 0.3}, "color_jitter": {"strength": 0.5}}
     return found
 
 
@@ -146,6 +160,7 @@ ARMS = {
             "lightly DINO": lightly_dino_tuned,
         }.items()
     },
+    "lightly SimCLR, its views, rate 0.001": Arm("lightly", functools.partial(lightly_simclr_its_views, rate=1e-3)),
     "lightly DINO, defaults": Arm("lightly", lightly_dino),
     "stable SimCLR, defaults": Arm("stable", stable_simclr),
     "lightly SimCLR, defaults": Arm("lightly", lightly_simclr),
