@@ -8,7 +8,8 @@ own: `python -m venv LIGHTLY; LIGHTLY/bin/pip install lightly-train timm`, and t
 train the encoder of `features.py` on the same images, in one thread. Each has two kinds of arms: its defaults, of which
 only the image size is changed (views of 32 pixels, not 224, and DINO's small ones of half), and tuned ones, at two
 rates. Tuned arms have AdamW, bf16, batches of 64, which means more steps, milder crops and jitter, and no blur, as
-SimCLR has none on images of 32 pixels. All arms have TIMM_FUSED_ATTN=0, without which a step of the ViT takes about twice as long on a CPU.
+SimCLR has none on images of 32 pixels. All arms have TIMM_FUSED_ATTN=0, without which a step of the ViT takes about
+twice as long on a CPU.
 
 `--seconds` is the processor time of training, with reading of images, in the peer's process (`peer_training.py` says
 what counts). A short trial finds how many steps that is. A run that took less than 90 % or more than 120 % of the time
