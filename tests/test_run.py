@@ -17,6 +17,7 @@ def config(out: Path, **others: Any) -> PretrainConfig:
         "flip": "horizontal",
         "crop_scale": (0.67, 1.0),
         "crop_ratio": (0.75, 4 / 3),
+        "lr": 2e-4,
     }
     return PretrainConfig(data="demo", out=str(out), **(complete | others))
 
