@@ -48,7 +48,7 @@ class PixelReconstruction(Objective):
     """Predict the target of hidden pixels (SimMIM). The configuration's `target`, `loss` and `head` say how."""
 
     kind: ClassVar[str] = "pixels"
-    reason: ClassVar[str] = "SimMIM: long trainings that end in fine-tuning"
+    reason: ClassVar[str] = "SimMIM, to be fine-tuned (--recipe default-small: features to use as they are)"
 
 
 @dataclass(frozen=True, kw_only=True)
