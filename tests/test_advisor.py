@@ -15,6 +15,8 @@ from simmim.advise.request import Request
 from simmim.cli import main
 from simmim.hardware.roofline import StepWork
 from simmim.hardware.tpu_compiler import CompilerReport
+from simmim.torch_engine.models.encoders import create_backbone
+from simmim.torch_engine.train.storage import save_backbone
 
 MODEL = "vit_tiny_patch16_224"
 GIB = 2**30
@@ -176,6 +178,16 @@ def test_an_objective_is_counted_and_named_in_the_command():
     )
     assert averaged.hours[1] > 1.2 * plain.hours[1]
     assert "--objective pixels=1 ema=0.5" in averaged.command and "--objective" not in plain.command
+
+
+def test_a_teacher_is_counted_by_the_command_line(tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    small = {"depth": 1, "embed_dim": 24, "num_heads": 1}
+    save_backbone(teacher, create_backbone("vit_tiny_patch16_224", image_size=(224, 224), model_args=small))
+    words = "advise --model vit_tiny_patch16_224 --images 1000 --accelerator rtx-3060 --devices 1 --top 1 --json"
+    assert main([*words.split(), "--teacher", str(teacher)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert f"--teacher {teacher}" in found["options"][0]["command"]
 
 
 def test_the_command_for_tpus_tells_torchtpu_of_its_processes():

@@ -286,7 +286,13 @@ def parse(
 def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str], Config]) -> Config:
     """Parse arguments whose defaults may come from a recipe, looked up by `find`, or from a file."""
     from simmim.config.field_types import Word
-    from simmim.config.strategies import parsed_objectives, take_kinds, take_objectives, with_strategy_options
+    from simmim.config.strategies import (
+        parsed_objectives,
+        take_kinds,
+        take_objectives,
+        with_full_names,
+        with_strategy_options,
+    )
     from simmim.config.toml import read_toml
 
     @dataclass(frozen=True, kw_only=True)
@@ -309,6 +315,8 @@ def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str
         defaults = dataclasses.replace(
             read_toml(sources["config"], kind), out=None, fresh=False, accept_changed_data=False
         )
+    if hasattr(defaults, "objectives"):
+        argv = with_full_names(argv)
     defaults = take_objectives(take_kinds(defaults, argv), argv)
     options = with_strategy_options(Command, defaults)
     found = parse(options, kind.command, argv, options(**vars(defaults), **sources), kind.unlisted)

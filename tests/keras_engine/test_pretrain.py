@@ -121,6 +121,8 @@ def test_it_starts_from_a_run_of_the_torch_engine(tmp_path: Path) -> None:
     [
         (["--precision", "fp16"], "--precision fp16 is not for --engine keras --backend jax; use bf16"),
         (["--mask", "hard"], "--mask hard is not for --engine keras --backend jax; use one that needs no model"),
+        (["--masks-per-image", "2"], "--masks-per-image is not for --engine keras --backend jax; use 1"),
+        (["--positions", "sincos"], "--positions sincos is not for --engine keras --backend jax; leave it out"),
         (["--decode", "gpu"], "--decode gpu is not for --engine keras --backend jax; use --decode cpu"),
         (["--no-compile"], "--no-compile is not for --engine keras --backend jax; leave it out"),
         (["--encode", "visible", "--head", "transformer"], "--encode visible is not for --engine keras"),

@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 import simmim
 from simmim.method.objectives import Objective
 from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule, create_objective
-from simmim.torch_engine.tasks.guard import effective_rank, feature_std
+from simmim.torch_engine.tasks.guard import CollapseGuard, effective_rank, feature_std
+from simmim.torch_engine.train.storage import load_run
 
 
 def test_the_effective_rank_counts_the_directions_that_features_fill() -> None:
@@ -78,3 +80,17 @@ def test_a_collapse_is_said_in_one_line_while_it_happens(
     watched = [row for row in rows if "feature_std" in row]
     assert [row["step"] for row in watched] == list(range(10, 121, 10))
     assert watched[-1]["feature_std"] < 0.05 and watched[-1]["effective_rank"] >= 1
+
+
+def test_features_that_are_not_finite_end_nothing(tmp_path: Path) -> None:
+    run = simmim.pretrain(
+        data="demo", out=str(tmp_path / "run"), model="vit_tiny_patch16_224", image_size=64, batch_size=8, steps=1,
+        model_args={"depth": 1, "embed_dim": 24, "num_heads": 1}, device="cpu", precision="fp32", workers=1,
+    )  # fmt: skip
+    step, _ = load_run(run.path)
+    with torch.no_grad():
+        step.model.encoder.backbone.norm.bias.fill_(float("inf"))
+    said: list[str] = []
+    figures = CollapseGuard(np.zeros((4, 64, 64, 3), np.uint8), said.append)(7, step, "fp32")
+    assert np.isnan(list(figures.values())).all()
+    assert said == ["warning    features of step 7 are not finite; watch the loss, or use --precision bf16"]

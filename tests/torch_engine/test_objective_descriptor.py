@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import simmim
 from simmim.cli import main
+from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.method.masks import RandomMask
 from simmim.method.objectives import DescriptorRegression, PixelReconstruction
+from simmim.method.random_keys import sample_keys
 from simmim.torch_engine.models.objectives.descriptor import Projection, gradient_histograms, small_copy
 from simmim.torch_engine.train.storage import load_run
 from simmim.training.loop import Loop
+from simmim.training.pretrain_plan import Plan, open_images
 
 SETTINGS: dict[str, Any] = {
     "data": "demo",
@@ -119,7 +123,7 @@ def test_a_convolutional_encoder_trains_on_it_beside_pixels(tmp_path: Path, see:
 
 
 def test_whole_images_alone_leave_the_mask_out(tmp_path: Path) -> None:
-    whole = {"objectives": (DescriptorRegression(see="whole"),), "steps": 2}
+    whole = {"objectives": (DescriptorRegression(see="whole"),), "steps": 2, "encode": "all"}
     one = train(tmp_path / "one", **whole)
     other = train(tmp_path / "other", mask=RandomMask(ratio=0.25, cell=8), **whole)
     assert losses(one) == losses(other)
@@ -187,6 +191,32 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         train(tmp_path / "run", model="resnet10t", model_args={}, encode="all", image_size=64)
     with pytest.raises(UserError, match="leaves masked cells to the head, but head linear sees one cell at a time"):
         train(tmp_path / "run", objectives=(DescriptorRegression(), PixelReconstruction()))
+    with pytest.raises(UserError, match="--encode visible has no effect, since objective descriptor masks nothing"):
+        train(tmp_path / "run", objectives=(DescriptorRegression(see="whole"),))
     both = (PixelReconstruction(), DescriptorRegression(see="whole"))
-    with pytest.raises(UserError, match="--checkpoint-activations is not for objective descriptor beside others"):
+    with pytest.raises(UserError, match="--checkpoint-activations is not for objective descriptor here"):
         train(tmp_path / "run", objectives=both, encode="all", checkpoint_activations=True)
+
+
+def test_a_run_without_masks_loads_where_a_mask_would_not_fit(tmp_path: Path) -> None:
+    whole = {"objectives": (DescriptorRegression(see="whole"),), "encode": "all", "mask": RandomMask(cell=64)}
+    model = simmim.load_model(train(tmp_path / "run", steps=1, **whole))
+    assert model.encoder.backbone.pos_embed.shape == (1, 17, 24)
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_sample(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{number:02}.png")
+    config = PretrainConfig(data=str(folder), out="x", batch_size=4, val_images=0, image_size=(32, 32))
+    plan = Plan(config, open_images(config))
+    order = np.argsort(sample_keys(0, 0, np.arange(12), stream="sample"))
+    for index in order[8:]:  # a whole part
+        (folder / f"{index:02}.png").write_bytes(b"broken")
+    assert [len(part) for part in plan.sample(12, part=4)] == [4, 4]
+    for index in order[:8]:
+        (folder / f"{index:02}.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="none of 4 images can be read"):
+        list(plan.sample(12, part=4))

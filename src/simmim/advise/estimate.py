@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from simmim.advise.request import Option, Range, Request
-from simmim.config.pretraining import PretrainConfig
-from simmim.config.strategies import parse_strategy, parse_words
+from simmim.config.pretraining import PretrainConfig, ask_objectives
+from simmim.config.strategies import parse_strategy
 from simmim.errors import UserError
 from simmim.hardware.accelerators import Accelerator, Facts, read_facts
 from simmim.hardware.roofline import Rates, StepWork, fit_rates
 from simmim.method.heads import Head
-from simmim.method.objectives import FrozenTeacher, Objective
 
 Measure = Callable[[PretrainConfig], StepWork]
 OWN = "this-machine"
@@ -259,17 +258,10 @@ def config_of(request: Request) -> PretrainConfig:
         image_size=size,
         channels=request.channels,
         head=parse_strategy(Head, request.head),
-        objectives=_objectives(request),
+        objectives=ask_objectives(request.objective, request.teacher),
         mean=colour,
         std=colour,
     )
-
-
-def _objectives(request: Request) -> tuple[Objective, ...]:
-    """Return the terms of the loss; a teacher that is named alone is the only one, as in a pretraining."""
-    words = request.objective or (["teacher"] if request.teacher else ["pixels"])
-    before = [FrozenTeacher(source=request.teacher)] if request.teacher else []
-    return parse_words(Objective, words, before)
 
 
 def _default_batch(images: int) -> int:

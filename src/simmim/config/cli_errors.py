@@ -42,9 +42,8 @@ _REWRITES = (
 
 
 _WORDS = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
-# Options of version 0.1 and short forms, and their full names.
-_OTHER_NAMES = {
-    "--teacher": "--teacher.source",
+# Options of version 0.1 and their current names.
+_OLD_NAMES = {
     "--mask-ratio": "--mask.ratio",
     "--mask-cell": "--mask.cell",
     "--clusters": "--target.clusters",
@@ -54,9 +53,9 @@ _OTHER_NAMES = {
 
 
 def _with_current_names(argv: Sequence[str]) -> list[str]:
-    """Replace option names of version 0.1 and short forms."""
+    """Replace option names of version 0.1 with the current ones."""
     parts = [word.partition("=") for word in argv]
-    return [_OTHER_NAMES.get(name, name) + equals + value for name, equals, value in parts]
+    return [_OLD_NAMES.get(name, name) + equals + value for name, equals, value in parts]
 
 
 def parse(

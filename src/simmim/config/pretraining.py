@@ -1,5 +1,6 @@
 """Configuration of a pretraining (SimMIM, arXiv 2111.09886)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -16,14 +17,22 @@ from simmim.config.field_types import (
     Word,
     one_word,
 )
-from simmim.config.strategies import one_of, several_of
+from simmim.config.strategies import one_of, parse_words, several_of
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.method.heads import Head, LinearHead
 from simmim.method.losses import L1Loss, Loss, check_pair
 from simmim.method.masks import MaskStrategy, RandomMask
-from simmim.method.objectives import Objective, PixelReconstruction
+from simmim.method.objectives import FrozenTeacher, Objective, PixelReconstruction
 from simmim.method.targets import PixelTarget, Target
+
+
+def ask_objectives(words: Sequence[str], teacher: str | None) -> tuple[Objective, ...]:
+    """Read objectives from words KIND[=WEIGHT] (none: pixels); a teacher that is named alone is the only one."""
+    kinds = [word.partition("=")[0] for word in words]
+    if teacher and "teacher" not in kinds:
+        words = [*words, "teacher"]
+    return parse_words(Objective, words or ["pixels"], [FrozenTeacher(source=teacher)] if teacher else [])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,5 +120,12 @@ class PretrainConfig(TrainingConfig):
         kinds = [objective.kind for objective in self.objectives]
         if not kinds:
             raise UserError("objectives is empty; give one or more, such as pixels")
+        if not self.masks_images:
+            for option, given in {
+                f"--masks-per-image {self.masks_per_image}": self.masks_per_image > 1,
+                "--encode visible": self.encode == "visible",
+            }.items():
+                if given:
+                    raise UserError(f"{option} has no effect, since objective {kinds[0]} masks nothing; leave it out")
         if twice := sorted({kind for kind in kinds if kinds.count(kind) > 1}):
             raise UserError(f"objective {twice[0]} is given {kinds.count(twice[0])} times; give it once, with a weight")

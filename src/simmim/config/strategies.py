@@ -122,6 +122,12 @@ def take_kinds(defaults: Any, argv: Sequence[str]) -> Any:
     return dataclasses.replace(defaults, **changes)
 
 
+def with_full_names(argv: Sequence[str]) -> list[str]:
+    """Replace `--teacher`, which is short for the setting of the objective of that name."""
+    parts = [word.partition("=") for word in argv]
+    return [("--teacher.source" if name == "--teacher" else name) + equals + value for name, equals, value in parts]
+
+
 def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
     """Change a configuration's objectives to those of the command line: `--objective pixels=1 teacher=0.5`.
 
@@ -130,7 +136,7 @@ def take_objectives(defaults: Any, argv: Sequence[str]) -> Any:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--objective", nargs="*")
-    parser.add_argument("--teacher", "--teacher.source", dest="teacher")
+    parser.add_argument("--teacher.source", dest="teacher", nargs="?")
     options = parser.parse_known_args(argv)[0]
     words = options.objective
     if not hasattr(defaults, "objectives"):

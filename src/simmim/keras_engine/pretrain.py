@@ -86,6 +86,8 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
             config.objectives != PretrainConfig.objectives,
             "leave out all but pixels with weight 1, or use --engine torch",
         ),
+        "--masks-per-image": (config.masks_per_image > 1, "use 1, or --engine torch"),
+        "--positions sincos": (config.positions != "model", "leave it out, or use --engine torch"),
         "--decode gpu": (config.decode != "cpu", "use --decode cpu, or --engine torch"),
         "--probe": (config.probe is not None, "use simmim probe on the run, or --engine torch"),
         "--plain-step": (config.plain_step, "leave it out: a step of this engine is always the plain one"),

@@ -226,13 +226,22 @@ class Plan(TrainingPlan):
     def sample(self, count: int, *, part: int) -> Iterator[NDArray[Any]]:
         """Yield up to `count` training images drawn by the seed, whole: (B, H, W, C) in 0..255, `part` at a time.
 
-        Unreadable ones are left out. Raises `UserError` if none of a part can be read.
+        Unreadable ones are left out. Raises `UserError` if none can be read.
         """
         train = self.images.train
         how: dict[str, Any] = {"size": self.size, "channels": self.config.channels, "dtype": self.images.dtype}
         order = np.argsort(sample_keys(self.config.seed, 0, np.arange(len(train)), stream="sample"))[:count]
+        found, reason = False, None
         for first in range(0, len(order), part):
-            yield eval_images(train, order[first : first + part], **how)
+            try:
+                images = eval_images(train, order[first : first + part], **how)
+            except UserError as error:  # none of this part can be read
+                reason = error
+                continue
+            found = True
+            yield images
+        if not found and reason is not None:
+            raise reason
 
     def find_clusters(
         self, target: ClusterTarget, *, images: int = 500, colours: int = 100_000

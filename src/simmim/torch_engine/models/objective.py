@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, singledispatch
 from pathlib import Path
@@ -153,6 +153,8 @@ class ObjectiveModule(nn.Module):
     """Whether it reads features of the masked images; as its settings say."""
     encodes_unmasked: bool = False
     """Whether it encodes views or whole images with the encoder that trains (`batch.encode`, `batch.whole`)."""
+    passes: Sequence[Sequence[str]] = ((),)
+    """Names of the views of each pass of the encoder, where it `encodes_unmasked`; `()` is the whole images."""
     all_cells: bool = False
     """Whether it needs features of all cells rather than of the hidden ones."""
     trains_latents: bool = True

@@ -12,15 +12,13 @@ import torch
 from tyro.conf import arg
 
 from simmim.config.field_types import HINT, Count, Device, ImageSize, Positive, PositiveReal, Word, YesNo
-from simmim.config.pretraining import PretrainConfig
-from simmim.config.strategies import parse_words
+from simmim.config.pretraining import PretrainConfig, ask_objectives
 from simmim.config.validation import from_settings, validated
 from simmim.data.packed.format import PackedImages
 from simmim.data.sources import ArrayImages, ImageSource, Subset, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
-from simmim.method.objectives import Objective
 from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.perf import profiling
@@ -45,6 +43,8 @@ class BenchConfig:
     """Pixels, N or HxW (default: the model's own)."""
     objective: Annotated[tuple[str, ...], arg(metavar="KIND[=WEIGHT] ..."), HINT] = ()
     """Terms of the loss (default: pixels)."""
+    teacher: Word = None
+    """Teacher of objective teacher: a run, timm:NAME or a file."""
     data: str = "demo"
     """Images to read; pass your own to find your run's limit."""
     workers: Count = None
@@ -75,8 +75,8 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     Progress goes to standard error.
     """
     config = from_settings(BenchConfig, {field.name: getattr(config, field.name) for field in fields(BenchConfig)})
-    if config.save_calibration and config.objective:
-        raise UserError("--save-calibration is for the objective pixels alone; leave --objective out")
+    if config.save_calibration and (config.objective or config.teacher):
+        raise UserError("--save-calibration is for the objective pixels alone; leave --objective and --teacher out")
     for file in filter(None, (config.profile, config.save_calibration)):
         if not Path(file).absolute().parent.is_dir():  # fail before measuring, not after minutes
             raise UserError(f"{file} cannot be written: its folder is not there; make it, or give another file")
@@ -136,7 +136,7 @@ def plan_of(config: BenchConfig, source: ImageSource, device: str) -> Plan:
             data=config.data,
             out="unused",
             model=config.model,
-            objectives=parse_words(Objective, config.objective or ["pixels"]),
+            objectives=ask_objectives(config.objective, config.teacher),
             batch_size=config.batch_size,
             workers=config.workers,
             decode=config.decode,

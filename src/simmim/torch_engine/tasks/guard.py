@@ -58,6 +58,9 @@ class CollapseGuard:
                 images = step.normalize(torch.from_numpy(self._pixels[first : first + 64]).to(device))
                 found.append(step.model.encoder(images).float().mean(dim=(1, 2)).cpu().numpy())
         features = np.concatenate(found)
+        if not np.isfinite(features).all():
+            self._say(f"warning    features of step {done} are not finite; watch the loss, or use --precision bf16")
+            return {"effective_rank": float("nan"), "feature_std": float("nan")}
         rank, std = effective_rank(features), feature_std(features)
         collapsed = std < _LEAST_STD or rank < _LEAST_RANK
         if collapsed and not self._told:

@@ -180,7 +180,7 @@ class TorchPretrainSession(PretrainSession):
 
     def introduce(self) -> Iterator[str]:
         config, device = self.plan.config, describe_device(self.world.device)
-        parameters = sum(parameter.numel() for parameter in self.step.parameters())
+        parameters = sum(parameter.numel() for parameter in self.step.model.parameters())
         yield f"model      {config.model}, {parameters / 1e6:.1f} M parameters"
         if self._origin:
             yield f"start      {self._origin} from {config.init_from}"

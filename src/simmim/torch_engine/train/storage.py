@@ -24,7 +24,7 @@ from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.mask_guides import create_guide
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep, build_model
-from simmim.torch_engine.models.objective import create_objectives
+from simmim.torch_engine.models.objective import ObjectiveModule, create_objectives
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
 from simmim.torch_engine.models.savings import PLAIN, Counts, Savings, count
 from simmim.torch_engine.train.checkpoint import load_model_state
@@ -147,11 +147,9 @@ def build_step(
     """Build what one step trains, for a complete configuration, with random weights.
 
     `begin` may load initial weights. It is called before objectives are built, which may copy the encoder (a teacher).
-    A step that does not train has neither objectives nor a mask guide: what they own (a teacher, clusters) is for
+    A step that does not train has no mask guide and no objective but pixels: what they own (a teacher, clusters) is for
     training only.
     """
-    if not trains:
-        config = dataclasses.replace(config, objectives=(PixelReconstruction(),))
     assert isinstance(config.mean, tuple) and isinstance(config.std, tuple) and config.image_size is not None
     savings = savings or (PLAIN if config.plain_step else Savings())
     model = build_model(config)
@@ -166,19 +164,25 @@ def build_step(
         if not savings.products:
             kernels = dataclasses.replace(kernels, linear="default")
         set_kernels(model, backbone, kernels)
-    objectives = create_objectives(model, config)
-    modules = [module for _, module in objectives.values()]
-    if config.checkpoint_activations and any(each.needs_masked for each in modules):
-        for kind, (_, module) in objectives.items():
-            if module.encodes_unmasked:  # the second pass would change what the backward pass of the first recomputes
-                raise UserError(
-                    f"--checkpoint-activations is not for objective {kind} beside others, which encode the images "
-                    "twice; leave one of them out, or use --accumulate-steps"
-                )
+    wanted = tuple(each for each in config.objectives if trains or isinstance(each, PixelReconstruction))
+    objectives = create_objectives(model, dataclasses.replace(config, objectives=wanted))
+    if config.checkpoint_activations:
+        _check_passes({kind: module for kind, (_, module) in objectives.items()})
     guide = create_guide(config.mask.for_patch(patch), model, config) if trains and config.masks_images else None
     return PretrainStep(
         model, config.mean, config.std, counts=counts, savings=savings, objectives=objectives, guide=guide
     )
+
+
+def _check_passes(objectives: dict[str, ObjectiveModule]) -> None:
+    """Refuse several passes of the encoder: the backward pass of one would recompute with the masks of another."""
+    unmasked = [kind for kind, module in objectives.items() if module.encodes_unmasked]
+    several = sum(len(objectives[kind].passes) for kind in unmasked) > 1
+    if unmasked and (several or any(module.needs_masked for module in objectives.values())):
+        raise UserError(
+            f"--checkpoint-activations is not for objective {unmasked[0]} here, with which a step encodes the images "
+            "more than once; use --accumulate-steps"
+        )
 
 
 def initialize(model: MaskedImageModel, source: str, name: str) -> str:
