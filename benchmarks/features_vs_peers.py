@@ -25,7 +25,6 @@ figure too.
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import resource
@@ -37,6 +36,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from frozen_features import ENCODERS, classify, pretrained, vote
+from peer_arms import ARMS, Arm
 from peer_training import SKIPPED
 from PIL import Image
 from pretraining_helps import FINETUNING, LAYER_DECAY, PRETRAINED_RATE, STEPS, Comparison
@@ -45,25 +46,11 @@ from safetensors.torch import load_file
 
 import simmim
 from simmim.config.pretraining import PretrainConfig
-from simmim.data.sources import ArrayImages
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
-from simmim.torch_engine.accelerators import choose_precision
 from simmim.torch_engine.models.encoders import create_backbone
-from simmim.torch_engine.models.masked_image_model import PixelStep
-from simmim.torch_engine.tasks.features import FeatureReader, PooledFeatures
-from simmim.torch_engine.tasks.probe import NEIGHBOURS, Features, linear_predict
 from simmim.torch_engine.train.storage import save_hub
 from simmim.training.run_directory import write_json
 
-ENCODERS: dict[str, dict[str, Any]] = {
-    "vit": {
-        "model": "vit_tiny_patch16_224",
-        "model_args": {"patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4},
-        "image_size": 32,
-    },
-    # Images are enlarged to 64 pixels, which leaves 2x2 cells of the feature map at the usual stride of 32.
-    "resnet": {"model": "resnet18", "model_args": {"channels": [32, 64, 128, 256]}, "image_size": 64},
-}
 # For views of several sizes, and features that are the mean over the image, as our evaluation takes them.
 PEER_ARGUMENTS: dict[str, dict[str, Any]] = {
     "vit": {"img_size": 32, "dynamic_img_size": True, "global_pool": "avg", "fc_norm": False},
@@ -71,101 +58,6 @@ PEER_ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 TRIAL_STEPS = 15
 TIME_KEPT = (0.9, 1.2)  # of the time; more is in the peer's favour
-Arguments = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Arm:
-    """A way to train with a peer: its arguments by image size."""
-
-    peer: str
-    arguments: Callable[[int], Arguments]
-
-
-def lightly_dino(size: int) -> Arguments:
-    views = {"image_size": [size, size], "local_view": {"view_size": [size // 2, size // 2]}}
-    return {"method": "dino", "transform_args": views}
-
-
-def lightly_dino_tuned(size: int, rate: float) -> Arguments:
-    found = lightly_dino(size) | lightly_tuned(rate)
-    found["transform_args"] |= {
-        "gaussian_blur": None,
-        "global_view_1": {"gaussian_blur": None},
-        "random_resize": {"min_scale": 0.3},
-    }
-    found["transform_args"]["local_view"] |= {
-        "gaussian_blur": None,
-        "random_resize": {"min_scale": 0.1, "max_scale": 0.3},
-    }
-    # Made for short runs: by default the last layer would not train for 1250 steps.
-    found["method_args"] = {"student_freeze_last_layer_steps": 30, "momentum_start": 0.95}
-    return found
-
-
-def lightly_simclr(size: int) -> Arguments:
-    return {"method": "simclr", "transform_args": {"image_size": [size, size]}}
-
-
-def lightly_simclr_its_views(size: int, rate: float) -> Arguments:
-    """Return the tuned arm with its own crops, jitter and temperature: in a short run its loss stays above chance."""
-    found = lightly_simclr(size) | lightly_tuned(rate)
-    found["transform_args"] |= {"gaussian_blur": None}
-    return found
-
-
-def lightly_simclr_tuned(size: int, rate: float) -> Arguments:
-    found = lightly_simclr_its_views(size, rate) | {"method_args": {"temperature": 0.2}}
-    found["transform_args"] |= {"random_resize": {"min_scale": 0.3}, "color_jitter": {"strength": 0.5}}
-    return found
-
-
-def lightly_tuned(rate: float) -> Arguments:
-    """Return arguments for AdamW; lightly-train multiplies a rate by batch size / 256."""
-    optimiser = {"lr": rate * 256 / 64, "weight_decay": 0.04}
-    return {"optim": "adamw", "optim_args": optimiser, "batch_size": 64, "precision": "bf16-mixed"}
-
-
-def stable_simclr(_: int) -> Arguments:
-    """Return the example of its README: SimCLR, its default optimiser AdamW at 1e-3 and a cosine."""
-    return {
-        "temperature": 0.5,
-        "projector": {"hidden_channels": [512, 128]},
-        "batch_size": 256,
-        "precision": "32-true",
-        "augmentation": {"scale": [0.08, 1.0], "jitter": [0.4, 0.4, 0.2, 0.1], "blur": 1.0},
-    }
-
-
-def stable_simclr_tuned(size: int, rate: float) -> Arguments:
-    return stable_simclr(size) | {
-        "temperature": 0.2,
-        "projector": {"hidden_channels": [512, 128], "norm_layer": "batch_norm"},
-        "batch_size": 64,
-        "precision": "bf16-mixed",
-        "augmentation": {"scale": [0.2, 1.0], "jitter": [0.4, 0.4, 0.4, 0.1], "blur": 0.0},
-        "optim": {
-            "optimizer": {"type": "AdamW", "lr": rate, "weight_decay": 0.04},
-            "scheduler": "LinearWarmupCosineAnnealing",
-        },
-    }
-
-
-ARMS = {
-    **{
-        f"{name}, rate {rate:g}": Arm(name.split()[0], functools.partial(arguments, rate=rate))
-        for rate in (1e-3, 3e-3)
-        for name, arguments in {
-            "lightly SimCLR": lightly_simclr_tuned,
-            "stable SimCLR": stable_simclr_tuned,
-            "lightly DINO": lightly_dino_tuned,
-        }.items()
-    },
-    "lightly SimCLR, its views, rate 0.001": Arm("lightly", functools.partial(lightly_simclr_its_views, rate=1e-3)),
-    "lightly DINO, defaults": Arm("lightly", lightly_dino),
-    "stable SimCLR, defaults": Arm("stable", stable_simclr),
-    "lightly SimCLR, defaults": Arm("lightly", lightly_simclr),
-}
 
 
 class PeerFailedError(Exception):
@@ -269,17 +161,12 @@ class Peers:
     def judge_features(self, start: Path) -> dict[str, float]:
         """Return top-1 of the vote and of the linear classifier, with all labels and with few."""
         with np.load(self.comparison.images, allow_pickle=False) as arrays:
-            chosen = arrays[f"few100_seed{self.seed}"]
-            vectors = [read_features(start, arrays[f"x_{part}"], part) for part in ("train", "test")]
-            labels = [arrays[f"y_{part}"].astype(np.int64) for part in ("train", "test")]
-            classes = len(arrays["class_names"])
-        whole = Features(vectors[0], labels[0], vectors[1], labels[1], classes)
+            chosen, whole = arrays[f"few100_seed{self.seed}"], pretrained(start, dict(arrays))
         few = dataclasses.replace(whole, train=whole.train[chosen], train_labels=whole.train_labels[chosen])
         found = {}
         for suffix, features in (("", whole), (" few", few)):
-            predicted, _ = linear_predict(features, seed=self.seed, device=torch.device("cpu"))
-            found[f"k-NN{suffix}"] = features.judge(features.vote(NEIGHBOURS))["top1"]
-            found[f"linear{suffix}"] = features.judge(predicted)["top1"]
+            found[f"k-NN{suffix}"] = vote(features)["top1"]
+            found[f"linear{suffix}"] = classify(features, self.seed)["top1"]
         return found
 
     def finetune(self, start: Path) -> dict[str, float]:
@@ -340,23 +227,6 @@ def write_encoder(out: Path, encoder: str, weights: dict[str, torch.Tensor]) -> 
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     save_hub(out, backbone, backbone.state_dict(), config)
-
-
-def read_features(start: Path, images: np.ndarray, part: str) -> np.ndarray:
-    """Compute the features (N, D) of images (N, H, W, C), as `simmim probe` does."""
-    backbone: Any = simmim.load_encoder(start)
-    read = FeatureReader(
-        model=PooledFeatures(backbone),
-        pixels=PixelStep(IMAGENET_MEAN, IMAGENET_STD),
-        size=backbone.pretrained_cfg["input_size"][1:],
-        channels=3,
-        dtype=np.dtype(np.uint8),
-        precision=choose_precision("auto", "cpu"),
-        batch_size=64,
-        workers=1,
-        max_bad_fraction=0.0,
-    )
-    return read(ArrayImages(images, part))[1]
 
 
 def table(pieces: dict[str, dict[str, Any]], seed: int) -> str:

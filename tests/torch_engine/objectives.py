@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,17 +56,30 @@ def check_two_processes(config: PretrainConfig, folder: Path) -> None:
         )
 
 
-def check_resume(folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str = "vit", **settings: Any) -> None:
-    """A run that is broken off after its checkpoint must end with the bits of one that is not."""
+def check_resume(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str = "vit",
+    *,
+    meanwhile: Callable[[], object] = lambda: None,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """A run that is broken off after its checkpoint must end with the bits of one that is not; return them.
+
+    `meanwhile` is called before it resumes. The resumed run is `folder`/parts.
+    """
     usual: dict[str, Any] = {"steps": 4, "save_every_steps": 2, "log_every_steps": 1, "val_images": 0}
     whole = worker.settings(folder / "whole", kind, **(usual | settings))
     parts = dataclasses.replace(whole, out=str(folder / "parts"))
     pretrain(whole)
     worker.break_off(parts, 3, monkeypatch)
+    meanwhile()
     pretrain(parts)
     assert whole.out and parts.out
-    tiny.assert_same(*(dict(load_run(each.out, objectives=True)[0].state_dict()) for each in (whole, parts)))
+    expected, found = (dict(load_run(each.out, objectives=True)[0].state_dict()) for each in (whole, parts))
+    tiny.assert_same(expected, found)
     assert [row["loss"] for row in worker.rows(whole)] == [row["loss"] for row in worker.rows(parts)]
+    return found
 
 
 def check_two_process_runs(folder: Path, *, shard: bool = True, **settings: Any) -> None:

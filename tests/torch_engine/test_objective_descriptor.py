@@ -17,10 +17,12 @@ from simmim.errors import UserError
 from simmim.method.masks import RandomMask
 from simmim.method.objectives import DescriptorRegression, PixelReconstruction
 from simmim.method.random_keys import sample_keys
+from simmim.torch_engine.models.heads import sine_positions
 from simmim.torch_engine.models.objectives.descriptor import Projection, gradient_histograms, small_copy
-from simmim.torch_engine.train.storage import load_run
-from simmim.training.loop import Loop
+from simmim.torch_engine.train.storage import build_step, load_run
 from simmim.training.pretrain_plan import Plan, open_images
+
+from . import objectives
 
 SETTINGS: dict[str, Any] = {
     "data": "demo",
@@ -47,10 +49,6 @@ def train(out: Path, **settings: Any) -> Path:
 
 def losses(run: Path, name: str = "loss") -> list[float]:
     return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_run(run, objectives=True)[0].state_dict()
 
 
 def histograms_by_loop(image: np.ndarray) -> np.ndarray:
@@ -130,30 +128,36 @@ def test_whole_images_alone_leave_the_mask_out(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_broken_off_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"steps": 4, "save_every_steps": 2}
-    whole = weights(train(tmp_path / "whole", **settings))
-    update = Loop._log
-
-    def break_off(self: Loop, done: int, *rest: Any) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-        update(self, done, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_log", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", **settings)
-    parts = weights(train(tmp_path / "parts", **settings))
-    assert whole["objectives.descriptor.shape.axes"].abs().sum() > 0
-    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    settings = {name: SETTINGS[name] for name in ("objectives", "encode", "positions")}
+    found = objectives.check_resume(tmp_path, monkeypatch, **settings)
+    assert found["objectives.descriptor.shape.axes"].abs().sum() > 0
 
 
-def test_several_masks_give_the_mean_of_their_losses(tmp_path: Path) -> None:
-    both = losses(train(tmp_path / "both", steps=1, masks_per_image=2))
-    (step, config) = load_run(train(tmp_path / "one", steps=1))
-    assert config.masks_per_image == 1 and both[0] != losses(tmp_path / "one")[0]
-    assert abs(both[0] - losses(tmp_path / "one")[0]) < 0.2
-    assert step.model.encoder.backbone.pos_embed.abs().max() <= 1.01
+def test_several_masks_of_an_image_give_the_mean_of_their_losses() -> None:
+    config = PretrainConfig(
+        **{name: SETTINGS[name] for name in ("model", "model_args", "objectives", "positions")},
+        image_size=(32, 32),
+        mask=RandomMask(ratio=0.5, cell=8),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        device="cpu",
+        precision="fp32",
+    )
+    step = build_step(config)
+    torch.nn.init.normal_(step.objectives["descriptor"].shape.axes)  # type: ignore[union-attr, arg-type]
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
+    flip = torch.zeros(3, 1, dtype=torch.bool)
+    masks = torch.from_numpy(config.mask(sample_keys(0, 0, np.arange(6), stream="mask"), (32, 32))).unflatten(0, (3, 2))
+    both = step(image, flip, masks)["loss"]
+    each = [step(image, flip, masks[:, number])["loss"] for number in range(2)]
+    assert each[0] != each[1]
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
+
+
+def test_positions_start_as_sines(tmp_path: Path) -> None:
+    table = load_run(train(tmp_path / "run", steps=1, lr=1e-9))[0].model.encoder.backbone.pos_embed
+    torch.testing.assert_close(table[0, 1:].unflatten(0, (4, 4)), sine_positions(4, 4, 24, table.device))
 
 
 def test_the_command_line_chooses_objectives_with_weights_and_settings(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from simmim.torch_engine.models.objectives.ema import average_blocks
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step, load_run
 from simmim.torch_engine.train.update import Update
-from simmim.training.loop import Loop
 from simmim.training.run_directory import Run
 
 from . import objectives, tiny
@@ -233,22 +232,9 @@ def test_agreement_is_logged_and_the_length_of_the_schedule_is_written_down(tmp_
 
 
 def test_a_run_that_was_broken_off_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"steps": 4, "save_every_steps": 2, "masks_per_image": 2}
-    whole = weights(train(tmp_path / "whole", **settings))
-    update = Loop._log
-
-    def break_off(self: Loop, done: int, *rest: Any) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-        update(self, done, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_log", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", **settings)
-    parts = weights(train(tmp_path / "parts", **settings))
-    assert float(whole["objectives.ema.teacher.updates"]) == 4
-    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    terms = SETTINGS["objectives"]
+    found = objectives.check_resume(tmp_path, monkeypatch, objectives=terms, masks_per_image=2)
+    assert float(found["objectives.ema.teacher.updates"]) == 4
 
 
 def test_accumulation_gives_the_losses_of_the_whole_batch(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +27,6 @@ from simmim.method.objectives import FrozenTeacher, PixelReconstruction
 from simmim.torch_engine.models.objectives.teacher import Teacher, load_teacher
 from simmim.torch_engine.perf.cost import count_flops, measure_work
 from simmim.torch_engine.train.storage import build_step, load_run
-from simmim.training.loop import Loop
 
 from . import objectives
 
@@ -68,11 +66,6 @@ def train(out: Path, **settings: Any) -> Path:
 
 def rows(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def saved(run: Path) -> dict[str, Tensor]:
-    """All that a run's newest checkpoint holds of the step."""
-    return load_run(run, objectives=True)[0].state_dict()
 
 
 def complete(source: Path, **settings: Any) -> PretrainConfig:
@@ -198,23 +191,9 @@ def test_the_teacher_stays_as_it_is_and_a_resume_needs_no_source(
 ) -> None:
     source = tmp_path / "teacher"
     shutil.copytree(teachers["vit"], source)
-    settings = {"objectives": (FrozenTeacher(source=str(source)),), "steps": 4, "save_every_steps": 2}
-    whole = saved(train(tmp_path / "whole", **settings))
-    update = Loop._log
-
-    def break_off(self: Loop, done: int, *rest: Any) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-        update(self, done, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_log", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", **settings)
-    shutil.rmtree(source)
-    parts = saved(train(tmp_path / "parts", **settings))
-    assert "objectives.teacher.teacher.backbone.pos_embed" in parts
-    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    terms = (FrozenTeacher(source=str(source)),)
+    found = objectives.check_resume(tmp_path, monkeypatch, objectives=terms, meanwhile=lambda: shutil.rmtree(source))
+    assert "objectives.teacher.teacher.backbone.pos_embed" in found
     kept, theirs = (load_teacher(str(path)).state_dict() for path in (tmp_path / "parts" / "teacher", teachers["vit"]))
     assert all(torch.equal(kept[name], theirs[name]) for name in theirs)
 

@@ -11,34 +11,36 @@ from simmim.errors import UserError
 
 Arguments = TypeVar("Arguments")
 
-# tyro's messages, joined into one line, and our wording. Others, such as another version's, pass unchanged.
-_REWRITES = (
-    (
-        r"Unrecognized options: --(mask|target|loss|head)\.([\w-]+).*",
-        r"--\1.\2 is not a setting of the \1 in use; name the kind that has it by --\1, or leave it out",
-    ),
-    (
-        r"Unrecognized options: --(descriptor|teacher|ema|clusters|sigreg|infonce)\.([\w-]+).*",
-        r"--\1.\2 is not a setting of an objective in use; add --objective \1=1, or leave it out",
-    ),
-    (r"Unrecognized options: (-[^, ]+).* meant: (--[\w-]+).*", r"option \1 is not known; did you mean \2?"),
-    (r"Unrecognized options: (-[^, ]+).*", r"option \1 is not known"),
-    (r"Unrecognized options: (.*)", r"argument '\1' is not expected"),
-    (r"Missing value for argument '(.+?)'\. Expected 1 values?\.", r"\1 has no value; give one"),
-    (r"Missing value for argument '(.+?)'\. Expected (\d+) values?\.", r"\1 has too few values; give \2"),
-    (r"Missing from .*?: (\S+) .*", r"\1 is missing"),
-    (
-        r"invalid choice ('.*') for argument '(.+?)'\. Expected one of \((.*?)\)\.",
-        r"\2 \1 is not known; choose from \3",
-    ),
-    (r"Error parsing (\S+): invalid literal for int\(\) with base 10: ('.*')", r"\1 \2 is not a whole number"),
-    (r"Error parsing (\S+): could not convert string to float: ('.*')", r"\1 \2 is not a number"),
-    (
-        r"Error parsing (?:mask|target|loss|head|descriptor|teacher|ema|clusters|sigreg|infonce): (.*)",
-        r"\1",
-    ),  # a strategy's own rule
-    (r"Error parsing (\S+): (.*)", r"\1 \2"),
-)
+
+def _rewrites() -> tuple[tuple[str, str], ...]:
+    """Return tyro's messages, joined into one line, and our wording; others, of another version, pass unchanged."""
+    from simmim.method.objectives import Objective  # not before it is needed: it loads tyro
+
+    kinds = "|".join(Objective.kinds)
+    return (
+        (
+            r"Unrecognized options: --(mask|target|loss|head)\.([\w-]+).*",
+            r"--\1.\2 is not a setting of the \1 in use; name the kind that has it by --\1, or leave it out",
+        ),
+        (
+            rf"Unrecognized options: --({kinds})\.([\w-]+).*",
+            r"--\1.\2 is not a setting of an objective in use; add --objective \1=1, or leave it out",
+        ),
+        (r"Unrecognized options: (-[^, ]+).* meant: (--[\w-]+).*", r"option \1 is not known; did you mean \2?"),
+        (r"Unrecognized options: (-[^, ]+).*", r"option \1 is not known"),
+        (r"Unrecognized options: (.*)", r"argument '\1' is not expected"),
+        (r"Missing value for argument '(.+?)'\. Expected 1 values?\.", r"\1 has no value; give one"),
+        (r"Missing value for argument '(.+?)'\. Expected (\d+) values?\.", r"\1 has too few values; give \2"),
+        (r"Missing from .*?: (\S+) .*", r"\1 is missing"),
+        (
+            r"invalid choice ('.*') for argument '(.+?)'\. Expected one of \((.*?)\)\.",
+            r"\2 \1 is not known; choose from \3",
+        ),
+        (r"Error parsing (\S+): invalid literal for int\(\) with base 10: ('.*')", r"\1 \2 is not a whole number"),
+        (r"Error parsing (\S+): could not convert string to float: ('.*')", r"\1 \2 is not a number"),
+        (rf"Error parsing (?:mask|target|loss|head|{kinds}): (.*)", r"\1"),  # a strategy's own rule
+        (r"Error parsing (\S+): (.*)", r"\1 \2"),
+    )
 
 
 _WORDS = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
@@ -97,7 +99,7 @@ def one_line(box: str) -> str:
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]  # the first is the title
     text = " ".join(" ".join(line for line in lines if line.strip("─╰╯+-")).split())
     text = re.sub(r" (Argument helptext:|For full helptext).*", "", text)
-    for pattern, words in _REWRITES:
+    for pattern, words in _rewrites():
         if match := re.fullmatch(pattern, text):
             sentence, choose, choices = match.expand(words).partition("; choose from ")
             return sentence + choose + choices.replace("'", "").rstrip(",")

@@ -13,10 +13,7 @@ _GROUPS = {
     "common": "data out from recipe model image-size epochs batch-size lr objective mask target",
     "data": "channels mean std flip crop-scale crop-ratio val-images val-fraction max-bad-fraction accept-changed-data",
     "model": "model-args init-from positions head head.* drop-path",
-    "method": (
-        "mask.* target.* loss loss.* encode masks-per-image "
-        "objectives descriptor.* teacher.* ema.* clusters.* sigreg.* infonce.*"
-    ),
+    "method": ("mask.* target.* loss loss.* encode masks-per-image objectives"),
     "optimisation": (
         "steps warmup-epochs warmup-lr min-lr schedule milestones weight-decay layer-decay betas clip-grad seed"
     ),
@@ -54,6 +51,8 @@ def show_in_groups(text: str, rest: str, hidden: Collection[str] = ()) -> str:
     An option that no group names goes to group `rest`, after the common ones: it belongs to this command alone.
     Options of the fields named in `hidden` are left out.
     """
+    from simmim.method.objectives import Objective  # not before it is needed: it loads tyro
+
     head, *_ = re.split(r"^ options *$", text, maxsplit=1, flags=re.MULTILINE)
     groups: dict[str, list[tuple[int, str, str]]] = {name: [] for name in ("common", rest, *_GROUPS)}
     for invocation, words in _entries(text):
@@ -61,7 +60,8 @@ def show_in_groups(text: str, rest: str, hidden: Collection[str] = ()) -> str:
         field = option.partition(".")[0]
         if field.replace("-", "_") in hidden:
             continue
-        name, place = _ORDER.get(option) or _ORDER.get(f"{field}.*") or (rest, 0)
+        usual = ("method", len(_ORDER)) if field in Objective.kinds else (rest, 0)
+        name, place = _ORDER.get(option) or _ORDER.get(f"{field}.*") or usual
         groups[name].append((place, invocation, words))
     width = max(shutil.get_terminal_size().columns - 2, _COLUMN + 20)
     lines = [head.rstrip()]

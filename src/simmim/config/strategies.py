@@ -190,7 +190,7 @@ def with_strategy_options(configuration: type[Any], defaults: Any) -> type[Any]:
 
 
 def parsed_objectives(found: Any, defaults: Any) -> dict[str, Any]:
-    """Return the objectives that tyro parsed into a class of `with_strategy_options`, as a field; none, nothing."""
+    """Return the field `objectives` of what tyro parsed by `with_strategy_options`; nothing for one without."""
     objectives = getattr(defaults, "objectives", ())
     return {"objectives": tuple(getattr(found, each.kind, each) for each in objectives)} if objectives else {}
 

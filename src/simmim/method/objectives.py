@@ -40,7 +40,7 @@ class Objective(Strategy, family="objective"):
     def within(self, name: str, low: float, high: float) -> None:
         """Raise `UserError` unless a setting lies between `low` and `high`, both included."""
         if (value := getattr(self, name)) is not None and not low <= value <= high:
-            raise UserError(f"{name} {value} of objective {self.kind} is not within {low:g}..{high:g}")
+            raise UserError(f"{name} {value} of objective {self.kind} is not within {low:g}..{high:g}; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,10 +151,9 @@ class ObjectiveModule(nn.Module):
     """Views that it needs beside the masked images."""
     needs_masked: bool = True
     """Whether it reads features of the masked images; as its settings say."""
-    encodes_unmasked: bool = False
-    """Whether it encodes views or whole images with the encoder that trains (`batch.encode`, `batch.whole`)."""
-    passes: Sequence[Sequence[str]] = ((),)
-    """Names of the views of each pass of the encoder, where it `encodes_unmasked`; `()` is the whole images."""
+    passes: Sequence[Sequence[str]] = ()
+    """Further passes of the encoder that trains: the names of the views of each (`batch.encode`). An empty one is that
+    of the whole images (`batch.whole`)."""
     all_cells: bool = False
     """Whether it needs features of all cells rather than of the hidden ones."""
     trains_latents: bool = True

@@ -124,9 +124,9 @@ def _classify(
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """Return the pixels themselves as features: (B, C, H, W) → (B, C·h·w), shrunk to 24 × 24 where larger."""
+    """Return the pixels themselves as features: (B, C, H, W) → (B, C·h·w), shrunk to 32 × 32 where larger."""
     height, width = images.shape[2:]
-    return functional.adaptive_avg_pool2d(images, (min(height, 24), min(width, 24))).flatten(1)
+    return functional.adaptive_avg_pool2d(images, (min(height, 32), min(width, 32))).flatten(1)
 
 
 @dataclass(frozen=True)

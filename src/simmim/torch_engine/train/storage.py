@@ -176,11 +176,10 @@ def build_step(
 
 def _check_passes(objectives: dict[str, ObjectiveModule]) -> None:
     """Refuse several passes of the encoder: the backward pass of one would recompute with the masks of another."""
-    unmasked = [kind for kind, module in objectives.items() if module.encodes_unmasked]
-    several = sum(len(objectives[kind].passes) for kind in unmasked) > 1
-    if unmasked and (several or any(module.needs_masked for module in objectives.values())):
+    passes = [kind for kind, module in objectives.items() for _ in module.passes]
+    if passes and len(passes) + any(module.needs_masked for module in objectives.values()) > 1:
         raise UserError(
-            f"--checkpoint-activations is not for objective {unmasked[0]} here, with which a step encodes the images "
+            f"--checkpoint-activations is not for objective {passes[0]} here, with which a step encodes the images "
             "more than once; use --accumulate-steps"
         )
 

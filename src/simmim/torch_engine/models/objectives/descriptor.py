@@ -101,7 +101,7 @@ class DescriptorObjective(ObjectiveModule):
 
     def __init__(self, objective: DescriptorRegression, features: int, channels: int):
         super().__init__()
-        self.encodes_unmasked = objective.see == "whole"
+        self.passes = () if objective.needs_masked else ((),)
         self.colour_scale = objective.colour_scale
         blocks = (_CELLS - 1) ** 2 * 4 * _BINS
         self.shape = Projection(blocks, objective.shape_values)

@@ -70,8 +70,6 @@ class SigRegObjective(ObjectiveModule):
     With accumulation SIGReg judges each piece of the batch alone.
     """
 
-    needs_masked = False
-    encodes_unmasked = True
     updates: Tensor
 
     def __init__(self, objective: SigReg, encoder: Encoder, size: tuple[int, int]):
