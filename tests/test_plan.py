@@ -64,8 +64,8 @@ def slightly_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
     def change() -> None:
         if request.param == "clusters":
-            fit = pretrain_plan.fit_colour_clusters
-            monkeypatch.setattr(pretrain_plan, "fit_colour_clusters", lambda *a, **k: _off(fit(*a, **k)))
+            fit = pretrain_plan.k_means
+            monkeypatch.setattr(pretrain_plan, "k_means", lambda *a, **k: fit(*a, **k).astype(float) + 1e-9)
         else:
             measure = pretrain_plan.measure_mean_std
             monkeypatch.setattr(pretrain_plan, "measure_mean_std", lambda *a, **k: _off(measure(*a, **k)))

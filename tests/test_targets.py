@@ -9,7 +9,7 @@ from sklearn.datasets import load_sample_image
 from sklearn.metrics import pairwise_distances_argmin
 from torch.nn import functional
 
-from simmim.method.colour_clusters import fit_colour_clusters
+from simmim.method.k_means import k_means
 from simmim.method.targets import (
     ClusterTarget,
     HogTarget,
@@ -236,20 +236,20 @@ def test_clusters_of_another_channel_count_are_refused() -> None:
 def test_colour_clusters_are_as_tight_as_those_of_scikit_learn(photos: np.ndarray, clusters: int) -> None:
     colours = photos[:, ::2, ::2].reshape(-1, 3)
     reference = -KMeans(clusters, n_init="auto", random_state=0).fit(colours).score(colours)
-    centres = np.array(fit_colour_clusters(colours, clusters=clusters))
+    centres = k_means(colours, clusters=clusters)
     inertia = ((colours[:, None] - centres) ** 2).sum(-1).min(1).sum()
     assert inertia < 1.05 * reference
 
 
 def test_colour_clusters_are_the_same_each_time(photos: np.ndarray) -> None:
     colours = photos[:, ::4, ::4].reshape(-1, 3)
-    assert fit_colour_clusters(colours, clusters=8, seed=3) == fit_colour_clusters(colours, clusters=8, seed=3)
+    np.testing.assert_array_equal(k_means(colours, clusters=8, seed=3), k_means(colours, clusters=8, seed=3))
 
 
 def test_more_clusters_than_colours_are_refused() -> None:
-    message = "^2 distinct colours are fewer than the 3 clusters; use 2 clusters or more images$"
+    message = "^2 distinct points are fewer than the 3 clusters; use 2 clusters or more images$"
     with pytest.raises(ValueError, match=message):
-        fit_colour_clusters([[0.0], [1.0], [0.0], [1.0]], clusters=3)
+        k_means([[0.0], [1.0], [0.0], [1.0]], clusters=3)
 
 
 def _slow_hog(image: np.ndarray) -> np.ndarray:

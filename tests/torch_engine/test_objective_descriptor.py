@@ -1,7 +1,6 @@
 """Descriptor regression: the descriptor against a loop in NumPy, and trainings on it."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from simmim.method.masks import RandomMask
 from simmim.method.objectives import DescriptorRegression, PixelReconstruction
 from simmim.method.random_keys import sample_keys
 from simmim.torch_engine.models.heads import sine_positions
-from simmim.torch_engine.models.objectives.descriptor import Projection, gradient_histograms, small_copy
 from simmim.torch_engine.train.storage import build_step, load_run
 from simmim.training.pretrain_plan import Plan, open_images
 
@@ -49,61 +47,6 @@ def train(out: Path, **settings: Any) -> Path:
 
 def losses(run: Path, name: str = "loss") -> list[float]:
     return [json.loads(line)[name] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def histograms_by_loop(image: np.ndarray) -> np.ndarray:
-    """Compute HOG of an image (C, 16, 16) pixel by pixel: (4·9·7·7)."""
-    cells = np.zeros((8, 8, 9))
-    padded = np.pad(image.astype(np.float64), ((0, 0), (1, 1), (1, 1)), mode="edge")
-    for y in range(16):
-        for x in range(16):
-            across = padded[:, y + 1, x + 2] - padded[:, y + 1, x]
-            down = padded[:, y + 2, x + 1] - padded[:, y, x + 1]
-            channel = int(np.argmax(across**2 + down**2))
-            length = math.hypot(across[channel], down[channel])
-            place = (math.atan2(down[channel], across[channel]) / math.pi) % 1 * 9
-            low = int(place) % 9
-            cells[y // 2, x // 2, low] += length * (1 - place % 1) / 4
-            cells[y // 2, x // 2, (low + 1) % 9] += length * (place % 1) / 4
-    blocks = np.zeros((4 * 9, 7, 7))
-    for y in range(7):
-        for x in range(7):
-            block = np.concatenate([cells[y + i, x + j] for i in (0, 1) for j in (0, 1)])
-            block = np.minimum(block / max(np.linalg.norm(block), 1e-3), 0.2)
-            blocks[:, y, x] = block / max(np.linalg.norm(block), 1e-3)
-    return blocks.ravel()
-
-
-def test_gradient_histograms_are_those_of_a_loop_over_pixels() -> None:
-    images = np.random.default_rng(0).normal(size=(2, 3, 16, 16)).astype(np.float32)
-    expected = np.stack([histograms_by_loop(image) for image in images])
-    np.testing.assert_allclose(gradient_histograms(torch.from_numpy(images)).numpy(), expected, atol=1e-5)
-
-
-def test_a_large_image_is_described_as_its_copy_of_64_pixels() -> None:
-    small = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    large = small.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    torch.testing.assert_close(gradient_histograms(large), gradient_histograms(small), atol=1e-5, rtol=0)
-    torch.testing.assert_close(small_copy(large), small_copy(small))
-
-
-def test_projected_values_are_uncorrelated_and_half_whitened() -> None:
-    rng = np.random.default_rng(0)
-    values = torch.from_numpy(rng.normal(size=(500, 6)) @ rng.normal(size=(6, 6)) + 3)
-    projection = Projection(6, 4)
-    projection.fit(values)
-    found = projection(values.float()).double()
-    covariance = np.cov(found.numpy().T, bias=True)
-    np.testing.assert_allclose(covariance, np.diag(covariance.diagonal()), atol=1e-4)
-    assert covariance.diagonal().mean() == pytest.approx(1, abs=1e-4)
-    variances = np.linalg.eigvalsh(np.cov(values.numpy().T, bias=True))[::-1][:4]
-    np.testing.assert_allclose(covariance.diagonal() ** 2 / variances, covariance[0, 0] ** 2 / variances[0], rtol=1e-3)
-
-
-def test_fewer_images_than_axes_leave_axes_at_zero() -> None:
-    projection = Projection(6, 5)
-    projection.fit(torch.rand(3, 6))
-    assert projection.axes[:, 2:].abs().sum() == 0 and projection.axes[:, :2].abs().sum() > 0
 
 
 def test_the_loss_falls(tmp_path: Path) -> None:

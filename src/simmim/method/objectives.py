@@ -19,6 +19,8 @@ class Objective(Strategy, family="objective"):
     """When to choose it, in a few words."""
     needs_masked: ClassVar[bool] = True
     """Whether it needs the encoder's features of masked images. Where no objective does, no masks are drawn."""
+    usual_rate: ClassVar[float] = 1.0
+    """Factor of the learning rate that `simmim.method.schedules.usual_lr` gives, alone or beside a larger one."""
     weight: Suppress[float] = 1.0
     """Factor of the term, above 0."""
 
@@ -55,14 +57,16 @@ class PixelReconstruction(Objective):
 class DescriptorRegression(Objective):
     """Predict a fixed descriptor of the whole image from its visible patches.
 
-    The descriptor holds histograms of oriented gradients (Dalal and Triggs, CVPR 2005) and a small copy of the image,
-    each projected on its principal axes in the training images. Unlike hidden pixels it asks for what the whole image
+    The descriptor holds histograms of oriented gradients (Dalal and Triggs, CVPR 2005), a small copy of the image, and
+    how often it shows each of a number of typical patches, each projected on its principal axes in the training images.
+    Unlike hidden pixels it asks for what the whole image
     shows, and unlike a trained target it cannot collapse.
     """
 
     kind: ClassVar[str] = "descriptor"
     predicts_hidden: ClassVar[bool] = False
     reason: ClassVar[str] = "useful frozen features from few images in little time"
+    usual_rate: ClassVar[float] = 3.0  # benchmarks/results/features_search.md
     see: Literal["visible", "whole"] = "visible"
     """Encode the masked image and take its visible cells, or encode the whole image."""
     shape_values: int = 128
@@ -71,6 +75,12 @@ class DescriptorRegression(Objective):
     """Principal axes of the small image."""
     colour_scale: float = 0.7
     """Size of the colour values relative to the shape values."""
+    words: int = 256
+    """Typical patches (visual words), found in the training images."""
+    texture_values: int = 128
+    """Principal axes of the words' frequencies."""
+    texture_scale: float = 1.0
+    """Size of the texture values relative to the shape values."""
 
     @property
     def needs_masked(self) -> bool:  # type: ignore[override]
@@ -81,6 +91,9 @@ class DescriptorRegression(Objective):
         self.at_least("shape_values", 1)
         self.at_least("colour_values", 1)
         self.at_least("colour_scale", 0)
+        self.at_least("words", 2)
+        self.at_least("texture_values", 1)
+        self.at_least("texture_scale", 0)
 
 
 @dataclass(frozen=True, kw_only=True)

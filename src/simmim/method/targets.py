@@ -218,8 +218,8 @@ class ClusterTarget(Target):
     """Colour cluster of the mean of each block x block pixels, as K-way classification.
 
     After iGPT; SimMIM §3.4 tried it per pixel with 512 clusters. Blocks keep the head small: 512 logits for each of
-    32 x 32 pixels would be half a million outputs. `centres` (K, C) are colours of normalised images, as returned by
-    `fit_colour_clusters`. The picture of a prediction shows each block's expected colour.
+    32 x 32 pixels would be half a million outputs. `centres` (K, C) are colours of normalised images, as `k_means`
+    finds them in 100,000 block means. The picture of a prediction shows each block's expected colour.
     """
 
     kind: ClassVar[str] = "clusters"

@@ -25,7 +25,7 @@ from simmim.data.sources import ImageSource, SourceDefaults, Subset, defaults_of
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
-from simmim.method.colour_clusters import fit_colour_clusters
+from simmim.method.k_means import k_means
 from simmim.method.masks import GuidedMask, upsample_mask
 from simmim.method.objectives import Objective
 from simmim.method.random_keys import sample_keys
@@ -125,7 +125,8 @@ class Plan(TrainingPlan):
         plan = plan.replace(flip=plan.flip, crop_scale=plan.crop.scale, crop_ratio=plan.crop.ratio)
         if config.lr is None:
             old = begun and begun.lr
-            plan = plan.replace(lr=usual_lr(config.batch_size, width) if old is None else old)
+            usual = usual_lr(config.batch_size, width) * min(each.usual_rate for each in config.objectives)
+            plan = plan.replace(lr=usual if old is None else old)
         if config.warmup_epochs is None:
             old = begun and begun.warmup_epochs  # of a run whose images may have changed
             usual = min(10.0, plan.total_steps / plan.steps_per_epoch / 10)
@@ -253,7 +254,8 @@ class Plan(TrainingPlan):
         normal = (pixels / np.float32(255) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
         found = block_means(np, normal, target.block).reshape(-1, config.channels)
         order = np.argsort(sample_keys(config.seed, 0, np.arange(len(found)), stream="cluster colours"))
-        return fit_colour_clusters(found[order[:colours]], clusters=target.clusters, seed=config.seed)
+        centres = k_means(found[order[:colours]], clusters=target.clusters, seed=config.seed)
+        return tuple(map(tuple, centres.tolist()))
 
     def describe(self) -> list[str]:
         """Return lines that describe the training to a person, except for the model and the device."""

@@ -1,6 +1,6 @@
-"""Fit the colour clusters of `simmim.method.targets.ClusterTarget` by k-means over the user's images.
+"""Cluster points by k-means, the same on every machine: colours of a `ClusterTarget`, patches of `VisualWords`.
 
-Shapes: `M` colours of `C` channels, `K` clusters.
+Shapes: `M` points of `C` values, `K` clusters.
 """
 
 import numpy as np
@@ -10,15 +10,12 @@ from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys, uniforms
 
 
-def fit_colour_clusters(
-    pixels: ArrayLike, *, clusters: int, seed: int = 0, iterations: int = 50
-) -> tuple[tuple[float, ...], ...]:
-    """Cluster colours (M, C) by k-means++ and Lloyd's iterations. Returns the centres (K, C), deterministic by seed.
+def k_means(values: ArrayLike, *, clusters: int, seed: int = 0, iterations: int = 50) -> NDArray[np.float32]:
+    """Cluster points (M, C) by k-means++ and Lloyd's iterations. Returns the centres (K, C), deterministic by seed.
 
-    A `ClusterTarget` needs block means as colours, `block_means(np, images, block)`; 100,000 are plenty. Raises
-    `UserError` for fewer distinct colours than clusters.
+    Raises `UserError` for fewer distinct points than clusters.
     """
-    points = np.asarray(pixels, np.float32)
+    points = np.asarray(values, np.float32)
     centres = _spread_centres(points, clusters, seed)
     for _ in range(iterations):
         nearest = _nearest(points, centres)
@@ -28,12 +25,12 @@ def fit_colour_clusters(
         if np.array_equal(moved, centres):
             break
         centres = moved
-    return tuple(tuple(centre) for centre in centres.tolist())
+    return centres
 
 
 def _spread_centres(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
     """Choose initial centres by k-means++ (Arthur & Vassilvitskii, 2007), in proportion to squared distance."""
-    first, *draws = uniforms(sample_keys(seed, 0, [0], stream="colour clusters"), clusters)[0]
+    first, *draws = uniforms(sample_keys(seed, 0, [0], stream="k-means"), clusters)[0]
     chosen = [points[int(first * len(points))]]
     distance = np.full(len(points), np.inf, np.float32)
     for draw in draws:
@@ -41,7 +38,7 @@ def _spread_centres(points: NDArray[np.float32], clusters: int, seed: int) -> ND
         totals = np.cumsum(distance, dtype=np.float64)
         if totals[-1] == 0:
             raise UserError(
-                f"{len(chosen)} distinct colours are fewer than the {clusters} clusters; "
+                f"{len(chosen)} distinct points are fewer than the {clusters} clusters; "
                 f"use {len(chosen)} clusters or more images"
             )
         chosen.append(points[np.searchsorted(totals, draw * totals[-1], side="right")])
