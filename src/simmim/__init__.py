@@ -80,7 +80,7 @@ def finetune(task: str, **settings: Any) -> "Run":
     """
     from simmim.config.tasks import find_task
     from simmim.config.validation import from_settings
-    from simmim.torch_engine.train.finetune import finetune
+    from simmim.engines import finetune
 
     return _run_of(*finetune(from_settings(find_task(task), settings)))
 

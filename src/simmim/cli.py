@@ -91,10 +91,18 @@ def finetune(argv: list[str]) -> int:
     kind = find_task(*argv[:1])
     config = parse_with_defaults(kind, argv[1:], lambda name: find_finetune_recipe(name, kind))
 
-    from simmim.torch_engine.train.finetune import finetune as run
+    from simmim.engines import finetune as run
 
     _, outcome = run(config)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+
+
+def report(argv: list[str]) -> int:
+    """Write what a run did and what it is worth as one HTML page; several runs side by side"""
+    from simmim.report.page import ReportConfig, report
+
+    print(report(parse(ReportConfig, "report", argv)))
+    return 0
 
 
 def predict(argv: list[str]) -> int:
@@ -256,6 +264,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     function.__name__.replace("_", "-"): function
     for function in (
         pretrain,
+        report,
         reconstruct,
         probe,
         finetune,

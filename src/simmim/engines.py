@@ -1,12 +1,17 @@
 """Dispatch to the configured engine. Engines do not know each other; each is loaded on first use."""
 
+import os
+import sys
+
 from simmim.config.pretraining import PretrainConfig
+from simmim.config.tasks import FinetuneConfig
+from simmim.errors import UserError
 from simmim.training.loop import Outcome
 from simmim.training.run_directory import Run
 
 
 def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
-    """Pretrain, or resume, with the engine of the configuration; see `simmim.pretrain`."""
+    """Pretrain, or resume, with the engine of the configuration, and write the report; see `simmim.pretrain`."""
     if config.engine == "keras":
         from simmim.keras_engine import use_backend
 
@@ -14,4 +19,24 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         from simmim.keras_engine.pretrain import pretrain
     else:
         from simmim.torch_engine.train.pretrain import pretrain
-    return pretrain(config)
+    return _reported(*pretrain(config))
+
+
+def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
+    """Fine-tune, or resume, and write the report; see `simmim.finetune`."""
+    from simmim.torch_engine.train.finetune import finetune
+
+    return _reported(*finetune(config))
+
+
+def _reported(run: Run, outcome: Outcome) -> tuple[Run, Outcome]:
+    """Write RUN/report.html and say so. A training never fails for its report."""
+    from simmim.report.page import ReportConfig, report
+
+    if int(os.environ.get("RANK", "0")) == 0:
+        try:
+            line = f"the report is {report(ReportConfig(runs=(str(run.path),)))}"
+        except (UserError, OSError) as error:
+            line = f"warning    no report: {error}"
+        print(line, file=sys.stderr, flush=True)
+    return run, outcome

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from simmim.method.collapse import collapsed
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.train.update import DTYPES
 
 _IMAGES = 256
-_LEAST_STD = 0.05
-_LEAST_RANK = 2.0
 
 
 def effective_rank(features: NDArray[np.floating]) -> float:
@@ -52,22 +51,21 @@ class CollapseGuard:
     def __call__(self, done: int, step: PretrainStep, precision: str) -> dict[str, float]:
         """Return figures of the encoder of `step` after `done` steps."""
         device, dtype = step.mean.device, DTYPES[precision]
-        found = []
+        parts = []
         with evaluating(step), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             for first in range(0, len(self._pixels), 64):
                 images = step.normalize(torch.from_numpy(self._pixels[first : first + 64]).to(device))
-                found.append(step.model.encoder(images).float().mean(dim=(1, 2)).cpu().numpy())
-        features = np.concatenate(found)
+                parts.append(step.model.encoder(images).float().mean(dim=(1, 2)).cpu().numpy())
+        features = np.concatenate(parts)
         if not np.isfinite(features).all():
             self._say(f"warning    features of step {done} are not finite; watch the loss, or use --precision bf16")
             return {"effective_rank": float("nan"), "feature_std": float("nan")}
         rank, std = effective_rank(features), feature_std(features)
-        collapsed = std < _LEAST_STD or rank < _LEAST_RANK
-        if collapsed and not self._told:
+        if (found := collapsed(std, rank)) and not self._told:
             self._say(
                 f"warning    features collapse at step {done}: effective rank {rank:.1f} of {features.shape[1]}, "
                 f"deviation {std:.3f} of 1; start again (--fresh) with a lower --lr, or add a term that keeps them "
                 "apart, such as --objective descriptor=1"
             )
-        self._told = collapsed
+        self._told = found
         return {"effective_rank": rank, "feature_std": std}

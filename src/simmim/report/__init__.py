@@ -1,0 +1,1 @@
+"""`simmim report`: what a run did and what it is worth, as one HTML file."""

@@ -1,0 +1,106 @@
+"use strict";
+// Charts: read values by pointer or arrow keys, zoom by dragging. Sizes are those of charts.py.
+const WIDTH = 640, HEIGHT = 230, LEFT = 62, RIGHT = 12, TOP = 10, BOTTOM = 26;
+const NS = "http://www.w3.org/2000/svg";
+
+function make(name, attributes, text) {
+  const element = document.createElementNS(NS, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+function ticks(low, high, most) {
+  let step = 10 ** Math.floor(Math.log10((high - low) / most));
+  step *= [1, 2, 5, 10].find((factor) => (high - low) / (step * factor) <= most);
+  const found = [];
+  for (let n = Math.ceil(low / step - 1e-9); n <= high / step + 1e-9; n++) found.push(n * step);
+  return found;
+}
+
+const short = (value) => Number(value.toPrecision(4)).toString();
+
+function enliven(figure) {
+  const { lines, log } = JSON.parse(figure.querySelector("script").textContent);
+  const svg = figure.querySelector("svg"), reading = figure.querySelector(".reading");
+  const steps = [...new Set(lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
+  const whole = [steps[0], Math.max(steps.at(-1), steps[0] + 1)];
+  let [from, to] = whole, at = null, dragged = null;
+  const scale = (value) => (log ? Math.log10(value) : value);
+  const x = (step) => LEFT + ((step - from) / (to - from)) * (WIDTH - LEFT - RIGHT);
+  const stepAt = (place) => from + ((place - LEFT) / (WIDTH - LEFT - RIGHT)) * (to - from);
+  const place = (event) => ((event.clientX - svg.getBoundingClientRect().left) / svg.getBoundingClientRect().width) * WIDTH;
+  const within = (step) => Math.min(Math.max(step, from), to);
+
+  function draw() {
+    const shown = lines.map((line) => ({ ...line, points: line.points.filter(([step]) => step >= from && step <= to) }));
+    const values = shown.flatMap((line) => line.points.map((point) => scale(point[1])));
+    let low = Math.min(...values), high = Math.max(...values);
+    const room = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
+    low -= room; high += room;
+    const y = (value) => HEIGHT - BOTTOM - ((scale(value) - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
+    svg.replaceChildren();
+    const marks = make("g", { class: "ticks" });
+    for (const tick of ticks(low, high, 5)) {
+      const value = log ? 10 ** tick : tick;
+      marks.append(make("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
+      marks.append(make("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, short(value)));
+    }
+    for (const tick of ticks(from, to, 6)) marks.append(make("text", { x: x(tick), y: HEIGHT - 8, "text-anchor": "middle" }, tick.toLocaleString("en")));
+    svg.append(marks);
+    for (const line of shown) {
+      const colour = "c" + (line.colour % 8);
+      if (line.points.length === 1) svg.append(make("circle", { class: colour, r: 3, cx: x(line.points[0][0]), cy: y(line.points[0][1]) }));
+      svg.append(make("polyline", { class: "line " + colour, points: line.points.map(([s, v]) => x(s).toFixed(1) + "," + y(v).toFixed(1)).join(" ") }));
+    }
+    if (dragged) svg.append(make("rect", { class: "zoom", x: Math.min(x(dragged[0]), x(dragged[1])), width: Math.abs(x(dragged[0]) - x(dragged[1])), y: TOP, height: HEIGHT - TOP - BOTTOM }));
+    if (at !== null) svg.append(make("line", { class: "cursor", x1: x(at), x2: x(at), y1: TOP, y2: HEIGHT - BOTTOM }));
+  }
+
+  function read(step) {
+    at = steps.reduce((best, each) => (Math.abs(each - step) < Math.abs(best - step) ? each : best));
+    at = within(at);
+    const found = lines.map((line) => line.name + " " + short(line.points.reduce((best, each) => (Math.abs(each[0] - at) < Math.abs(best[0] - at) ? each : best))[1]));
+    reading.textContent = "step " + at.toLocaleString("en") + ": " + found.join(", ");
+    draw();
+  }
+
+  function zoom(first, last) {
+    const inside = steps.filter((step) => step >= first && step <= last);
+    if (inside.length > 1) [from, to] = [inside[0], inside.at(-1)];
+    at = null; draw();
+  }
+
+  svg.addEventListener("pointermove", (event) => {
+    if (dragged) dragged[1] = within(stepAt(place(event)));
+    read(stepAt(place(event)));
+  });
+  svg.addEventListener("pointerdown", (event) => { const step = within(stepAt(place(event))); dragged = [step, step]; });
+  window.addEventListener("pointerup", () => {
+    if (!dragged) return;
+    const [first, last] = dragged.toSorted((a, b) => a - b);
+    dragged = null;
+    if (x(last) - x(first) > 8) zoom(first, last); else draw();
+  });
+  svg.addEventListener("dblclick", () => { [from, to] = whole; draw(); });
+  svg.addEventListener("pointerleave", () => { at = null; reading.textContent = ""; draw(); });
+  figure.addEventListener("keydown", (event) => {
+    const now = at === null ? steps.length - 1 : steps.findIndex((step) => step >= at);
+    if (event.key === "ArrowLeft") read(steps[Math.max(now - 1, 0)]);
+    else if (event.key === "ArrowRight") read(steps[Math.min(now + 1, steps.length - 1)]);
+    else if (event.key === "+") { const middle = at ?? (from + to) / 2, half = (to - from) / 4; zoom(middle - half, middle + half); }
+    else if (event.key === "0") { [from, to] = whole; draw(); }
+    else return;
+    event.preventDefault();
+  });
+}
+
+document.querySelectorAll(".chart").forEach(enliven);
+
+document.querySelectorAll(".panels").forEach((figure) => {
+  const images = figure.querySelectorAll("img"), output = figure.querySelector("output");
+  figure.querySelector("input").addEventListener("input", (event) => {
+    images.forEach((image, number) => { image.hidden = number !== Number(event.target.value); });
+    output.textContent = images[event.target.value].dataset.step;
+  });
+});

@@ -1,0 +1,183 @@
+"""Write a report: one HTML file that needs nothing else."""
+
+import os
+import platform
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+from tyro.conf import Positional, arg
+
+from simmim.config.field_types import Word
+from simmim.errors import UserError
+from simmim.report.charts import Chart, chart
+from simmim.report.facts import Facts, Point
+from simmim.report.labels import Judged, judge_by_labels
+from simmim.report.pictures import Panel, reconstructions
+from simmim.report.verdict import Finding, judge
+from simmim.training.run_directory import written_whole
+from simmim.training.tracking import duration
+
+_CHARTS = (
+    ("Loss", ("loss",), True),
+    ("Loss of images kept aside", ("val_loss",), True),
+    ("k-NN accuracy", ("knn_top1", "knn_balanced_accuracy", "knn_raw_pixels"), False),
+    ("Accuracy", ("top1", "balanced_accuracy", "miou", "pixel_accuracy", "ap", "ap50"), False),
+    ("Effective rank", ("effective_rank",), False),
+    ("Deviation of features", ("feature_std",), False),
+    ("Gradient norm", ("grad_norm",), True),
+    ("Learning rate", ("lr",), False),
+    ("Images per second", ("images_per_second",), False),
+)
+_NAMES = {
+    "knn_top1": "k-NN",
+    "knn_balanced_accuracy": "k-NN, balanced over classes",
+    "knn_raw_pixels": "k-NN of raw pixels",
+    "top1": "top-1",
+    "balanced_accuracy": "balanced accuracy",
+    "miou": "mIoU",
+}
+_BYTES = 5_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """A report of one run, or of several side by side."""
+
+    command: ClassVar[str] = "report"
+    runs: Positional[Annotated[tuple[str, ...], arg(metavar="RUN...")]]
+    """The --out directories of runs."""
+    out: Word = None
+    """HTML file to write (default: report.html in the run, or here for several)."""
+    labels: Word = None
+    """Labelled images to judge the features by, as simmim probe takes them."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page shows of one run."""
+
+    facts: Facts
+    findings: list[Finding]
+    judged: list[Judged]
+    charts: list[Chart]
+    panels: list[Panel]
+    about: dict[str, str]
+
+
+def report(config: ReportConfig) -> Path:
+    """Write the report; return its path. Raises `UserError` for a directory that is not a run, or a bad `--out`."""
+    if not config.runs:
+        raise UserError("report names no run; give the --out directory of a training")
+    every = [Facts.read(Path(run)) for run in config.runs]
+    alone = every[0].run.path / "report.html" if len(every) == 1 else Path("report.html")
+    out = Path(config.out) if config.out else alone
+    if out.suffix.lower() != ".html":
+        raise UserError(f"--out {out} is not an .html file; name one")
+    sections = [section(facts, _judged(facts, config.labels)) for facts in every]
+    text = render(sections, unique_names(every))
+    if len(text) > _BYTES:
+        raise AssertionError(f"a report of {len(text)} bytes is over its limit of {_BYTES}")
+    with written_whole(out) as aside:
+        aside.write_text(text, encoding="utf-8")
+    return out
+
+
+def _judged(facts: Facts, labels: str | None) -> list[Judged]:
+    return judge_by_labels(str(facts.run.path), labels) if labels else []
+
+
+def section(facts: Facts, judged: list[Judged]) -> Section:
+    charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
+    return Section(facts, judge(facts, judged), judged, charts, reconstructions(facts), dict(about(facts)))
+
+
+def _curves(facts: Facts, names: Sequence[str]) -> list[tuple[str, list[Point]]]:
+    """Return the curves of a chart; a loss comes with its components."""
+    if names == ("loss",):
+        parts = [name for name in facts.series if name.startswith("loss/")]
+        names = ("loss", *(parts if len(parts) > 1 else ()))
+    return [(_NAMES.get(name, name.removeprefix("loss/")), facts.series.get(name, [])) for name in names]
+
+
+def about(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Yield lines about a run: how it was made, how far it is, how fast it was."""
+    config = facts.config
+    done = f"{facts.steps:,}" + (f" of {facts.total_steps:,}" if facts.total_steps else "")
+    yield "Task", facts.task
+    yield "Model", getattr(config, "model", None) or getattr(config, "init", None) or ""
+    if objectives := getattr(config, "objectives", ()):
+        yield "Objective", ", ".join(f"{each.weight:g} × {each.kind}" for each in objectives)
+    yield "Steps", f"{done} of {config.batch_size} images"
+    if (seconds := facts.seconds()) is not None:
+        yield "Training time", f"{duration(seconds)}, without evaluations and saving"
+    speeds = facts.series.get("images_per_second", [])
+    if speeds:
+        yield "Speed", f"{sorted(value for _, value in speeds)[len(speeds) // 2]:.1f} images/s (median)"
+    yield "Steps not finite", str(facts.not_finite)
+    yield "Data", str(config.data)
+    for part, record in facts.images.items():
+        yield f"Images, {part}", f"{record['images']:,}; names SHA-256 {record['names_sha256'][:16]}…"
+    yield "Unreadable images", str(facts.bad_images) + (" (bad_images.txt lists them)" if facts.bad_images else "")
+    yield "Device", f"{config.device}, {config.precision}"
+    command = "pretrain" if facts.task == "pretraining" else f"finetune {facts.task}"
+    yield "Repeat it", f"simmim {command} --config {shlex.quote(str(facts.run.config))} --out NEW"
+    yield "Encoder", str(facts.run.encoder if facts.task == "pretraining" else facts.run.model)
+    yield "Written by", f"simmim {metadata.version('simmim')}, torch {metadata.version('torch')}, {platform.platform()}"
+
+
+def unique_names(every: Sequence[Facts]) -> list[str]:
+    """Return the shortest ends of the runs' paths that tell them apart."""
+    paths = [facts.run.path.resolve() for facts in every]
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [os.path.join(*path.parts[-length:]) for path in paths]  # noqa: PTH118
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def comparison(sections: Sequence[Section], names: Sequence[str]) -> dict[str, Any]:
+    """Return what several runs differ in, their figures, the best first, and their curves in one chart each."""
+    settings = [each.facts.settings() for each in sections]
+    keys = dict.fromkeys(key for found in settings for key in found)
+    differing = {key: [found.get(key, "") for found in settings] for key in keys}
+    differing = {key: values for key, values in differing.items() if len(set(values)) > 1}
+    figures = ("knn_top1", "top1", "miou", "ap", "val_loss", "loss")
+    shared = [name for name in figures if any(each.facts.last(name) is not None for each in sections)]
+    main = shared[0] if shared else "loss"
+    sign = 1 if main in ("val_loss", "loss") else -1
+    values = [each.facts.last(main) for each in sections]
+    order = sorted(range(len(sections)), key=lambda i: (values[i] is None, sign * (values[i] or 0.0)))
+    drawn = [
+        chart(title, [(name, each.facts.series.get(key, [])) for name, each in zip(names, sections, strict=True)],
+              logarithmic=log)
+        for title, (key, *_), log in _CHARTS
+    ]  # fmt: skip
+    return {
+        "differing": differing,
+        "figures": [(_NAMES.get(name, name), [each.facts.last(name) for each in sections]) for name in shared],
+        "order": order,
+        "charts": [each for each in drawn if each],
+    }
+
+
+def render(sections: Sequence[Section], names: Sequence[str]) -> str:
+    """Return the page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("simmim.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    files = resources.files("simmim.report")
+    return environment.get_template("page.html").render(
+        sections=sections,
+        names=names,
+        comparison=comparison(sections, names) if len(sections) > 1 else None,
+        style=(files / "page.css").read_text(encoding="utf-8"),
+        script=(files / "page.js").read_text(encoding="utf-8"),
+        date=time.strftime("%Y-%m-%d %H:%M"),
+    )

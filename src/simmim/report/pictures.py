@@ -1,0 +1,57 @@
+"""Pictures of a report: JPEGs inside the page."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simmim.report.facts import Facts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_PANELS = 8
+_PANEL_WIDTH = 480
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A picture of a step, as a data URI."""
+
+    step: int
+    uri: str
+    width: int
+    height: int
+
+
+def reconstructions(facts: Facts) -> list[Panel]:
+    """Return some of a run's reconstructions, the first and the last among them; unreadable files are left out."""
+    from PIL import Image, UnidentifiedImageError
+
+    found = []
+    for file in spread(sorted(facts.run.reconstructions.glob("step-*.png")), _PANELS):
+        try:
+            with Image.open(file) as stored:
+                picture = stored.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+            continue
+        if picture.width > _PANEL_WIDTH:
+            picture = picture.resize((_PANEL_WIDTH, round(picture.height * _PANEL_WIDTH / picture.width)))
+        found.append(Panel(int(file.stem.removeprefix("step-")), data_uri(picture), *picture.size))
+    return found
+
+
+def spread(files: Sequence[Path], most: int) -> list[Path]:
+    """Choose at most `most` files, at even distances, with the first and the last."""
+    if len(files) <= most:
+        return list(files)
+    return [files[round(number * (len(files) - 1) / (most - 1))] for number in range(most)]
+
+
+def data_uri(picture: "Image", quality: int = 80) -> str:
+    """Encode a picture as a JPEG in a data URI."""
+    held = io.BytesIO()
+    picture.convert("RGB").save(held, format="JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()

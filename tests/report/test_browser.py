@@ -1,0 +1,143 @@
+"""The report in a real browser: Debian's Chromium, driven by Playwright."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simmim
+from simmim.report.page import ReportConfig, report
+
+from .test_report import TINY, falling, write_run
+
+api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+FLAGS += ["--disable-component-update", "--disable-quic"]
+
+CONTRAST = """() => {
+  const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => {
+    const linear = (v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = channels(colour).map((v) => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) => {
+    for (let e = element; e; e = e.parentElement) {
+      const colour = getComputedStyle(e).backgroundColor;
+      if ((channels(colour)[3] ?? 1) > 0) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const texts = [...document.body.querySelectorAll(":not(script, style)")].filter((e) =>
+    e.checkVisibility() && [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim()));
+  return texts.map((e) => {
+    const style = getComputedStyle(e), ink = e instanceof SVGElement ? style.fill : style.color;
+    const [a, b] = [light(ink), light(behind(e))].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), e.tagName + ": " + e.textContent.slice(0, 30)];
+  });
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with api.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A real run with labels, a collapsed run, and three runs side by side."""
+    folder = tmp_path_factory.mktemp("pages")
+    run = simmim.pretrain(**TINY | {"steps": 30, "picture_every_steps": 10}, out=str(folder / "run"))
+    rng = np.random.default_rng(0)
+    arrays = {f"x_{part}": rng.integers(0, 256, (12, 32, 32, 3), np.uint8) for part in ("train", "test")}
+    labels = {f"y_{part}": np.arange(12) % 3 for part in ("train", "test")}
+    np.savez(folder / "set.npz", **arrays, **labels)  # type: ignore[arg-type]
+    rows = [*falling()[:-1], {"loss": 0.2, "effective_rank": 1.2, "feature_std": 0.01}]
+    name = "<script>alert(1)</script>"
+    dead = write_run(folder / name, rows)
+    several = tuple(str(facts.run.path) for facts in (dead, write_run(folder / "b", falling(), seed=1)))
+    made = {
+        "labels": ReportConfig(runs=(str(run.path),), labels=str(folder / "set.npz"), out=str(folder / "labels.html")),
+        "collapsed": ReportConfig(runs=(several[0],), out=str(folder / "collapsed.html")),
+        "several": ReportConfig(runs=(str(run.path), *several), out=str(folder / "several.html")),
+    }
+    return {kind: report(config) for kind, config in made.items()}
+
+
+@pytest.mark.parametrize("kind", ["labels", "collapsed", "several"])
+@pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark"), (390, "light")])
+def test_a_page_is_readable_and_asks_for_nothing(
+    browser: Any, pages: dict[str, Path], kind: str, width: int, scheme: str, tmp_path: Path
+) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: said.append(dialog.message) or dialog.dismiss())
+    page.on("request", lambda request: said.append(request.url) if not request.url.startswith("data:") else None)
+    page.goto(pages[kind].as_uri())
+    assert said == [pages[kind].as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    weak = [text for contrast, text in page.evaluate(CONTRAST) if contrast < 4.5]
+    assert not weak
+    page.screenshot(path=str(tmp_path / f"{kind}-{width}-{scheme}.png"), full_page=True)
+    page.close()
+
+
+def test_charts_are_read_and_zoomed_by_pointer_and_by_keys(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(pages["labels"].as_uri())
+    figure = page.locator(".chart").first
+    svg, reading = figure.locator("svg"), figure.locator(".reading")
+
+    def last_step() -> int:
+        return int(figure.locator(".ticks text[text-anchor=middle]").last.text_content().replace(",", ""))
+
+    svg.hover()
+    assert re.fullmatch(r"step \d+: loss [\d.]+", reading.inner_text())
+    box = svg.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 50)
+    page.mouse.up()
+    assert last_step() < 20
+    svg.dblclick()
+    assert last_step() == 30
+    page.mouse.move(0, 0)
+    figure.focus()
+    page.keyboard.press("ArrowLeft")
+    assert reading.inner_text().startswith("step 29:")
+    page.keyboard.press("+")
+    assert figure.locator("polyline").count() == 1 and last_step() <= 30
+    page.keyboard.press("0")
+    assert last_step() == 30
+    page.close()
+
+
+def test_the_slider_shows_the_reconstructions_of_a_step(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page()
+    page.goto(pages["labels"].as_uri())
+    assert page.locator(".panels img:visible").get_attribute("data-step") == "30"
+    page.locator(".panels input").focus()
+    page.keyboard.press("Home")
+    assert page.locator(".panels img:visible").get_attribute("data-step") == "10"
+    assert page.locator(".panels output").inner_text() == "10"
+    page.close()
+
+
+def test_the_page_says_all_without_its_script(browser: Any, pages: dict[str, Path]) -> None:
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(pages["labels"].as_uri())
+    assert page.locator("polyline").count() >= 3
+    assert page.locator(".panels img:visible").count() == 1
+    context.close()

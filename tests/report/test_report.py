@@ -1,0 +1,236 @@
+"""The report: verdicts by rule, curves, comparison, and what names in it may hold."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import simmim
+from simmim.cli import main
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import to_toml
+from simmim.errors import UserError
+from simmim.method.objectives import DescriptorRegression, EmaTeacher
+from simmim.report.charts import chart, ticks
+from simmim.report.facts import Facts, thinned
+from simmim.report.labels import Accuracy, Judged
+from simmim.report.page import ReportConfig, report, unique_names
+from simmim.report.verdict import judge
+
+TINY: dict[str, Any] = {
+    "data": "demo",
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 8},
+    "image_size": 32,
+    "mask": {"kind": "random", "cell": 8},
+    "batch_size": 8,
+    "val_images": 4,
+    "device": "cpu",
+    "precision": "fp32",
+    "workers": 1,
+    "warmup_epochs": 0,
+}
+
+
+def write_run(path: Path, rows: list[dict[str, Any]], **settings: Any) -> Facts:
+    """Write a run directory with these lines of metrics."""
+    path.mkdir(parents=True)
+    config = dataclasses.replace(PretrainConfig(data="images", out=str(path), steps=len(rows)), **settings)
+    (path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    lines = [json.dumps({"step": step, "epoch": step / 10, "lr": 1e-3} | row) for step, row in enumerate(rows, 1)]
+    (path / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return Facts.read(path)
+
+
+def titles(facts: Facts, judged: tuple[Judged, ...] = ()) -> list[str]:
+    return [finding.title for finding in judge(facts, judged)]
+
+
+def falling(steps: int = 100, speed: float = 20) -> list[dict[str, Any]]:
+    return [{"loss": 0.2 + float(np.exp(-step * speed / steps))} for step in range(steps)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "title"),
+    [
+        (falling(), "Converged"),
+        (falling(speed=1), "Still falling"),
+        ([{"loss": 1.0 + 0.001 * (step % 2)} for step in range(100)], "Learnt nothing"),
+        ([{"loss": 1.0 + 0.01 * step} for step in range(100)], "The loss rose"),
+        ([{"loss": None, "skipped_in_a_row": 1.0} if step > 80 else {"loss": 1.0} for step in range(100)], "Diverged"),
+        ([], "Nothing is logged yet"),
+    ],
+)
+def test_a_training_is_judged_by_its_loss(tmp_path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    assert title in titles(write_run(tmp_path / "run", rows, steps=len(rows) or 1))
+
+
+def test_features_are_judged_by_what_was_logged(tmp_path: Path) -> None:
+    def last(name: str, **figures: float) -> list[str]:
+        return titles(write_run(tmp_path / name, [*falling()[:-1], {"loss": 0.2, **figures}]))
+
+    assert "Features collapsed" in last("a", effective_rank=1.5, feature_std=0.9)
+    assert "Features collapsed" in last("b", effective_rank=20, feature_std=0.01)
+    assert "Features collapsed" not in last("c", effective_rank=20, feature_std=0.9)
+    assert "Better than raw pixels" in last("d", knn_top1=0.5, knn_raw_pixels=0.4)
+    assert "No better than raw pixels" in last("e", knn_top1=0.4, knn_raw_pixels=0.4)
+    assert "Features not judged" in last("f")
+
+
+def test_over_training_is_told_with_the_step_that_was_best(tmp_path: Path) -> None:
+    rows = falling()
+    rows[49] |= {"knn_top1": 0.6, "val_loss": 0.3}
+    rows[99] |= {"knn_top1": 0.5, "val_loss": 0.4}
+    found = [finding for finding in judge(write_run(tmp_path / "run", rows)) if finding.title == "Over-trained"]
+    assert [finding.remedy for finding in found] == [
+        "stop near step 50, or train on more images",
+        "stop near step 50",
+    ]
+
+
+def test_a_run_that_was_broken_off_says_how_to_go_on(tmp_path: Path) -> None:
+    found = judge(write_run(tmp_path / "run", falling(), steps=300))
+    assert ("Not finished", "step 100 of 300") in [(finding.title, finding.figure) for finding in found]
+
+
+def test_a_difference_within_chance_is_no_difference(tmp_path: Path) -> None:
+    facts = write_run(tmp_path / "run", falling())
+
+    def against(features: float, floor: float, count: int) -> str:
+        judged = Judged("k-NN", Accuracy(features, count), {"raw pixels": Accuracy(floor, count)}, 10, 100)
+        return next(title for title in titles(facts, (judged,)) if "raw pixels" in title)
+
+    assert against(0.45, 0.40, 100) == "Not clearly better than raw pixels"
+    assert against(0.45, 0.40, 2000) == "Better than raw pixels"
+    assert against(0.40, 0.45, 2000) == "No better than raw pixels"
+
+
+def test_intervals_are_those_of_wilson() -> None:
+    low, high = Accuracy(0.3, 50).interval
+    roots = np.roots([1 + 1.96**2 / 50, -(2 * 0.3 + 1.96**2 / 50), 0.3**2])  # (p - 0.3)² = 1.96² p (1 - p) / 50
+    assert (low, high) == pytest.approx(sorted(roots))
+
+
+def test_a_real_run_ends_with_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=3)
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert capsys.readouterr().err.splitlines()[-1] == f"the report is {run.path / 'report.html'}"
+    assert page.count("data:image/jpeg") == len(list(run.reconstructions.iterdir())) > 0
+    assert "<polyline" in page and "simmim pretrain --config" in page
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+
+
+def test_a_fine_tuning_ends_with_a_report(tmp_path: Path) -> None:
+    run = simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=1)
+    tuned = simmim.finetune(
+        "classify", init=str(run.path), data="demo", out=str(tmp_path / "tuned"), steps=2, batch_size=8, device="cpu",
+        precision="fp32", workers=1, warmup_epochs=0,
+    )  # fmt: skip
+    page = (tuned.path / "report.html").read_text(encoding="utf-8")
+    assert "finetune classify" in page and "top-1" in page
+
+
+def test_a_report_that_cannot_be_written_ends_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    (run.parent / "run" / "report.html").mkdir(parents=True)
+    run = run.parent / "other"
+    simmim.pretrain(**TINY, out=str(run), steps=1)
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    simmim.pretrain(**TINY, out=str(run), steps=1)
+    assert "warning    no report:" in capsys.readouterr().err
+
+
+def test_labels_add_floors_and_chance(tmp_path: Path) -> None:
+    run = simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=1)
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "set.npz",
+        x_train=rng.integers(0, 256, (20, 32, 32, 3), np.uint8), y_train=np.arange(20) % 2,
+        x_test=rng.integers(0, 256, (10, 32, 32, 3), np.uint8), y_test=np.arange(10) % 2,
+    )  # fmt: skip
+    assert (
+        main(["report", str(run.path), "--labels", str(tmp_path / "set.npz"), "--out", str(tmp_path / "r.html")]) == 0
+    )
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("k-NN", "linear", "raw pixels", "the untrained encoder", "chance"))
+    assert "0.500" in page and "Features not judged" not in page
+
+
+def test_runs_are_compared_best_first(tmp_path: Path) -> None:
+    low = write_run(tmp_path / "low" / "a", [{"loss": 1.0, "knn_top1": 0.2}], seed=1)
+    high = write_run(tmp_path / "high" / "a", [{"loss": 2.0, "knn_top1": 0.4}], seed=2)
+    assert unique_names([low, high]) == ["low/a", "high/a"]
+    out = tmp_path / "both.html"
+    report(ReportConfig(runs=(str(low.run.path), str(high.run.path)), out=str(out)))
+    page = out.read_text(encoding="utf-8")
+    table = page[page.index("Side by side") : page.index("Settings that differ")]
+    assert table.index("high/a") < table.index("low/a")
+    differing = page[page.index("Settings that differ") : page.index("</section>")]
+    assert re.findall(r"<th>(\w+)</th><td", differing) == ["seed"]
+
+
+def test_names_are_shown_as_text(tmp_path: Path) -> None:
+    name = "a\"'<script>alert(1)</script>\n&b"
+    facts = write_run(tmp_path / name, falling(), data=f"{tmp_path}/{name}")
+    page = report(ReportConfig(runs=(str(facts.run.path),))).read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_a_broken_picture_and_a_half_written_line_are_left_out(tmp_path: Path) -> None:
+    facts = write_run(tmp_path / "run", falling())
+    with facts.run.metrics.open("a", encoding="utf-8") as file:
+        file.write('\n{"step": 101, "lo')
+    facts.run.reconstructions.mkdir()
+    (facts.run.reconstructions / "step-00000001.png").write_bytes(b"broken")
+    assert Facts.read(facts.run.path).steps == 100
+    page = report(ReportConfig(runs=(str(facts.run.path),))).read_text(encoding="utf-8")
+    assert "data:image" not in page
+
+
+def test_a_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
+    rows = [{"loss": 1 / step, "grad_norm": 1.0, "images_per_second": 9.0, "loss/ema": 0.1, "loss/descriptor": 0.2}
+            for step in range(1, 20_001)]  # fmt: skip
+    facts = write_run(tmp_path / "run", rows, objectives=(EmaTeacher(), DescriptorRegression()))
+    assert report(ReportConfig(runs=(str(facts.run.path),))).stat().st_size < 300_000
+    assert len(thinned(facts.series["loss"])) <= 400
+    assert thinned(facts.series["loss"])[-1][0] == 20_000
+
+
+def test_charts_keep_to_their_frame_and_ticks_are_round() -> None:
+    drawn = chart("x", [("a", [(1, 0.001), (5, 10.0)]), ("empty", [])], logarithmic=True)
+    assert drawn is not None and drawn.logarithmic and len(drawn.lines) == 1
+    places = [tuple(map(float, place.split(","))) for place in drawn.path(drawn.lines[0]).split()]
+    assert all(62 <= x <= 628 and 10 <= y <= 204 for x, y in places)
+    assert places[0][1] > places[1][1]
+    assert chart("x", [("a", [])]) is None
+    assert not chart("x", [("a", [(1, 0.0), (2, 1.0)])], logarithmic=True).logarithmic  # type: ignore[union-attr]
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(3, 3) == [3]
+    assert [round(tick, 6) for tick in ticks(0.11, 0.52)] == [0.2, 0.3, 0.4, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nowhere"], "nowhere is not a run: it has no config.toml"),
+        (["run", "--out", "r.txt"], "--out r.txt is not an .html file; name one"),
+        ([], "report names no run; give the --out directory of a training"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", falling())
+    assert main(["report", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run"):
+        Facts.read(tmp_path)
