@@ -113,6 +113,15 @@ def predict(argv: list[str]) -> int:
     return 0
 
 
+def embed(argv: list[str]) -> int:
+    """Write an encoder's features of images to a .parquet, .npz or .csv file"""
+    from simmim.torch_engine.tasks.embed import EmbedConfig, embed_to_file
+
+    for line in embed_to_file(parse(EmbedConfig, "embed", argv)):
+        print(line)
+    return 0
+
+
 def pack(argv: list[str]) -> int:
     """Convert images to shards that load faster"""
     from simmim.commands.pack import PackConfig, pack
@@ -260,6 +269,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         probe,
         finetune,
         predict,
+        embed,
         convert,
         export,
         pack,
