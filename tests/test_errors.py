@@ -27,6 +27,7 @@ WORK = {
     "export RUN --format onnx --out DIR": "simmim.commands.export.export",
     "pack demo --out DIR": "simmim.commands.pack.pack",
     "bench": "simmim.torch_engine.perf.bench.bench",
+    "runs": "simmim.commands.runs.find_runs",
     "doctor": "simmim.commands.doctor.examine",
 }
 

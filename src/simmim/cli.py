@@ -185,6 +185,25 @@ def bench(argv: list[str]) -> int:
     return 0
 
 
+def runs(argv: list[str]) -> int:
+    """List the runs below a directory: progress, figures, and how to resume them"""
+    from tyro.conf import Positional, arg
+
+    from simmim.commands.runs import describe, find_runs
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command:
+        directory: Positional[Annotated[str, arg(metavar="DIR")]] = "runs"
+        """Directory to look in, at any depth."""
+        json: bool = False
+        """Print JSON only."""
+
+    command = parse(Command, "runs", argv)
+    found = find_runs(command.directory)
+    print(json.dumps({"runs": found}, indent=1) if command.json else describe(found))
+    return 0
+
+
 def doctor(argv: list[str]) -> int:
     """Check this machine: what works and what is missing"""
     from simmim.commands.doctor import examine
@@ -278,6 +297,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         bench,
         doctor,
         recipes,
+        runs,
     )
 }
 
