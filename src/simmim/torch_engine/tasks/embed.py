@@ -7,6 +7,7 @@ import hashlib
 import math
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +117,8 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
         count = sum(math.ceil(len(file.images(number)) / config.batch_size) for number in missing)
         for _ in progress(batches, count, "batches embedded") if world.is_main else batches:
             pass
-        world.barrier()
+        while not all(map(file.has, range(len(file)))):  # a barrier would give up after 10 or 30 minutes
+            time.sleep(1)
         if not any(file.names()):
             raise BadImages(file.bad_images, total=len(source)).none_readable()
         found = read(file, world)

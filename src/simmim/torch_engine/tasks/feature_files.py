@@ -148,7 +148,7 @@ def write_parquet(path: Path, file: FeatureFile) -> None:
         for size in reversed(features.shape[1:]):
             column = pyarrow.FixedSizeListArray.from_arrays(column, size)
         table = pyarrow.table({"name": pyarrow.array(map(_as_text, names), pyarrow.string()), "features": column})
-        writer = writer or parquet.ParquetWriter(path, table.schema)
+        writer = writer or parquet.ParquetWriter(path, table.schema, use_dictionary=False)  # numbers do not repeat
         writer.write_table(table, row_group_size=len(names))
     assert writer is not None
     writer.close()
