@@ -22,10 +22,12 @@ WORK = {
     "probe RUN --data demo": "simmim.torch_engine.tasks.probe.probe",
     "finetune classify": "simmim.torch_engine.train.finetune.finetune",
     "predict RUN IMAGE": "simmim.torch_engine.tasks.predict.predict",
+    "embed RUN --data demo --out FILE": "simmim.torch_engine.tasks.embed.embed_to_file",
     "convert FILE --out RUN": "simmim.torch_engine.interop.convert.convert",
     "export RUN --format onnx --out DIR": "simmim.commands.export.export",
     "pack demo --out DIR": "simmim.commands.pack.pack",
     "bench": "simmim.torch_engine.perf.bench.bench",
+    "runs": "simmim.commands.runs.find_runs",
     "doctor": "simmim.commands.doctor.examine",
 }
 

@@ -12,6 +12,7 @@ from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.torch_engine.interop.convert import ConvertConfig
 from simmim.torch_engine.perf.bench import BenchConfig
+from simmim.torch_engine.tasks.embed import EmbedConfig
 from simmim.torch_engine.tasks.predict import PredictConfig
 from simmim.torch_engine.tasks.probe import ProbeConfig
 
@@ -89,7 +90,7 @@ def test_the_help_says_the_same_at_any_width_of_the_terminal(capsys, monkeypatch
     "kind",
     [
         PretrainConfig, *TASK_CONFIGS.values(), TpuCheckConfig, Request, PackConfig, ProbeConfig, PredictConfig,
-        BenchConfig, ConvertConfig,
+        EmbedConfig, BenchConfig, ConvertConfig,
     ],
 )  # fmt: skip
 def test_an_unknown_setting_points_to_the_help_of_its_own_command(kind):

@@ -35,6 +35,13 @@ def test_the_options_of_pretrain_are_shown_without_torch():
     assert not loaded_by(code) & {"torch", "timm", "grain", "cv2", "tensorboardX", "transformers"}
 
 
+def test_runs_are_listed_without_torch(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/config.toml").write_text('model = "resnet18"\n')
+    code = f"from simmim.cli import main\nassert main(['runs', {str(tmp_path)!r}]) == 0"
+    assert not loaded_by(code) & {"torch", "timm", "grain", "cv2", "tensorboardX", "transformers"}
+
+
 def test_simmim_imports_without_torchvision():
     assert "simmim" in loaded_by("import simmim; simmim.PretrainConfig", hide="torchvision")
 

@@ -13,6 +13,9 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from numpy import floating
+    from numpy.typing import NDArray
+
     from simmim.config.pretraining import PretrainConfig
     from simmim.data.sources import register_source
     from simmim.errors import UserError
@@ -28,6 +31,7 @@ __all__ = [
     "TaskSpec",
     "UserError",
     "__version__",
+    "embed",
     "finetune",
     "load_encoder",
     "load_model",
@@ -104,6 +108,23 @@ def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
     from simmim.torch_engine.tasks.probe import ProbeConfig, probe
 
     return probe(from_settings(ProbeConfig, {"run": run, "data": data, **settings}))
+
+
+def embed(
+    run: str | PathLike[str], data: str | PathLike[str], **settings: Any
+) -> "tuple[list[str], NDArray[floating[Any]]]":
+    """Compute the features of images with the frozen encoder of a run.
+
+    Settings are the other fields of `EmbedConfig`. Returns the names of the images and their features (N, D), or
+    (N, h·w, D) with `patches`, in the order of the images. Unreadable images are left out. With `out` the features are
+    written to that file too, which a killed call resumes; for more of them than fit in memory use `simmim embed`.
+    Raises `UserError` for a run without encoder, settings that do not fit it, or images that cannot be read.
+    """
+    from simmim.config.validation import from_settings
+    from simmim.torch_engine.tasks.embed import EmbedConfig, embed
+
+    given = {"run": fspath(run), "data": fspath(data), **settings}
+    return embed(from_settings(EmbedConfig, given))
 
 
 def predict(

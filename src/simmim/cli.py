@@ -121,6 +121,15 @@ def predict(argv: list[str]) -> int:
     return 0
 
 
+def embed(argv: list[str]) -> int:
+    """Write an encoder's features of images to a .parquet, .npz or .csv file"""
+    from simmim.torch_engine.tasks.embed import EmbedConfig, embed_to_file
+
+    for line in embed_to_file(parse(EmbedConfig, "embed", argv)):
+        print(line)
+    return 0
+
+
 def pack(argv: list[str]) -> int:
     """Convert images to shards that load faster"""
     from simmim.commands.pack import PackConfig, pack
@@ -181,6 +190,25 @@ def bench(argv: list[str]) -> int:
     command = parse(Command, "bench", argv)
     figures = bench(command)
     print(json.dumps(figures, indent=1) if command.json else describe(figures))
+    return 0
+
+
+def runs(argv: list[str]) -> int:
+    """List the runs below a directory: progress, figures, and how to resume them"""
+    from tyro.conf import Positional, arg
+
+    from simmim.commands.runs import describe, find_runs
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command:
+        directory: Positional[Annotated[str, arg(metavar="DIR")]] = "runs"
+        """Directory to look in, at any depth."""
+        json: bool = False
+        """Print JSON only."""
+
+    command = parse(Command, "runs", argv)
+    found = find_runs(command.directory)
+    print(json.dumps({"runs": found}, indent=1) if command.json else describe(found))
     return 0
 
 
@@ -269,6 +297,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         probe,
         finetune,
         predict,
+        embed,
         convert,
         export,
         pack,
@@ -277,6 +306,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         bench,
         doctor,
         recipes,
+        runs,
     )
 }
 

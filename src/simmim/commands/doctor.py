@@ -13,6 +13,7 @@ from simmim.hardware.host import cpu_cores, cpu_has_bf16, cpu_name, describe_tpu
 _OPTIONAL = {
     "transformers": "to load encoders with transformers.AutoModel",
     "datasets": "for --data hf:NAME",
+    "pyarrow": "for simmim embed --out FILE.parquet",
     "tifffile": "for TIFF with many bands or deep colour",
     "torch_tpu": "for --device tpu and simmim tpu-check",
     "libtpu": "for --device tpu and simmim tpu-check",

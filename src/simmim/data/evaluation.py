@@ -79,7 +79,8 @@ def readable_batches(
 ) -> Iterator[tuple[list[int], list[NDArray[Any]]]]:
     """Yield all images in order, in batches: their indices, and what `read` makes of them.
 
-    Unreadable images are left out and listed in `bad_images`. Raises `TooManyBadImages`.
+    Unreadable images are left out and listed in `bad_images`; `source` may be a part of the set that it counts. Raises
+    `TooManyBadImages`.
     """
 
     def attempt(index: int) -> NDArray[Any] | None:
@@ -98,5 +99,5 @@ def readable_batches(
             if found:
                 readable = True
                 yield [index for index, _ in found], [image for _, image in found]
-    if not readable:
+    if not readable and len(source) >= bad_images.total:
         raise bad_images.none_readable()

@@ -3,7 +3,7 @@
 Shapes: `B` images of a batch, `N` images, `C` channels, `H W` pixels, `h w` feature-map cells, `D` features.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,16 +49,28 @@ class PooledFeatures(nn.Module):
             [(_, prefix)] = self.backbone.forward_intermediates(images, return_prefix_tokens=True, **wanted)
             return prefix[:, 0]
         [cells] = self.backbone.forward_intermediates(images, **wanted)  # (B, D, h, w)
-        return cells.float().mean(dim=(2, 3))
+        return self.reduce(cells.float())
+
+    def reduce(self, cells: Tensor) -> Tensor:
+        """Take the mean over the feature map: (B, D, h, w) → (B, D)."""
+        return cells.mean(dim=(2, 3))
+
+
+class PatchFeatures(PooledFeatures):
+    """Normalised images (B, C, H, W) → features (B, h·w, D) of every feature-map cell of one layer, row by row."""
+
+    def reduce(self, cells: Tensor) -> Tensor:
+        """List the cells row by row: (B, D, h, w) → (B, h·w, D)."""
+        return cells.flatten(2).transpose(1, 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureReader:
     """Read the images of a source in evaluation's crops, and compute their features.
 
-    `model` turns normalised images (B, C, H, W) into features (B, D); it is in evaluation mode, like `pixels` (which
-    normalises) on the device. `size` is (H, W); images are read as `dtype` in `workers` threads. Unreadable ones are
-    listed in the file `listed_in`, if there is one.
+    `model` turns normalised images (B, C, H, W) into features (B, D) or (B, h·w, D); it is in evaluation mode, like
+    `pixels` (which normalises) on the device. `size` is (H, W); images are read as `dtype` in `workers` threads.
+    Unreadable ones are listed in the file `listed_in`, if there is one.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -72,15 +84,20 @@ class FeatureReader:
     max_bad_fraction: float
     listed_in: Path | None = None
 
-    @torch.no_grad()
     def __call__(self, source: ImageSource, part: str = "val") -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the indices (N,) of the readable images, and their features (N, D).
 
         `part` names the set in messages. Raises `TooManyBadImages`.
         """
         bad_images = BadImages(self.listed_in, total=len(source), max_fraction=self.max_bad_fraction, part=part)
+        indices, features = zip(*self.batches(source, bad_images), strict=True)
+        return np.concatenate(indices), np.concatenate(features)
+
+    def batches(
+        self, source: ImageSource, bad_images: BadImages
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Yield the same in batches: indices (B,) and features (B, D). Unreadable images are listed in `bad_images`."""
         device, dtype = self.pixels.mean.device, DTYPES[self.precision]
-        indices, features = [], []
         for index, image in eval_batches(
             source,
             crop=CentreCrop(size=self.size),
@@ -91,7 +108,6 @@ class FeatureReader:
             bad_images=bad_images,
         ):
             images = self.pixels.normalize(torch.from_numpy(image).to(device))
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                features.append(self.model(images).float().cpu().numpy())
-            indices.append(index)
-        return np.concatenate(indices), np.concatenate(features)
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                features = self.model(images).float().cpu().numpy()
+            yield index, features

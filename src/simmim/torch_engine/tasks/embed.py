@@ -1,0 +1,215 @@
+"""`simmim embed`: write the features of many images to a file, part by part.
+
+Shapes: `N` images, `n` images of a part, `h w` feature-map cells, `D` features.
+"""
+
+import hashlib
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import nn
+from tyro.conf import Positional, arg
+
+from simmim.config.field_types import Count, Device, Positive, Word
+from simmim.config.validation import from_settings
+from simmim.data.bad_images import BadImages, count_listed
+from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.errors import UserError
+from simmim.hardware.host import reading_cores
+from simmim.torch_engine.accelerators import choose_device, choose_precision
+from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.tasks.feature_files import FeatureFile, Part, check_format
+from simmim.torch_engine.tasks.features import FeatureReader, PatchFeatures, Pool, PooledFeatures
+from simmim.torch_engine.train import distributed
+from simmim.torch_engine.train.storage import load_encoder
+from simmim.training.tracking import progress
+
+Result = TypeVar("Result")
+
+PART_IMAGES = 4096
+PART_IMAGES_OF_PATCHES = 256  # as many bytes: each image has some hundred vectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig:
+    """An encoder, images, and which of their features to write."""
+
+    command: ClassVar[str] = "embed"
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """The --out directory of a run, or an encoder directory."""
+    data: str
+    """Images as simmim pretrain takes them: a folder, a list of paths, packed shards, .npz, hf:NAME or demo."""
+    out: Word = None
+    """File to write: .parquet, .npz or .csv. The same command again resumes where it was killed."""
+    layer: int = -1
+    """Block of a ViT, or stage of another net, to take features from; negative numbers count from the end."""
+    pool: Pool = "avg"
+    """Mean over the image (avg) or a ViT's class token, which SimMIM does not train."""
+    patches: bool = False
+    """Write a vector for each feature-map cell, row by row, in place of one for the image."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Precision of the numbers that are written."""
+    batch_size: Positive = 64
+    """Images that are encoded at a time."""
+    device: Device = "auto"
+    """Accelerator."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the encoder (auto: bf16 where the hardware has it, else fp32)."""
+    workers: Count = None
+    """Threads that decode images (default: one a core)."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of images that may be unreadable."""
+
+
+def embed(config: EmbedConfig) -> tuple[list[str], NDArray[Any]]:
+    """Return the features of images, and write them if there is an `out`; see `simmim.embed`."""
+
+    def read(file: FeatureFile, world: distributed.World) -> tuple[list[str], NDArray[Any]]:
+        return [name for names in file.names() for name in names], np.concatenate(list(file.features()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        return _embed(config, Path(config.out or f"{folder}/features.npz"), read)
+
+
+def embed_to_file(config: EmbedConfig) -> list[str]:
+    """Write the features of images to `out` in flat memory; say what was written, line by line.
+
+    The lines are those of the main process only: torchrun may start several, and each embeds its share of the parts.
+    Raises `UserError` for an `out` that exists or was begun with other settings, settings that do not fit the encoder,
+    and unreadable images.
+    """
+    if config.out is None:
+        raise UserError("--out is missing; give a .parquet, .npz or .csv file")
+    return _embed(config, Path(config.out), _describe)
+
+
+def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distributed.World], Result]) -> Result:
+    """Write the parts of a file, and join them; returns what `read` finds in the parts."""
+    config = from_settings(EmbedConfig, vars(config))
+    if config.patches and config.pool != "avg":
+        raise UserError(f"--pool {config.pool} makes one vector an image, and --patches many; leave one of them out")
+    check_format(str(out), patches=config.patches)
+    device = choose_device(config.device)
+    config = replace(config, precision=choose_precision(config.precision, device))
+    source = open_source(config.data)
+    file = FeatureFile(out, source, PART_IMAGES_OF_PATCHES if config.patches else PART_IMAGES)
+    with distributed.join(device, config.precision) as world:
+        if config.out is None and world.size > 1:
+            raise UserError(f"without --out features stay in one process, and there are {world.size}; give a file")
+        backbone = load_encoder(config.run)
+        settings = _settings(config, source, backbone) if world.is_main else {}
+        read_features = _reader(config, source, backbone, world.device)
+        if world.is_main and (done := file.begin(settings)):
+            print(f"resumes after {done} of {len(file)} parts", file=sys.stderr)
+        world.main_says(0)  # no process goes on before the directory is there
+        missing = [number for number in range(world.rank, len(file), world.size) if not file.has(number)]
+        batches = _write_parts(config, file, read_features, missing)
+        count = sum(math.ceil(len(file.images(number)) / config.batch_size) for number in missing)
+        for _ in progress(batches, count, "batches embedded") if world.is_main else batches:
+            pass
+        while not all(map(file.has, range(len(file)))):  # a barrier would give up after 10 or 30 minutes
+            time.sleep(1)
+        if not any(file.names()):
+            raise BadImages(file.bad_images, total=len(source)).none_readable()
+        found = read(file, world)
+        world.barrier()  # the parts are removed now
+        if world.is_main:
+            file.join()
+    return found
+
+
+def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: torch.device) -> FeatureReader:
+    facts = backbone.pretrained_cfg
+    channels, height, width = facts["input_size"]
+    model = (PatchFeatures if config.patches else PooledFeatures)(backbone, layer=config.layer, pool=config.pool)
+    pixels = PixelStep(facts["mean"], facts["std"])
+    for module in (model, pixels):
+        distributed.place(module, device)
+    return FeatureReader(
+        model=model,
+        pixels=pixels,
+        size=(height, width),
+        channels=channels,
+        dtype=sniff(source, channels=channels),
+        precision=config.precision,
+        batch_size=config.batch_size,
+        workers=config.workers or reading_cores(),
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def _settings(config: EmbedConfig, source: ImageSource, backbone: nn.Module) -> dict[str, Any]:
+    """Return what the numbers depend on: parts of different settings do not belong together."""
+    images, encoder = hashlib.sha256(), hashlib.sha256(repr(backbone.pretrained_cfg).encode())
+    for index in range(len(source)):
+        images.update(source.name(index).encode(errors="surrogateescape") + b"\0")
+    for name, tensor in backbone.state_dict().items():
+        encoder.update(name.encode())
+        encoder.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    options = ("layer", "pool", "patches", "dtype", "batch_size", "precision")
+    return {
+        "encoder": f"sha256 {encoder.hexdigest()[:16]}",
+        "images": f"{len(source)} (names' sha256 {images.hexdigest()[:16]})",
+        **{name: getattr(config, name) for name in options},
+    }
+
+
+def _write_parts(config: EmbedConfig, file: FeatureFile, read: FeatureReader, numbers: list[int]) -> Iterator[None]:
+    """Write the parts `numbers`; yield after every batch. A part has batches of its own, so that it can be repeated."""
+    bad_images = _NotedBadImages(
+        file.bad_images if config.out else None, total=len(file.source), max_fraction=config.max_bad_fraction
+    )
+    for number in numbers:
+        images = file.images(number)
+        indices, features = [np.zeros(0, np.int64)], []
+        for index, values in read.batches(Subset(file.source, np.array(images)), bad_images):
+            indices.append(index + images.start)
+            features.append(_rounded(values, config.dtype))
+            yield
+        found = np.concatenate(indices)
+        unread = [file.source.name(index) for index in sorted({*images} - {*found.tolist()})]
+        reasons = {name: bad_images.reasons[name] for name in unread}
+        file.write(number, Part(found, np.concatenate(features) if features else np.zeros(0), reasons))
+
+
+class _NotedBadImages(BadImages):
+    """Unreadable images of which the reasons are kept, by name."""
+
+    def __init__(self, path: Path | None, *, total: int, max_fraction: float):
+        super().__init__(path, total=total, max_fraction=max_fraction)
+        self.reasons: dict[str, str] = {}
+
+    def add(self, name: str, reason: str) -> None:
+        self.reasons[name] = reason
+        super().add(name, reason)
+
+
+def _rounded(features: NDArray[np.float32], dtype: str) -> NDArray[Any]:
+    """Round features to the precision that is written. Raises `UserError` for numbers beyond it."""
+    with np.errstate(over="ignore"):
+        rounded = features.astype(dtype)
+    if (np.isinf(rounded) & np.isfinite(features)).any():
+        raise UserError(f"feature {np.abs(features).max():.3g} is beyond {dtype}; use --dtype float32")
+    return rounded
+
+
+def _describe(file: FeatureFile, world: distributed.World) -> list[str]:
+    """Say what the file holds; only the main process does."""
+    if not world.is_main:
+        return []
+    count, first = sum(map(len, file.names())), next(file.features())
+    shape = ", ".join(map(str, (count, *first.shape[1:])))
+    lines = [f"{count} images, features ({shape}) {first.dtype}, are in {file.out}"]
+    if bad := count_listed(file.bad_images):
+        lines.append(f"{bad} image{'s' * (bad > 1)} could not be read; {file.bad_images} lists them")
+    return lines

@@ -1,0 +1,204 @@
+"""Files of features: the parts that `simmim embed` writes, and the one file that they are joined into.
+
+Shapes: `N` images, `n` images of a part, `h w` feature-map cells, `D` features. Features are (N, D) or (N, h·w, D).
+"""
+
+import importlib.util
+import math
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.data.bad_images import BadImages
+from simmim.data.sources import ImageSource
+from simmim.errors import UserError
+from simmim.training.run_directory import read_json, write_json, written_whole
+
+
+@dataclass(frozen=True)
+class Part:
+    """Features of consecutive images, of which `indices` (n,) are readable; `bad` has a reason for each other name."""
+
+    indices: NDArray[np.int64]
+    features: NDArray[Any]
+    bad: dict[str, str]
+
+
+@dataclass(frozen=True)
+class FeatureFile:
+    """The file `out` with the features of a source's images, and until it is whole the parts beside it.
+
+    A part has the features of `part_size` images, and is written whole or not at all.
+    """
+
+    out: Path
+    source: ImageSource
+    part_size: int
+
+    @property
+    def directory(self) -> Path:
+        """Directory of the parts, which a finished file does not have."""
+        return self.out.with_name(self.out.name + ".parts")
+
+    @property
+    def bad_images(self) -> Path:
+        """List of the unreadable images, in the form of a run's `bad_images.txt`."""
+        return self.out.with_name(self.out.name + ".bad_images.txt")
+
+    def __len__(self) -> int:
+        """Count the parts, finished or not."""
+        return math.ceil(len(self.source) / self.part_size)
+
+    def images(self, number: int) -> range:
+        """Return the indices of a part's images."""
+        return range(number * self.part_size, min((number + 1) * self.part_size, len(self.source)))
+
+    def has(self, number: int) -> bool:
+        return self._path(number).is_file()
+
+    def begin(self, settings: dict[str, Any]) -> int:
+        """Make the directory of parts, or find the one that a killed process left; returns the number of parts there.
+
+        Raises `UserError` for an `out` that exists, or parts of other settings.
+        """
+        finished = sum(map(self.has, range(len(self))))
+        if self.out.exists() and finished < len(self):  # else killed after it joined the parts; `join` removes them
+            raise UserError(f"--out {self.out} exists already; give a new file, or remove it")
+        begun, settings = read_json(self.directory / "settings.json"), settings | {"part_size": self.part_size}
+        changes = [f"{name} {old} → {settings.get(name)}" for name, old in begun.items() if old != settings.get(name)]
+        if changes:
+            raise UserError(
+                f"{self.directory} was begun with other settings ({', '.join(changes)}); "
+                "repeat that command to resume it, or remove the directory to start again"
+            )
+        try:
+            write_json(self.directory / "settings.json", settings)
+            self._list_bad_images()
+        except OSError as error:
+            raise UserError(f"{self.directory} cannot be written: {error.strerror}; give another --out") from None
+        return finished
+
+    def write(self, number: int, part: Part) -> None:
+        bad = np.array([*part.bad.items()], np.str_).reshape(-1, 2)
+        with written_whole(self._path(number)) as aside, aside.open("wb") as file:
+            np.savez(file, indices=part.indices, features=part.features, bad=bad)
+
+    def names(self) -> Iterator[list[str]]:
+        """Yield the names of the readable images, part by part."""
+        for indices in self._arrays("indices"):
+            yield [self.source.name(index) for index in indices.tolist()]
+
+    def features(self) -> Iterator[NDArray[Any]]:
+        """Yield features (n, D) or (n, h·w, D), part by part."""
+        return self._arrays("features")
+
+    def join(self) -> None:
+        """Write `out` from the parts, one at a time, and remove them."""
+        if not self.out.exists():
+            self._list_bad_images()
+            with written_whole(self.out) as aside:
+                FORMATS[self.out.suffix.lower()](aside, self)
+        shutil.rmtree(self.directory)
+
+    def _arrays(self, name: str) -> Iterator[NDArray[Any]]:
+        """Yield an array of each part that has readable images."""
+        for number in range(len(self)):
+            with np.load(self._path(number)) as arrays:
+                if len(arrays["indices"]):
+                    yield arrays[name]
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"part-{number:06d}.npz"
+
+    def _list_bad_images(self) -> None:
+        """List the bad images of the finished parts, in order. Those of other parts are found again."""
+        self.bad_images.unlink(missing_ok=True)
+        listed = BadImages(self.bad_images, total=len(self.source), max_fraction=1)
+        for number in filter(self.has, range(len(self))):
+            with np.load(self._path(number)) as arrays:
+                for name, reason in arrays["bad"].tolist():
+                    listed.add(name, reason)
+
+
+def check_format(out: str, *, patches: bool) -> None:
+    """Raise `UserError` for a file that cannot be written, by its suffix."""
+    suffix = Path(out).suffix.lower()
+    if suffix not in FORMATS:
+        raise UserError(f"--out {out} is none of {', '.join(FORMATS)}; name such a file")
+    if suffix == ".csv" and patches:
+        raise UserError(f"--out {out} takes one vector an image, and --patches gives many; use .npz or .parquet")
+    if suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
+        raise UserError(f"--out {out} needs the package pyarrow; pip install 'simmim[data]'")
+
+
+def write_parquet(path: Path, file: FeatureFile) -> None:
+    """Write a row group for each part: `name`, and `features` as a list (of lists) of fixed size."""
+    import pyarrow
+    from pyarrow import parquet
+
+    writer = None
+    for names, features in zip(file.names(), file.features(), strict=True):
+        column = pyarrow.array(features.reshape(-1))
+        for size in reversed(features.shape[1:]):
+            column = pyarrow.FixedSizeListArray.from_arrays(column, size)
+        table = pyarrow.table({"name": pyarrow.array(map(_as_text, names), pyarrow.string()), "features": column})
+        writer = writer or parquet.ParquetWriter(path, table.schema, use_dictionary=False)  # numbers do not repeat
+        writer.write_table(table, row_group_size=len(names))
+    assert writer is not None
+    writer.close()
+
+
+def write_npz(path: Path, file: FeatureFile) -> None:
+    """Write the arrays `names` (N,) and `features` (N, D) or (N, h·w, D)."""
+    lengths = [len(name) for names in file.names() for name in names]
+    kind, first = np.dtype((np.str_, max(lengths))), next(file.features())
+    with zipfile.ZipFile(path, "w") as archive:
+        names = (np.array(names, kind) for names in file.names())
+        _append(archive, "names", (len(lengths),), kind, names, zipfile.ZIP_DEFLATED)  # mostly padding
+        shape = (len(lengths), *first.shape[1:])
+        _append(archive, "features", shape, first.dtype, file.features(), zipfile.ZIP_STORED)
+
+
+def _append(
+    archive: zipfile.ZipFile,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    pieces: Iterable[NDArray[Any]],
+    compression: int,
+) -> None:
+    """Append an array to an .npz, from pieces along its first axis."""
+    info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, so that equal arrays give equal bytes
+    info.compress_type = compression
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with archive.open(info, "w", force_zip64=True) as member:
+        np.lib.format.write_array_header_2_0(member, header)
+        for piece in pieces:
+            member.write(np.ascontiguousarray(piece).data.cast("B"))
+
+
+def write_csv(path: Path, file: FeatureFile) -> None:
+    """Write the columns name, f0, f1, …; numbers have the digits that tell them apart in their precision."""
+    first = next(file.features())
+    row = ",".join(["%.9g" if first.dtype == np.float32 else "%.5g"] * first.shape[1])
+    with path.open("w", encoding="utf-8", newline="") as out:
+        out.write(",".join(["name", *(f"f{number}" for number in range(first.shape[1]))]) + "\n")
+        for names, features in zip(file.names(), file.features(), strict=True):
+            for name, vector in zip(names, features.tolist(), strict=True):
+                quoted = _as_text(name).replace('"', '""')
+                out.write(f'"{quoted}",{row % tuple(vector)}\n')
+
+
+def _as_text(name: str) -> str:
+    r"""Return a name as text: bytes of a file's name that are not UTF-8 become `\udc80` and the like."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+FORMATS = {".parquet": write_parquet, ".npz": write_npz, ".csv": write_csv}
+"""Writers of the joined file, by its suffix."""
