@@ -66,7 +66,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     dead = write_run(folder / name, rows)
     several = tuple(str(facts.run.path) for facts in (dead, write_run(folder / "b", falling(), seed=1)))
     made = {
-        "labels": ReportConfig(runs=(str(run.path),), labels=str(folder / "set.npz"), out=str(folder / "labels.html")),
+        "labels": ReportConfig(
+            runs=(str(run.path),),
+            labels=str(folder / "set.npz"),
+            data="demo",
+            images=60,
+            out=str(folder / "labels.html"),
+        ),
         "collapsed": ReportConfig(runs=(several[0],), out=str(folder / "collapsed.html")),
         "several": ReportConfig(runs=(str(run.path), *several), out=str(folder / "several.html")),
     }
@@ -141,3 +147,19 @@ def test_the_page_says_all_without_its_script(browser: Any, pages: dict[str, Pat
     assert page.locator("polyline").count() >= 3
     assert page.locator(".panels img:visible").count() == 1
     context.close()
+
+
+def test_the_map_shows_images_and_finds_names(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(pages["labels"].as_uri())
+    figure = page.locator(".map")
+    name = figure.locator(".name")
+    assert figure.locator("circle").count() == 60 and not name.inner_text()
+    figure.locator("circle").nth(59).hover()  # the last lies over the others
+    shown = name.inner_text()
+    assert shown.endswith(".webp")
+    figure.locator("input").fill(shown[-12:])
+    assert 0 < figure.locator("circle:not(.faint)").count() < 60
+    figure.locator("input").fill("no such name")
+    assert name.inner_text() == "no name has no such name" and figure.locator("circle:not(.faint)").count() == 0
+    page.close()

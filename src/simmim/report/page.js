@@ -104,3 +104,26 @@ document.querySelectorAll(".panels").forEach((figure) => {
     output.textContent = images[event.target.value].dataset.step;
   });
 });
+
+document.querySelectorAll(".map").forEach((figure) => {
+  const names = JSON.parse(figure.querySelector("script").textContent), dots = [...figure.querySelectorAll("circle")];
+  const thumbnail = figure.querySelector(".thumbnail"), label = figure.querySelector(".name");
+  const columns = Number(thumbnail.dataset.columns), side = 2 * Number(thumbnail.dataset.side);
+  thumbnail.style.backgroundSize = columns * side + "px auto";
+
+  function show(number) {
+    thumbnail.style.backgroundPosition = -(number % columns) * side + "px " + -Math.floor(number / columns) * side + "px";
+    label.textContent = names[number];
+  }
+  figure.querySelector("svg").addEventListener("pointerover", (event) => {
+    const number = dots.indexOf(event.target);
+    if (number >= 0) show(number);
+  });
+  figure.querySelector("input").addEventListener("input", (event) => {
+    const wanted = event.target.value.toLowerCase();
+    const found = names.map((name) => name.toLowerCase().includes(wanted));
+    dots.forEach((dot, number) => dot.classList.toggle("faint", !found[number]));
+    if (wanted && found.includes(true)) show(found.indexOf(true));
+    else if (wanted) label.textContent = "no name has " + event.target.value;
+  });
+});

@@ -10,12 +10,15 @@ from importlib import metadata, resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import Word
+from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.report.charts import Chart, chart
 from simmim.report.facts import Facts, Point
+from simmim.report.gallery import Gallery, make_gallery
 from simmim.report.labels import Judged, judge_by_labels
 from simmim.report.pictures import Panel, reconstructions
 from simmim.report.verdict import Finding, judge
@@ -55,6 +58,10 @@ class ReportConfig:
     """HTML file to write (default: report.html in the run, or here for several)."""
     labels: Word = None
     """Labelled images to judge the features by, as simmim probe takes them."""
+    data: Word = None
+    """Images to show: nearest neighbours, a map, likely duplicates, outliers. Takes what pretraining's --data does."""
+    images: Annotated[int, Field(ge=2, le=4000)] = 1000
+    """Images of --data to take, at most."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +73,13 @@ class Section:
     judged: list[Judged]
     charts: list[Chart]
     panels: list[Panel]
+    gallery: Gallery | None
     about: dict[str, str]
 
 
 def report(config: ReportConfig) -> Path:
     """Write the report; return its path. Raises `UserError` for a directory that is not a run, or a bad `--out`."""
+    config = from_settings(ReportConfig, vars(config))
     if not config.runs:
         raise UserError("report names no run; give the --out directory of a training")
     every = [Facts.read(Path(run)) for run in config.runs]
@@ -78,22 +87,24 @@ def report(config: ReportConfig) -> Path:
     out = Path(config.out) if config.out else alone
     if out.suffix.lower() != ".html":
         raise UserError(f"--out {out} is not an .html file; name one")
-    sections = [section(facts, _judged(facts, config.labels)) for facts in every]
+    sections = [section(facts, config) for facts in every]
     text = render(sections, unique_names(every))
     if len(text) > _BYTES:
-        raise AssertionError(f"a report of {len(text)} bytes is over its limit of {_BYTES}")
+        raise UserError(
+            f"a report of {len(text):,} bytes is over the limit of {_BYTES:,}; lower --images, or give fewer runs"
+        )
     with written_whole(out) as aside:
         aside.write_text(text, encoding="utf-8")
     return out
 
 
-def _judged(facts: Facts, labels: str | None) -> list[Judged]:
-    return judge_by_labels(str(facts.run.path), labels) if labels else []
-
-
-def section(facts: Facts, judged: list[Judged]) -> Section:
+def section(facts: Facts, config: ReportConfig) -> Section:
+    run = str(facts.run.path)
+    judged = judge_by_labels(run, config.labels) if config.labels else []
+    gallery = make_gallery(run, config.data, most=config.images) if config.data else None
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
-    return Section(facts, judge(facts, judged), judged, charts, reconstructions(facts), dict(about(facts)))
+    findings = judge(facts, judged)
+    return Section(facts, findings, judged, charts, reconstructions(facts), gallery, dict(about(facts)))
 
 
 def _curves(facts: Facts, names: Sequence[str]) -> list[tuple[str, list[Point]]]:

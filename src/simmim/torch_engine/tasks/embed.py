@@ -128,6 +128,14 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
     return found
 
 
+def embed_some(run: str, source: ImageSource, *, device: str = "auto") -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return the features (N, D) of a source's readable images, and the images' numbers (N,): for a few thousand."""
+    config = EmbedConfig(run=run, data="", max_bad_fraction=1.0)
+    chosen = choose_device(device)
+    config = replace(config, precision=choose_precision(config.precision, chosen))
+    return _reader(config, source, load_encoder(run), torch.device(chosen))(source)
+
+
 def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: torch.device) -> FeatureReader:
     facts = backbone.pretrained_cfg
     channels, height, width = facts["input_size"]

@@ -1,0 +1,194 @@
+"""What an encoder makes of a set of images: neighbours, a map, and images worth a second look.
+
+Shapes: `N` images, `D` features.
+"""
+
+import importlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.data.evaluation import eval_images
+from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.method.random_keys import sample_keys
+from simmim.report.pictures import data_uri
+from simmim.training.pictures import to_rgb
+
+_SIDE = 64  # pixels of a thumbnail among neighbours
+_DOT = 32  # pixels of a thumbnail in the map
+_QUERIES, _NEAREST = 12, 6
+_LISTED = 30
+_BLANK = 4 / 255
+_BLURRED = 0.1  # of the median sharpness
+_SAME = 0.98  # correlation of two small copies
+_GROUPS = 7
+
+
+@dataclass(frozen=True)
+class Strip:
+    """An image and its nearest neighbours, side by side."""
+
+    names: list[str]
+    similarities: list[float]
+    uri: str
+
+
+@dataclass(frozen=True)
+class Map:
+    """Places of images in the plane, and their thumbnails in one picture, `columns` of them in a row."""
+
+    method: str
+    points: list[tuple[float, float, int]]
+    """x and y in 0..1, and the number of the group."""
+    names: list[str]
+    groups: list[str]
+    uri: str
+    columns: int
+    side: int = _DOT
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures and lists of a sample of images."""
+
+    count: int
+    total: int
+    unreadable: int
+    strips: list[Strip]
+    map: Map
+    lists: dict[str, list[str]]
+    """Names of images by what is remarkable about them; duplicates are pairs, a tab between the names."""
+
+
+def make_gallery(run: str, data: str, *, most: int) -> Gallery:
+    """Embed up to `most` images by a run's encoder. Raises `UserError` where none can be read."""
+    from simmim.torch_engine.tasks.embed import embed_some
+
+    whole = open_source(data)
+    order = np.argsort(sample_keys(0, 0, np.arange(len(whole)), stream="sample"))
+    source: ImageSource = Subset(whole, np.sort(order[:most]))
+    read, features = embed_some(run, source)
+    thumbnails = thumbnails_of(source, read)
+    names = [source.name(int(index)) for index in read]
+    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    near = nearest(unit, min(10, len(names) - 1))
+    return Gallery(
+        count=len(names),
+        total=len(whole),
+        unreadable=len(source) - len(names),
+        strips=strips(near, unit, names, thumbnails),
+        map=draw_map(features, names, thumbnails),
+        lists=remarkable(near, unit, names, thumbnails),
+    )
+
+
+def thumbnails_of(source: ImageSource, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Read the middles of images at 64 pixels: (N, 64, 64, 3)."""
+    channels, dtype = 3, sniff(source, channels=3)
+    pixels = eval_images(source, indices, size=(_SIDE, _SIDE), channels=channels, dtype=dtype)
+    top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
+    return to_rgb(pixels / np.float32(top))
+
+
+def nearest(unit: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the nearest other images by cosine, the nearest first: features of length 1 (N, D) → (N, count)."""
+    found = []
+    for first in range(0, len(unit), 1024):
+        similarity = unit[first : first + 1024] @ unit.T
+        rows = np.arange(len(similarity))
+        similarity[rows, first + rows] = -np.inf
+        found.append(np.argsort(-similarity, axis=1, kind="stable")[:, :count])
+    return np.concatenate(found)
+
+
+def strips(
+    near: NDArray[np.int64], unit: NDArray[np.float32], names: list[str], pictures: NDArray[np.uint8]
+) -> list[Strip]:
+    from PIL import Image
+
+    found = []
+    for query in np.unique(np.linspace(0, len(names) - 1, _QUERIES).astype(int)):
+        shown = [int(query), *near[query, :_NEAREST].tolist()]
+        gap = np.full((_SIDE, 4, 3), 255, np.uint8)
+        picture = np.concatenate([part for number in shown for part in (pictures[number], gap)][:-1], axis=1)
+        similar = [float(unit[query] @ unit[number]) for number in shown[1:]]
+        found.append(Strip([names[number] for number in shown], similar, data_uri(Image.fromarray(picture))))
+    return found
+
+
+def draw_map(features: NDArray[np.float32], names: list[str], pictures: NDArray[np.uint8]) -> Map:
+    """Place images by UMAP (arXiv 1802.03426) where it is installed, else by two principal components."""
+    from PIL import Image
+
+    try:
+        umap: Any = importlib.import_module("umap")
+        method, places = "UMAP", umap.UMAP(random_state=0, metric="cosine").fit_transform(features)
+    except ImportError:
+        method, places = "two principal components (pip install umap-learn: UMAP)", principal(features)
+    low, high = places.min(axis=0), places.max(axis=0)
+    places = (places - low) / np.maximum(high - low, 1e-12)
+    folders = [os.path.basename(os.path.dirname(name)) for name in names]  # noqa: PTH119, PTH120  # a name may be no path
+    common = sorted(set(folders), key=lambda folder: (-folders.count(folder), folder))[:_GROUPS]
+    groups = common if len(set(folders)) <= _GROUPS else [*common, "others"]
+    columns = int(np.ceil(np.sqrt(len(names))))
+    sheet = np.full((columns * columns, _DOT, _DOT, 3), 255, np.uint8)
+    sheet[: len(names)] = pictures.reshape(-1, _DOT, 2, _DOT, 2, 3).mean(axis=(2, 4))
+    sheet = sheet.reshape(columns, columns, _DOT, _DOT, 3).swapaxes(1, 2).reshape(columns * _DOT, columns * _DOT, 3)
+    points = [
+        (round(float(x), 4), round(float(y), 4), groups.index(folder) if folder in groups else len(groups) - 1)
+        for (x, y), folder in zip(places, folders, strict=True)
+    ]
+    return Map(method, points, names, groups, data_uri(Image.fromarray(sheet), quality=70), columns)
+
+
+def principal(features: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Project features (N, D) on their first two principal components: (N, 2)."""
+    data = features.astype(np.float64) - features.mean(axis=0)
+    _, _, axes = np.linalg.svd(data, full_matrices=False)
+    found = data @ axes[:2].T
+    return np.pad(found, ((0, 0), (0, 2 - found.shape[1])))
+
+
+def remarkable(
+    near: NDArray[np.int64], unit: NDArray[np.float32], names: list[str], pictures: NDArray[np.uint8]
+) -> dict[str, list[str]]:
+    """List likely duplicates, outliers, blank and blurred images, at most 30 of each."""
+    grey = pictures.astype(np.float32).mean(axis=-1) / 255  # (N, 64, 64)
+    blank = grey.std(axis=(1, 2)) < _BLANK
+    found = {
+        "Likely duplicates": [f"{names[i]}\t{names[j]}" for i, j in duplicates(pictures, ~blank)],
+        "Outliers: far from all others": [],
+        "Blank": [names[number] for number in np.flatnonzero(blank)],
+        "Blurred": [],
+    }
+    if near.shape[1]:
+        closeness = np.einsum("nd,nkd->n", unit, unit[near]) / near.shape[1]
+        limit = closeness.mean() - 3 * closeness.std()
+        found["Outliers: far from all others"] = [
+            names[number] for number in np.argsort(closeness) if closeness[number] < limit
+        ]
+    sharp = laplacian(grey).var(axis=(1, 2))
+    limit = _BLURRED * np.median(sharp)
+    found["Blurred"] = [names[number] for number in np.argsort(sharp) if sharp[number] < limit and not blank[number]]
+    return {what: listed[:_LISTED] for what, listed in found.items()}
+
+
+def duplicates(pictures: NDArray[np.uint8], able: NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """Return pairs of images whose copies of 16 × 16 pixels correlate by over 0.98, the most alike first."""
+    small = pictures.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(len(pictures), -1)
+    small -= small.mean(axis=1, keepdims=True)
+    small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
+    numbers = np.flatnonzero(able)
+    correlation = np.triu(small[numbers] @ small[numbers].T, 1)
+    rows, columns = np.nonzero(correlation > _SAME)
+    order = np.argsort(-correlation[rows, columns], kind="stable")
+    return [(int(numbers[rows[place]]), int(numbers[columns[place]])) for place in order]
+
+
+def laplacian(grey: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the Laplacian of images (N, H, W) inside their borders; its variance is small where they are blurred."""
+    inner = grey[:, 1:-1, 1:-1]
+    return grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:] - 4 * inner
