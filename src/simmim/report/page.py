@@ -29,7 +29,7 @@ _CHARTS = (
     ("Loss", ("loss",), True),
     ("Loss of images kept aside", ("val_loss",), True),
     ("k-NN accuracy", ("knn_top1", "knn_balanced_accuracy", "knn_raw_pixels"), False),
-    ("Accuracy", ("top1", "balanced_accuracy", "miou", "pixel_accuracy", "ap", "ap50"), False),
+    ("Accuracy", ("top1", "balanced_accuracy", "miou", "pixel_accuracy", "map", "map50"), False),
     ("Effective rank", ("effective_rank",), False),
     ("Deviation of features", ("feature_std",), False),
     ("Gradient norm", ("grad_norm",), True),
@@ -43,6 +43,8 @@ _NAMES = {
     "top1": "top-1",
     "balanced_accuracy": "balanced accuracy",
     "miou": "mIoU",
+    "map": "AP",
+    "map50": "AP50",
 }
 _BYTES = 5_000_000
 
@@ -157,7 +159,7 @@ def comparison(sections: Sequence[Section], names: Sequence[str]) -> dict[str, A
     keys = dict.fromkeys(key for found in settings for key in found)
     differing = {key: [found.get(key, "") for found in settings] for key in keys}
     differing = {key: values for key, values in differing.items() if len(set(values)) > 1}
-    figures = ("knn_top1", "top1", "miou", "ap", "val_loss", "loss")
+    figures = ("knn_top1", "top1", "miou", "map", "val_loss", "loss")
     shared = [name for name in figures if any(each.facts.last(name) is not None for each in sections)]
     main = shared[0] if shared else "loss"
     sign = 1 if main in ("val_loss", "loss") else -1
