@@ -26,7 +26,7 @@ $(VENV)/extras: $(VENV)/ready
 demo: $(VENV)/ready
 	$(BIN)/simmim pretrain --recipe demo --out runs/demo
 	$(BIN)/simmim reconstruct runs/demo demo --out runs/demo/reconstruction.png
-	@echo "Look at runs/demo/reconstruction.png"
+	@echo "Look at runs/demo/report.html and runs/demo/reconstruction.png"
 
 test: $(VENV)/ready $(EXTRAS)
 	$(BIN)/python -m pytest -n auto --dist loadfile

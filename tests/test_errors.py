@@ -27,6 +27,8 @@ WORK = {
     "export RUN --format onnx --out DIR": "simmim.commands.export.export",
     "pack demo --out DIR": "simmim.commands.pack.pack",
     "bench": "simmim.torch_engine.perf.bench.bench",
+    "report RUN": "simmim.report.page.report",
+    "search RUN --data demo --query IMAGE": "simmim.commands.search.search",
     "runs": "simmim.commands.runs.find_runs",
     "doctor": "simmim.commands.doctor.examine",
 }

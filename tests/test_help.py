@@ -5,11 +5,13 @@ import pytest
 from simmim.advise.request import Request
 from simmim.cli import COMMANDS, main
 from simmim.commands.pack import PackConfig
+from simmim.commands.search import SearchConfig
 from simmim.commands.tpu_check import TpuCheckConfig
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import TASK_CONFIGS
 from simmim.config.validation import from_settings
 from simmim.errors import UserError
+from simmim.report.page import ReportConfig
 from simmim.torch_engine.interop.convert import ConvertConfig
 from simmim.torch_engine.perf.bench import BenchConfig
 from simmim.torch_engine.tasks.embed import EmbedConfig
@@ -90,7 +92,7 @@ def test_the_help_says_the_same_at_any_width_of_the_terminal(capsys, monkeypatch
     "kind",
     [
         PretrainConfig, *TASK_CONFIGS.values(), TpuCheckConfig, Request, PackConfig, ProbeConfig, PredictConfig,
-        EmbedConfig, BenchConfig, ConvertConfig,
+        EmbedConfig, ReportConfig, SearchConfig, BenchConfig, ConvertConfig,
     ],
 )  # fmt: skip
 def test_an_unknown_setting_points_to_the_help_of_its_own_command(kind):

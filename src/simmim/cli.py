@@ -130,6 +130,22 @@ def embed(argv: list[str]) -> int:
     return 0
 
 
+def search(argv: list[str]) -> int:
+    """Find images that are like others, or likely copies of one another"""
+    from simmim.commands.search import SearchConfig, describe, search
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(SearchConfig):
+        json: bool = False
+        """Print JSON only."""
+
+    command = vars(parse(Command, "search", argv))
+    as_json = command.pop("json")
+    found = search(SearchConfig(**command))
+    print(json.dumps(found, indent=1) if as_json else describe(found))
+    return 0
+
+
 def pack(argv: list[str]) -> int:
     """Convert images to shards that load faster"""
     from simmim.commands.pack import PackConfig, pack
@@ -298,6 +314,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         finetune,
         predict,
         embed,
+        search,
         convert,
         export,
         pack,

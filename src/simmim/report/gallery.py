@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.evaluation import eval_images
+from simmim.data.augment import CentreCrop
+from simmim.data.bad_images import BadImages
+from simmim.data.evaluation import eval_batches
 from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import sample_keys
 from simmim.report.pictures import data_uri
 from simmim.training.pictures import to_rgb
@@ -71,7 +74,7 @@ def make_gallery(run: str, data: str, *, most: int) -> Gallery:
     order = np.argsort(sample_keys(0, 0, np.arange(len(whole)), stream="sample"))
     source: ImageSource = Subset(whole, np.sort(order[:most]))
     read, features = embed_some(run, source)
-    thumbnails = thumbnails_of(source, read)
+    _, thumbnails = thumbnails_of(Subset(source, read))
     names = [source.name(int(index)) for index in read]
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     near = nearest(unit, min(10, len(names) - 1))
@@ -85,12 +88,21 @@ def make_gallery(run: str, data: str, *, most: int) -> Gallery:
     )
 
 
-def thumbnails_of(source: ImageSource, indices: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Read the middles of images at 64 pixels: (N, 64, 64, 3)."""
-    channels, dtype = 3, sniff(source, channels=3)
-    pixels = eval_images(source, indices, size=(_SIDE, _SIDE), channels=channels, dtype=dtype)
+def thumbnails_of(source: ImageSource) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Read the middles of images at 64 pixels: numbers of the readable ones (N,), and pixels (N, 64, 64, 3)."""
+    dtype = sniff(source, channels=3)
     top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
-    return to_rgb(pixels / np.float32(top))
+    batches = eval_batches(
+        source,
+        crop=CentreCrop(size=(_SIDE, _SIDE)),
+        channels=3,
+        dtype=dtype,
+        batch_size=64,
+        threads=reading_cores(),
+        bad_images=BadImages(None, total=len(source), max_fraction=1.0),
+    )
+    indices, pictures = zip(*((index, to_rgb(images / np.float32(top))) for index, images in batches), strict=True)
+    return np.concatenate(indices), np.concatenate(pictures)
 
 
 def nearest(unit: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -159,7 +171,7 @@ def remarkable(
     grey = pictures.astype(np.float32).mean(axis=-1) / 255  # (N, 64, 64)
     blank = grey.std(axis=(1, 2)) < _BLANK
     found = {
-        "Likely duplicates": [f"{names[i]}\t{names[j]}" for i, j in duplicates(pictures, ~blank)],
+        "Likely duplicates": [f"{names[i]}\t{names[j]}" for i, j, _ in duplicates(pictures, ~blank)],
         "Outliers: far from all others": [],
         "Blank": [names[number] for number in np.flatnonzero(blank)],
         "Blurred": [],
@@ -176,16 +188,25 @@ def remarkable(
     return {what: listed[:_LISTED] for what, listed in found.items()}
 
 
-def duplicates(pictures: NDArray[np.uint8], able: NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """Return pairs of images whose copies of 16 × 16 pixels correlate by over 0.98, the most alike first."""
+def duplicates(pictures: NDArray[np.uint8], able: NDArray[np.bool_]) -> list[tuple[int, int, float]]:
+    """Find pairs of images whose copies of 16 × 16 pixels correlate by over 0.98, the most alike first.
+
+    Returns the numbers of the two and the correlation; images that are not `able` (N,) are left out.
+    """
     small = pictures.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(len(pictures), -1)
     small -= small.mean(axis=1, keepdims=True)
     small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
     numbers = np.flatnonzero(able)
-    correlation = np.triu(small[numbers] @ small[numbers].T, 1)
-    rows, columns = np.nonzero(correlation > _SAME)
-    order = np.argsort(-correlation[rows, columns], kind="stable")
-    return [(int(numbers[rows[place]]), int(numbers[columns[place]])) for place in order]
+    found: list[tuple[int, int, float]] = []
+    for first in range(0, len(numbers), 1024):
+        correlation = small[numbers[first : first + 1024]] @ small[numbers].T
+        rows, columns = np.nonzero(correlation > _SAME)
+        found += [
+            (int(numbers[first + row]), int(numbers[column]), float(correlation[row, column]))
+            for row, column in zip(rows, columns, strict=True)
+            if first + row < column
+        ]
+    return sorted(found, key=lambda pair: -pair[2])
 
 
 def laplacian(grey: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -147,7 +147,7 @@ def write_parquet(path: Path, file: FeatureFile) -> None:
         column = pyarrow.array(features.reshape(-1))
         for size in reversed(features.shape[1:]):
             column = pyarrow.FixedSizeListArray.from_arrays(column, size)
-        table = pyarrow.table({"name": pyarrow.array(map(_as_text, names), pyarrow.string()), "features": column})
+        table = pyarrow.table({"name": pyarrow.array(map(as_text, names), pyarrow.string()), "features": column})
         writer = writer or parquet.ParquetWriter(path, table.schema, use_dictionary=False)  # numbers do not repeat
         writer.write_table(table, row_group_size=len(names))
     assert writer is not None
@@ -191,13 +191,30 @@ def write_csv(path: Path, file: FeatureFile) -> None:
         out.write(",".join(["name", *(f"f{number}" for number in range(first.shape[1]))]) + "\n")
         for names, features in zip(file.names(), file.features(), strict=True):
             for name, vector in zip(names, features.tolist(), strict=True):
-                quoted = _as_text(name).replace('"', '""')
+                quoted = as_text(name).replace('"', '""')
                 out.write(f'"{quoted}",{row % tuple(vector)}\n')
 
 
-def _as_text(name: str) -> str:
+def as_text(name: str) -> str:
     r"""Return a name as text: bytes of a file's name that are not UTF-8 become `\udc80` and the like."""
     return name.encode(errors="backslashreplace").decode()
+
+
+def read_features(path: Path) -> tuple[list[str], NDArray[Any]]:
+    """Read the names, as text, and the features of an .npz or .parquet file that `simmim embed` wrote."""
+    try:
+        if path.suffix.lower() == ".npz":
+            with np.load(path) as arrays:
+                return [as_text(name) for name in arrays["names"].tolist()], arrays["features"]
+        if path.suffix.lower() == ".parquet":
+            from pyarrow import parquet
+
+            table = parquet.read_table(path)
+            features = np.stack(table["features"].to_numpy())
+            return table["name"].to_pylist(), features
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as features: {error}; give what simmim embed wrote") from None
+    raise UserError(f"{path} is no .npz or .parquet file; give what simmim embed wrote")
 
 
 FORMATS = {".parquet": write_parquet, ".npz": write_npz, ".csv": write_csv}

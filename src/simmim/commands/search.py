@@ -1,0 +1,143 @@
+"""`simmim search`: images that an encoder finds alike, and copies of one another.
+
+Shapes: `N` images, `Q` queries, `D` features.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from tyro.conf import Positional, arg
+
+from simmim.config.field_types import Device, Positive, Word
+from simmim.config.validation import from_settings
+from simmim.data.sources import ImageSource, Subset, open_files, open_source
+from simmim.errors import UserError
+from simmim.report.gallery import duplicates, thumbnails_of
+from simmim.training.pictures import enlarged, save_png
+
+_PICTURED = 12  # rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """A search for images that are like others."""
+
+    command: ClassVar[str] = "search"
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """The --out directory of a run, or an encoder directory."""
+    data: str
+    """Images to search in, as pretraining's --data takes them."""
+    query: Annotated[tuple[str, ...], arg(metavar="IMAGE...")] = ()
+    """Image files, or any value of --data, whose neighbours are wanted."""
+    duplicates: bool = False
+    """List pairs of images that are likely copies of one another, by their pixels."""
+    count: Positive = 8
+    """Neighbours of a query."""
+    features: Word = None
+    """File that simmim embed RUN --data DATA wrote (.npz or .parquet), so that they need not be embedded again."""
+    out: Word = None
+    """PNG file for a picture of the first rows."""
+    device: Device = "auto"
+    """Accelerator."""
+
+
+def search(config: SearchConfig) -> list[dict[str, Any]]:
+    """Find neighbours: of each query its "query" (a name) and "neighbours", each a "name" and a "similarity" (cosine).
+
+    With `duplicates`: pairs, each with "names" and "correlation". Writes the picture, if there is an `out`. Raises
+    `UserError` for images that cannot be read, or settings that do not fit.
+    """
+    config = from_settings(SearchConfig, vars(config))
+    if config.duplicates == bool(config.query):
+        raise UserError("simmim search needs --query IMAGE or --duplicates, and not both; give one")
+    if config.out and Path(config.out).suffix.lower() != ".png":
+        raise UserError(f"--out {config.out} is not a .png file; name one")
+    source = open_source(config.data)
+    return _pairs(config, source) if config.duplicates else _neighbours(config, source)
+
+
+def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
+    from simmim.torch_engine.tasks.embed import embed_some
+
+    queries = open_files(config.query)
+    asked, wanted = embed_some(config.run, queries, device=config.device)
+    indices, features = _stored(config.features, source) if config.features else embed_some(
+        config.run, source, device=config.device
+    )  # fmt: skip
+    if features.shape[1] != wanted.shape[1]:
+        raise UserError(
+            f"{config.features} has {features.shape[1]} features an image and {config.run} {wanted.shape[1]}; "
+            "embed the images by this run"
+        )
+    similarity = _unit(wanted) @ _unit(features).T  # (Q, N)
+    found, rows = [], []
+    for query, values in zip(asked.tolist(), similarity, strict=True):
+        name = queries.name(query)
+        order = np.argsort(-values, kind="stable")[: config.count + 1].tolist()
+        order = [place for place in order if source.name(int(indices[place])) != name][: config.count]
+        near = [{"name": source.name(int(indices[place])), "similarity": float(values[place])} for place in order]
+        found.append({"query": name, "neighbours": near})
+        rows.append((np.array([query]), indices[order]))
+    if config.out:
+        parts = [
+            np.concatenate([thumbnails_of(part)[1] for part in (Subset(queries, query), Subset(source, near))])
+            for query, near in rows[:_PICTURED]
+        ]
+        save_picture(parts, Path(config.out))
+    return found
+
+
+def _pairs(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
+    read, pictures = thumbnails_of(source)
+    flat = pictures.astype(np.float32).std(axis=(1, 2, 3)) < 4
+    pairs = duplicates(pictures, ~flat)
+    if config.out:
+        save_picture([pictures[list(pair[:2])] for pair in pairs[:_PICTURED]], Path(config.out))
+    return [
+        {"names": [source.name(int(read[place])) for place in (first, second)], "correlation": correlation}
+        for first, second, correlation in pairs
+    ]
+
+
+def _stored(file: str, source: ImageSource) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Read the features of a source's images from what `simmim embed` wrote."""
+    from simmim.torch_engine.tasks.feature_files import as_text, read_features
+
+    names, features = read_features(Path(file))
+    places = {as_text(source.name(index)): index for index in range(len(source))}
+    if missing := [name for name in names if name not in places]:
+        raise UserError(f"{file} has images that --data has not, such as {missing[0]}; give the data it was made of")
+    if features.ndim != 2:
+        raise UserError(f"{file} has features of patches; embed the images without --patches")
+    return np.array([places[name] for name in names]), features.astype(np.float32)
+
+
+def save_picture(rows: list[NDArray[np.uint8]], path: Path) -> None:
+    """Draw rows of pictures, each (n, H, W, 3), below one another."""
+    drawn = []
+    for pictures in map(enlarged, rows):
+        gap = np.full((pictures.shape[1], 6, 3), 255, np.uint8)
+        drawn.append(np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1))
+    width = max((row.shape[1] for row in drawn), default=64)
+    padded = [np.pad(row, ((0, 6), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in drawn]
+    save_png(np.concatenate(padded) if padded else np.full((64, 64, 3), 255, np.uint8), path)
+
+
+def describe(found: list[dict[str, Any]]) -> str:
+    """Format neighbours or pairs as text."""
+    lines = []
+    for each in found:
+        if "query" in each:
+            lines.append(each["query"])
+            lines += [f"  {near['similarity']:.3f}  {near['name']}" for near in each["neighbours"]]
+        else:
+            lines.append(f"{each['correlation']:.3f}  {each['names'][0]}  {each['names'][1]}")
+    text = "\n".join(lines) or "no likely duplicates"
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
+
+
+def _unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

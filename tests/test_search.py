@@ -1,0 +1,110 @@
+"""`simmim search`: neighbours equal a search by hand, from files and anew; duplicates; what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import simmim
+from simmim.cli import main
+from simmim.commands.search import SearchConfig, describe, search
+from simmim.errors import UserError
+
+TINY: dict[str, Any] = {
+    "model": "vit_tiny_patch16_224",
+    "model_args": {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 8},
+    "image_size": 32,
+    "mask": {"kind": "random", "cell": 8},
+    "batch_size": 8,
+    "val_images": 0,
+    "device": "cpu",
+    "precision": "fp32",
+    "workers": 1,
+    "warmup_epochs": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("search")
+    (found / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((64, 64)).save(
+            found / "images" / f"{number:02}.png"
+        )
+    Image.open(found / "images" / "03.png").save(found / "images" / "copy.jpg", quality=90)
+    Image.new("RGB", (64, 64)).save(found / "images" / "black1.png")
+    Image.new("RGB", (64, 64)).save(found / "images" / "black2.png")
+    (found / "images" / "broken.png").write_bytes(b"broken")
+    simmim.pretrain(**TINY, data=str(found / "images"), out=str(found / "run"), steps=1, max_bad_fraction=0.5)
+    return found
+
+
+def settings(folder: Path, **more: Any) -> SearchConfig:
+    given: dict[str, Any] = {"run": str(folder / "run"), "data": str(folder / "images"), "device": "cpu"}
+    return SearchConfig(**given | more)
+
+
+@pytest.mark.parametrize("suffix", [None, ".npz", ".parquet"])
+def test_neighbours_are_those_of_the_greatest_cosine(folder: Path, tmp_path: Path, suffix: str | None) -> None:
+    names, features = simmim.embed(folder / "run", folder / "images", device="cpu", max_bad_fraction=0.5)
+    file = None
+    if suffix:
+        file = str(tmp_path / f"features{suffix}")
+        simmim.embed(folder / "run", folder / "images", device="cpu", max_bad_fraction=0.5, out=file)
+    query = str(folder / "images" / "03.png")
+    [found] = search(settings(folder, query=(query,), count=4, features=file, out=str(tmp_path / "a.png")))
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    mine = names.index(query)
+    similarity = unit @ unit[mine]
+    order = [place for place in np.argsort(-similarity, kind="stable") if place != mine][:4]
+    assert found["query"] == query
+    assert [near["name"] for near in found["neighbours"]] == [names[place] for place in order]
+    assert [near["similarity"] for near in found["neighbours"]] == pytest.approx(similarity[order], abs=1e-5)
+    assert Path(found["neighbours"][0]["name"]).name == "copy.jpg"
+    assert Image.open(tmp_path / "a.png").size == (5 * 128 + 4 * 6, 128 + 6)
+
+
+def test_duplicates_are_copies_and_no_blanks(folder: Path, tmp_path: Path) -> None:
+    [pair] = search(settings(folder, duplicates=True, out=str(tmp_path / "pairs.png")))
+    assert [Path(name).name for name in pair["names"]] == ["03.png", "copy.jpg"] and pair["correlation"] > 0.98
+    assert (tmp_path / "pairs.png").is_file()
+
+
+def test_the_command_prints_text_or_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["search", str(folder / "run"), "--data", str(folder / "images"), "--query", str(folder / "images/00.png")]
+    assert main([*words, "--count", "2", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("00.png") and len(lines) == 3
+    assert main([*words, "--count", "2", "--device", "cpu", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)[0]["neighbours"]) == 2
+
+
+def test_names_do_not_steer_the_terminal() -> None:
+    found = [{"query": "a\x1b[31m\nb", "neighbours": []}]
+    assert "\x1b" not in describe(found)
+    assert describe([]) == "no likely duplicates"
+
+
+def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
+    query = (str(folder / "images" / "00.png"),)
+    for more, message in [
+        ({}, "needs --query IMAGE or --duplicates, and not both"),
+        ({"query": query, "duplicates": True}, "needs --query IMAGE or --duplicates, and not both"),
+        ({"query": query, "out": "a.jpg"}, "--out a.jpg is not a .png file"),
+        ({"query": query, "features": str(tmp_path / "nowhere.npz")}, "nowhere.npz cannot be read as features"),
+        ({"query": query, "features": "a.csv"}, r"a.csv is no .npz or .parquet file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            search(settings(folder, **more))
+    file = str(tmp_path / "patches.npz")
+    simmim.embed(folder / "run", folder / "images", device="cpu", max_bad_fraction=0.5, out=file, patches=True)
+    with pytest.raises(UserError, match="has features of patches"):
+        search(settings(folder, query=query, features=file))
+    np.savez(tmp_path / "other.npz", names=np.array(["x"]), features=np.zeros((1, 24), np.float32))
+    with pytest.raises(UserError, match="has images that --data has not, such as x"):
+        search(settings(folder, query=query, features=str(tmp_path / "other.npz")))
