@@ -84,6 +84,12 @@ def test_the_command_prints_text_or_json(folder: Path, capsys: pytest.CaptureFix
     assert len(json.loads(capsys.readouterr().out)[0]["neighbours"]) == 2
 
 
+def test_a_file_is_not_its_own_neighbour_by_another_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    [found] = search(settings(folder, query=("./images/../images/05.png",)))
+    assert "05.png" not in [Path(near["name"]).name for near in found["neighbours"]]
+
+
 def test_names_do_not_steer_the_terminal() -> None:
     found = [{"query": "a\x1b[31m\nb", "neighbours": []}]
     assert "\x1b" not in describe(found)
@@ -101,10 +107,13 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             search(settings(folder, **more))
-    file = str(tmp_path / "patches.npz")
-    simmim.embed(folder / "run", folder / "images", device="cpu", max_bad_fraction=0.5, out=file, patches=True)
-    with pytest.raises(UserError, match="has features of patches"):
-        search(settings(folder, query=query, features=file))
+    for suffix in ("npz", "parquet"):
+        file = str(tmp_path / f"patches.{suffix}")
+        simmim.embed(folder / "run", folder / "images", device="cpu", max_bad_fraction=0.5, out=file, patches=True)
+        with pytest.raises(UserError, match="of patches"):
+            search(settings(folder, query=query, features=file))
+    with pytest.raises(UserError, match=r"broken.png cannot be read; give other images as --query"):
+        search(settings(folder, query=(*query, str(folder / "images" / "broken.png"))))
     np.savez(tmp_path / "other.npz", names=np.array(["x"]), features=np.zeros((1, 24), np.float32))
     with pytest.raises(UserError, match="has images that --data has not, such as x"):
         search(settings(folder, query=query, features=str(tmp_path / "other.npz")))

@@ -1,11 +1,9 @@
 """Dispatch to the configured engine. Engines do not know each other; each is loaded on first use."""
 
-import os
 import sys
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import FinetuneConfig
-from simmim.errors import UserError
 from simmim.training.loop import Outcome
 from simmim.training.run_directory import Run
 
@@ -30,13 +28,14 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
 
 
 def _reported(run: Run, outcome: Outcome) -> tuple[Run, Outcome]:
-    """Write RUN/report.html and say so. A training never fails for its report."""
-    from simmim.report.page import ReportConfig, report
+    """Write RUN/report.html and say so. A training never fails for its report, whatever is wrong with that."""
+    if not outcome.is_main:
+        return run, outcome
+    try:
+        from simmim.report.page import ReportConfig, report
 
-    if int(os.environ.get("RANK", "0")) == 0:
-        try:
-            line = f"the report is {report(ReportConfig(runs=(str(run.path),)))}"
-        except (UserError, OSError) as error:
-            line = f"warning    no report: {error}"
-        print(line, file=sys.stderr, flush=True)
+        line = f"the report is {report(ReportConfig(runs=(str(run.path),)))}"
+    except Exception as error:
+        line = f"warning    no report: {type(error).__name__}: {error}".splitlines()[0]
+    print(line, file=sys.stderr, flush=True)
     return run, outcome

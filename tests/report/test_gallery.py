@@ -1,5 +1,6 @@
 """Neighbours, map and lists of a report, on images that are known to be alike, blank or blurred."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,24 @@ def test_odd_names_are_shown_as_text(run: str, folder: Path, tmp_path: Path) -> 
     out = tmp_path / "r.html"
     page = report(ReportConfig(runs=(run,), data=str(folder), out=str(out))).read_text(encoding="utf-8")
     assert "a<b>" not in page and "a&lt;b&gt;" in page and "a\\u003cb\\u003e" in page
+
+
+def test_a_name_that_is_not_utf8_is_escaped(run: str, folder: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, name in enumerate((b"a\xff.png", b"b.png")):
+        (images / os.fsdecode(name)).write_bytes((folder / "one" / f"{2 * number + 1:02}.png").read_bytes())
+    page = report(ReportConfig(runs=(run,), data=str(images), out=str(tmp_path / "r.html")))
+    assert "a\\udcff.png" in page.read_text(encoding="utf-8")
+
+
+def test_features_that_are_not_finite_are_left_out(run: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(run: str, source: Any, **_: Any) -> Any:
+        return np.arange(len(source)), np.full((len(source), 4), np.nan, np.float32)
+
+    monkeypatch.setattr("simmim.torch_engine.tasks.embed.embed_some", broken)
+    with pytest.raises(UserError, match="are not finite, or fewer than two images can be read"):
+        make_gallery(run, str(folder / "one"), most=5)
 
 
 def test_mistakes_are_told(run: str, folder: Path) -> None:

@@ -62,11 +62,15 @@ def falling(steps: int = 100, speed: float = 20) -> list[dict[str, Any]]:
         ([{"loss": 1.0 + 0.001 * (step % 2)} for step in range(100)], "Learnt nothing"),
         ([{"loss": 1.0 + 0.01 * step} for step in range(100)], "The loss rose"),
         ([{"loss": None, "skipped_in_a_row": 1.0} if step > 80 else {"loss": 1.0} for step in range(100)], "Diverged"),
+        ([*falling(1000), *({"loss": None, "skipped_in_a_row": n} for n in range(1, 11))], "Diverged"),
+        ([{"loss": None, "skipped_in_a_row": n} for n in range(1, 51)], "Diverged"),
+        (falling(10), "Too early to say"),
         ([], "Nothing is logged yet"),
     ],
 )
 def test_a_training_is_judged_by_its_loss(tmp_path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    assert title in titles(write_run(tmp_path / "run", rows, steps=len(rows) or 1))
+    found = titles(write_run(tmp_path / "run", rows, steps=len(rows) or 1))
+    assert title in found and ("Converged" not in found or title == "Converged")
 
 
 def test_features_are_judged_by_what_was_logged(tmp_path: Path) -> None:
@@ -79,6 +83,17 @@ def test_features_are_judged_by_what_was_logged(tmp_path: Path) -> None:
     assert "Better than raw pixels" in last("d", knn_top1=0.5, knn_raw_pixels=0.4)
     assert "No better than raw pixels" in last("e", knn_top1=0.4, knn_raw_pixels=0.4)
     assert "Features not judged" in last("f")
+
+
+def test_a_loss_whose_target_moves_is_not_judged(tmp_path: Path) -> None:
+    rising = [{"loss": 1.0 + 0.01 * step} for step in range(100)]
+    found = titles(write_run(tmp_path / "run", rising, objectives=(EmaTeacher(),)))
+    assert "Loss not judged" in found and "The loss rose" not in found
+
+
+def test_a_run_in_its_warm_up_is_not_judged(tmp_path: Path) -> None:
+    rows = [{"loss": 1.0, "lr": step * 1e-5} for step in range(50)]
+    assert "Too early to say" in titles(write_run(tmp_path / "run", rows, steps=500))
 
 
 def test_over_training_is_told_with_the_step_that_was_best(tmp_path: Path) -> None:
@@ -107,6 +122,14 @@ def test_a_difference_within_chance_is_no_difference(tmp_path: Path) -> None:
     assert against(0.45, 0.40, 100) == "Not clearly better than raw pixels"
     assert against(0.45, 0.40, 2000) == "Better than raw pixels"
     assert against(0.40, 0.45, 2000) == "No better than raw pixels"
+    assert against(1.0, 1.0, 40) == "Not clearly better than raw pixels"
+    assert against(1.0, 0.0, 1) == "Not clearly better than raw pixels"
+
+
+def test_the_interval_of_a_difference_is_that_of_newcombe() -> None:
+    """His example: 56 of 70 against 48 of 80 (Statistics in Medicine 17, 1998, table II, method 10)."""
+    judged = Judged("k-NN", Accuracy(56 / 70, 70), {}, 2, 1)
+    assert judged.difference(Accuracy(48 / 80, 80)) == pytest.approx((0.0524, 0.3339), abs=2e-4)
 
 
 def test_intervals_are_those_of_wilson() -> None:
@@ -174,6 +197,33 @@ def test_runs_are_compared_best_first(tmp_path: Path) -> None:
     assert re.findall(r"<th>(\w+)</th><td", differing) == ["seed"]
 
 
+def test_runs_of_different_objectives_keep_their_order(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "one", [{"loss": 2.0}])
+    other = write_run(tmp_path / "other", [{"loss": 1.0}], objectives=(DescriptorRegression(),))
+    out = tmp_path / "both.html"
+    page = report(ReportConfig(runs=(str(one.run.path), str(other.run.path)), out=str(out))).read_text(encoding="utf-8")
+    table = page[page.index("Side by side") : page.index("Settings that differ")]
+    assert table.index(">one<") < table.index(">other<")
+
+
+def test_damage_is_told_in_one_line_and_ends_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = write_run(tmp_path / "run", falling())
+    facts.run.data.write_text('{"train', encoding="utf-8")
+    with facts.run.metrics.open("ab") as file:
+        file.write(b'\n\xff\xfe{"step')
+    facts.run.reconstructions.mkdir()
+    (facts.run.reconstructions / "step-1 (copy).png").write_bytes(b"")
+    report(ReportConfig(runs=(str(facts.run.path),)))
+    facts.run.config.write_text("[[", encoding="utf-8")
+    assert main(["report", str(facts.run.path)]) == 2
+    assert "cannot be read as a run" in capsys.readouterr().err
+    monkeypatch.setattr("simmim.report.page.report", lambda config: 1 / 0)
+    simmim.pretrain(**TINY, out=str(tmp_path / "other"), steps=1)
+    assert capsys.readouterr().err.splitlines()[-1] == "warning    no report: ZeroDivisionError: division by zero"
+
+
 def test_names_are_shown_as_text(tmp_path: Path) -> None:
     name = "a\"'<script>alert(1)</script>\n&b"
     facts = write_run(tmp_path / name, falling(), data=f"{tmp_path}/{name}")
@@ -212,6 +262,16 @@ def test_charts_keep_to_their_frame_and_ticks_are_round() -> None:
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert ticks(3, 3) == [3]
     assert [round(tick, 6) for tick in ticks(0.11, 0.52)] == [0.2, 0.3, 0.4, 0.5]
+    assert ticks(1, 2, most=6, least=1) == [1, 2]
+    flat = chart("x", [("a", [(1, 4.46), (2, 4.71)])], logarithmic=True)
+    assert flat is not None and [text for _, text in flat.value_ticks] == [
+        "4.45",
+        "4.50",
+        "4.55",
+        "4.60",
+        "4.65",
+        "4.70",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,11 @@ def _walk(directory: Path) -> Iterator[Run]:
     if run.config.is_file():
         yield run
         return
-    for folder in sorted(Path(entry) for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False)):
+    try:
+        folders = sorted(Path(entry) for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
+    except OSError:  # not ours to read
+        return
+    for folder in folders:
         if not folder.name.startswith("."):
             yield from _walk(folder)
 
@@ -113,9 +117,10 @@ def _record(text: mmap.mmap, end: int) -> dict[str, Any]:
     if end < 0:
         return {}
     try:
-        return json.loads(text[text.rfind(b"\n", 0, end) + 1 : end])
+        record = json.loads(text[text.rfind(b"\n", 0, end) + 1 : end])
     except ValueError:
         return {}
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else {}
 
 
 def _steps_per_epoch(last: dict[str, Any]) -> int | None:

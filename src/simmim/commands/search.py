@@ -60,10 +60,12 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
 
 
 def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
-    from simmim.torch_engine.tasks.embed import embed_some
+    from simmim.torch_engine.tasks.embed import embed_some, input_channels
 
     queries = open_files(config.query)
     asked, wanted = embed_some(config.run, queries, device=config.device)
+    if unread := sorted({*range(len(queries))} - {*asked.tolist()}):
+        raise UserError(f"{queries.name(unread[0])} cannot be read; give other images as --query")
     indices, features = _stored(config.features, source) if config.features else embed_some(
         config.run, source, device=config.device
     )  # fmt: skip
@@ -77,13 +79,16 @@ def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any
     for query, values in zip(asked.tolist(), similarity, strict=True):
         name = queries.name(query)
         order = np.argsort(-values, kind="stable")[: config.count + 1].tolist()
-        order = [place for place in order if source.name(int(indices[place])) != name][: config.count]
+        order = [place for place in order if not _same(source.name(int(indices[place])), name)][: config.count]
         near = [{"name": source.name(int(indices[place])), "similarity": float(values[place])} for place in order]
         found.append({"query": name, "neighbours": near})
         rows.append((np.array([query]), indices[order]))
     if config.out:
+        channels = input_channels(config.run)
         parts = [
-            np.concatenate([thumbnails_of(part)[1] for part in (Subset(queries, query), Subset(source, near))])
+            np.concatenate(
+                [thumbnails_of(part, channels)[1] for part in (Subset(queries, query), Subset(source, near))]
+            )
             for query, near in rows[:_PICTURED]
         ]
         save_picture(parts, Path(config.out))
@@ -91,7 +96,9 @@ def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any
 
 
 def _pairs(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
-    read, pictures = thumbnails_of(source)
+    from simmim.torch_engine.tasks.embed import input_channels
+
+    read, pictures = thumbnails_of(source, input_channels(config.run))
     flat = pictures.astype(np.float32).std(axis=(1, 2, 3)) < 4
     pairs = duplicates(pictures, ~flat)
     if config.out:
@@ -137,6 +144,11 @@ def describe(found: list[dict[str, Any]]) -> str:
             lines.append(f"{each['correlation']:.3f}  {each['names'][0]}  {each['names'][1]}")
     text = "\n".join(lines) or "no likely duplicates"
     return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
+
+
+def _same(name: str, other: str) -> bool:
+    """Tell whether two names are of one image: the same file, by whatever path, or the same name in a set."""
+    return name == other or (Path(name).is_file() and Path(other).is_file() and Path(name).samefile(other))
 
 
 def _unit(features: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -71,15 +71,17 @@ class Chart:
     def value_ticks(self) -> list[tuple[float, str]]:
         """Return (y, label) of some round values."""
         low, high = self.low_high
-        return [
-            (self.y(10**tick if self.logarithmic else tick), f"{10**tick:.3g}" if self.logarithmic else f"{tick:.4g}")
-            for tick in ticks(low, high)
-        ]
+        if self.logarithmic and high - low > 1:
+            return [(self.y(10**tick), f"{10**tick:.3g}") for tick in ticks(low, high)]
+        if self.logarithmic:  # within a decade, round values are even ones
+            low, high = 10**low, 10**high
+        found = ticks(low, high)
+        return [(self.y(tick), label(tick, found)) for tick in found]
 
     @property
     def step_ticks(self) -> list[tuple[float, str]]:
         """Return (x, label) of some round steps."""
-        return [(self.x(tick), f"{tick:,.0f}") for tick in ticks(self.first, self.last, most=6)]
+        return [(self.x(tick), f"{tick:,.0f}") for tick in ticks(self.first, self.last, most=6, least=1)]
 
     def data(self) -> dict[str, Any]:
         """Return what the script needs."""
@@ -100,11 +102,19 @@ def chart(title: str, curves: Sequence[tuple[str, list[Point]]], *, logarithmic:
     return Chart(title, lines, logarithmic and positive)
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Return at most `most` + 1 round numbers between two."""
+def ticks(low: float, high: float, most: int = 5, least: float = 0) -> list[float]:
+    """Return at most `most` + 1 round numbers between two, at least `least` apart."""
     if not high > low:
         return [low]
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= most)
+    step = max(step, least)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def label(tick: float, every: Sequence[float]) -> str:
+    """Format a tick with the digits that tell it from its neighbours."""
+    apart = every[1] - every[0] if len(every) > 1 else abs(tick) or 1
+    digits = -math.floor(math.log10(apart) + 1e-9)
+    return f"{tick:.3g}" if abs(tick) >= 1e5 or digits > 6 else f"{tick:.{max(digits, 0)}f}"

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from simmim.config.tasks import find_task
 from simmim.config.toml import OPERATIONAL
 from simmim.config.training import TrainingConfig
 from simmim.data.bad_images import count_listed
+from simmim.errors import UserError
 from simmim.training.run_directory import Run, find_task_of, read_json
 
 Point = tuple[int, float]
@@ -30,22 +31,30 @@ class Facts:
     series: dict[str, list[Point]]
     not_finite: int
     """Steps whose loss or gradient was not finite, and which changed nothing."""
+    ends_not_finite: int
+    """How many of these were the last steps."""
 
     @classmethod
     def read(cls, path: Path) -> "Facts":
         """Raises `UserError` for a directory that is not a run."""
         run = Run(path)
-        task = find_task_of(path) if run.config.is_file() else None
-        config = run.read_config(find_task(task) if task else PretrainConfig)
+        try:
+            task = find_task_of(path) if run.config.is_file() else None
+            config = run.read_config(find_task(task) if task else PretrainConfig)
+        except UserError:
+            raise
+        except ValueError as error:  # a damaged TOML or JSON file
+            raise UserError(f"{path} cannot be read as a run: {error}; look at its config.toml") from None
         series: dict[str, list[Point]] = {}
-        not_finite = 0
+        not_finite, skipped = 0, 0
         for record in _records(run.metrics):
             step = record.pop("step")
-            not_finite += record.get("skipped_in_a_row", 0) > 0
+            skipped = int(record.get("skipped_in_a_row") or 0)
+            not_finite += skipped > 0
             for name, value in record.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     series.setdefault(name, []).append((step, float(value)))
-        return cls(run, config, series, not_finite)
+        return cls(run, config, series, not_finite, skipped)
 
     @property
     def name(self) -> str:
@@ -68,7 +77,7 @@ class Facts:
         epochs = self.series.get("epoch")
         if not epochs or self.config.epochs is None:
             return None
-        return round(self.config.epochs * epochs[-1][0] / epochs[-1][1])
+        return math.ceil(self.config.epochs * round(epochs[-1][0] / epochs[-1][1]))
 
     @property
     def bad_images(self) -> int:
@@ -77,7 +86,10 @@ class Facts:
     @property
     def images(self) -> dict[str, Any]:
         """Count and digest of the names of each part of the data."""
-        return read_json(self.run.data)
+        try:
+            return read_json(self.run.data)
+        except ValueError:  # half written
+            return {}
 
     def last(self, name: str) -> float | None:
         points = self.series.get(name)
@@ -100,7 +112,7 @@ class Facts:
 def _records(path: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl; the last may be half written."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -110,7 +122,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def part_mean(points: list[Point], start: float, end: float) -> float:
+def part_mean(points: Sequence[Point], start: float, end: float) -> float:
     """Return the mean of the values between two shares of a curve's length: 0.9 and 1 are its last tenth."""
     first = min(int(len(points) * start), len(points) - 1)
     chosen = points[first : max(int(len(points) * end), first + 1)]
@@ -126,6 +138,6 @@ def thinned(points: list[Point], most: int = 400) -> list[Point]:
     return [(part[-1][0], statistics.mean(value for _, value in part)) for part in parts]
 
 
-def best(points: list[Point], choose: Callable[..., Point]) -> Point:
+def best(points: Sequence[Point], choose: Callable[..., Point]) -> Point:
     """Return the point of the greatest (`max`) or the least (`min`) value, the first of equals."""
     return choose(points, key=lambda point: point[1])

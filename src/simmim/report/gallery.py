@@ -15,6 +15,7 @@ from simmim.data.augment import CentreCrop
 from simmim.data.bad_images import BadImages
 from simmim.data.evaluation import eval_batches
 from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import sample_keys
 from simmim.report.pictures import data_uri
@@ -28,6 +29,8 @@ _BLANK = 4 / 255
 _BLURRED = 0.1  # of the median sharpness
 _SAME = 0.98  # correlation of two small copies
 _GROUPS = 7
+_FEW = 20  # images, too few for UMAP
+_PAIRS = 10_000
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,17 @@ class Gallery:
 
 def make_gallery(run: str, data: str, *, most: int) -> Gallery:
     """Embed up to `most` images by a run's encoder. Raises `UserError` where none can be read."""
-    from simmim.torch_engine.tasks.embed import embed_some
+    from simmim.torch_engine.tasks.embed import embed_some, input_channels
 
     whole = open_source(data)
     order = np.argsort(sample_keys(0, 0, np.arange(len(whole)), stream="sample"))
     source: ImageSource = Subset(whole, np.sort(order[:most]))
     read, features = embed_some(run, source)
-    _, thumbnails = thumbnails_of(Subset(source, read))
+    kept, thumbnails = thumbnails_of(Subset(source, read), channels=input_channels(run))
+    finite = np.isfinite(features[kept]).all(axis=1)
+    read, features, thumbnails = read[kept][finite], features[kept][finite], thumbnails[finite]
+    if len(read) < 2:
+        raise UserError(f"features of {run} are not finite, or fewer than two images can be read; nothing to compare")
     names = [source.name(int(index)) for index in read]
     unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     near = nearest(unit, min(10, len(names) - 1))
@@ -88,14 +95,14 @@ def make_gallery(run: str, data: str, *, most: int) -> Gallery:
     )
 
 
-def thumbnails_of(source: ImageSource) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+def thumbnails_of(source: ImageSource, channels: int = 3) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Read the middles of images at 64 pixels: numbers of the readable ones (N,), and pixels (N, 64, 64, 3)."""
-    dtype = sniff(source, channels=3)
+    dtype = sniff(source, channels=channels)
     top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
     batches = eval_batches(
         source,
         crop=CentreCrop(size=(_SIDE, _SIDE)),
-        channels=3,
+        channels=channels,
         dtype=dtype,
         batch_size=64,
         threads=reading_cores(),
@@ -136,6 +143,8 @@ def draw_map(features: NDArray[np.float32], names: list[str], pictures: NDArray[
     from PIL import Image
 
     try:
+        if len(names) < _FEW:
+            raise ImportError
         umap: Any = importlib.import_module("umap")
         method, places = "UMAP", umap.UMAP(random_state=0, metric="cosine").fit_transform(features)
     except ImportError:
@@ -191,15 +200,19 @@ def remarkable(
 def duplicates(pictures: NDArray[np.uint8], able: NDArray[np.bool_]) -> list[tuple[int, int, float]]:
     """Find pairs of images whose copies of 16 × 16 pixels correlate by over 0.98, the most alike first.
 
-    Returns the numbers of the two and the correlation; images that are not `able` (N,) are left out.
+    Returns the numbers of the two and the correlation; images that are not `able` (N,) are left out. After 10,000
+    pairs it stops looking.
     """
     small = pictures.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(len(pictures), -1)
     small -= small.mean(axis=1, keepdims=True)
     small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
     numbers = np.flatnonzero(able)
     found: list[tuple[int, int, float]] = []
+    small = small[numbers]
     for first in range(0, len(numbers), 1024):
-        correlation = small[numbers[first : first + 1024]] @ small[numbers].T
+        if len(found) > _PAIRS:
+            break
+        correlation = small[first : first + 1024] @ small.T
         rows, columns = np.nonzero(correlation > _SAME)
         found += [
             (int(numbers[first + row]), int(numbers[column]), float(correlation[row, column]))

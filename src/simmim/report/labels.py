@@ -31,13 +31,18 @@ class Judged:
     classes: int
     train_images: int
 
-    def margin(self, floor: Accuracy) -> float:
-        """Return the difference that two shares of so many images have by chance, at 95 %.
+    def difference(self, floor: Accuracy) -> tuple[float, float]:
+        """Return the 95 % interval of the difference to a floor (Newcombe, 1998, method 10).
 
         The images are the same, so that this is on the safe side.
         """
-        variance = sum(each.value * (1 - each.value) / each.count for each in (self.features, floor))
-        return 1.96 * math.sqrt(variance)
+        mine, other = self.features, floor
+        (low, high), (other_low, other_high) = mine.interval, other.interval
+        apart = mine.value - other.value
+        return (
+            apart - math.hypot(mine.value - low, other_high - other.value),
+            apart + math.hypot(high - mine.value, other.value - other_low),
+        )
 
 
 def judge_by_labels(run: str, data: str, **settings: Any) -> list[Judged]:

@@ -10,9 +10,10 @@ function make(name, attributes, text) {
   return element;
 }
 
-function ticks(low, high, most) {
+function ticks(low, high, most, least = 0) {
   let step = 10 ** Math.floor(Math.log10((high - low) / most));
   step *= [1, 2, 5, 10].find((factor) => (high - low) / (step * factor) <= most);
+  step = Math.max(step, least);
   const found = [];
   for (let n = Math.ceil(low / step - 1e-9); n <= high / step + 1e-9; n++) found.push(n * step);
   return found;
@@ -41,12 +42,14 @@ function enliven(figure) {
     const y = (value) => HEIGHT - BOTTOM - ((scale(value) - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
     svg.replaceChildren();
     const marks = make("g", { class: "ticks" });
-    for (const tick of ticks(low, high, 5)) {
-      const value = log ? 10 ** tick : tick;
+    const decades = log && high - low > 1; // within one, round values are even ones
+    const places = log && !decades ? ticks(10 ** low, 10 ** high, 5) : ticks(low, high, 5);
+    for (const tick of places) {
+      const value = decades ? 10 ** tick : tick;
       marks.append(make("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
       marks.append(make("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, short(value)));
     }
-    for (const tick of ticks(from, to, 6)) marks.append(make("text", { x: x(tick), y: HEIGHT - 8, "text-anchor": "middle" }, tick.toLocaleString("en")));
+    for (const tick of ticks(from, to, 6, 1)) marks.append(make("text", { x: x(tick), y: HEIGHT - 8, "text-anchor": "middle" }, tick.toLocaleString("en")));
     svg.append(marks);
     for (const line of shown) {
       const colour = "c" + (line.colour % 8);

@@ -17,7 +17,7 @@ from simmim.config.field_types import Word
 from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.report.charts import Chart, chart
-from simmim.report.facts import Facts, Point
+from simmim.report.facts import Facts, Point, part_mean
 from simmim.report.gallery import Gallery, make_gallery
 from simmim.report.labels import Judged, judge_by_labels
 from simmim.report.pictures import Panel, reconstructions
@@ -59,9 +59,9 @@ class ReportConfig:
     out: Word = None
     """HTML file to write (default: report.html in the run, or here for several)."""
     labels: Word = None
-    """Labelled images to judge the features by, as simmim probe takes them."""
+    """Labelled images to judge the features of pretrainings by, as simmim probe takes them."""
     data: Word = None
-    """Images to show: nearest neighbours, a map, likely duplicates, outliers. Takes what pretraining's --data does."""
+    """Images to show pretrainings by: neighbours, a map, likely duplicates. Takes what pretraining's --data does."""
     images: Annotated[int, Field(ge=2, le=4000)] = 1000
     """Images of --data to take, at most."""
 
@@ -96,14 +96,15 @@ def report(config: ReportConfig) -> Path:
             f"a report of {len(text):,} bytes is over the limit of {_BYTES:,}; lower --images, or give fewer runs"
         )
     with written_whole(out) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
     return out
 
 
 def section(facts: Facts, config: ReportConfig) -> Section:
     run = str(facts.run.path)
-    judged = judge_by_labels(run, config.labels) if config.labels else []
-    gallery = make_gallery(run, config.data, most=config.images) if config.data else None
+    encoder = facts.task == "pretraining"  # a fine-tuned model has no frozen features to judge
+    judged = judge_by_labels(run, config.labels) if config.labels and encoder else []
+    gallery = make_gallery(run, config.data, most=config.images) if config.data and encoder else None
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
     findings = judge(facts, judged)
     return Section(facts, findings, judged, charts, reconstructions(facts), gallery, dict(about(facts)))
@@ -140,7 +141,14 @@ def about(facts: Facts) -> Iterator[tuple[str, str]]:
     command = "pretrain" if facts.task == "pretraining" else f"finetune {facts.task}"
     yield "Repeat it", f"simmim {command} --config {shlex.quote(str(facts.run.config))} --out NEW"
     yield "Encoder", str(facts.run.encoder if facts.task == "pretraining" else facts.run.model)
-    yield "Written by", f"simmim {metadata.version('simmim')}, torch {metadata.version('torch')}, {platform.platform()}"
+    yield "Written by", f"simmim {_version('simmim')}, torch {_version('torch')}, {platform.platform()}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "of a source tree"
 
 
 def unique_names(every: Sequence[Facts]) -> list[str]:
@@ -161,21 +169,35 @@ def comparison(sections: Sequence[Section], names: Sequence[str]) -> dict[str, A
     differing = {key: values for key, values in differing.items() if len(set(values)) > 1}
     figures = ("knn_top1", "top1", "miou", "map", "val_loss", "loss")
     shared = [name for name in figures if any(each.facts.last(name) is not None for each in sections)]
-    main = shared[0] if shared else "loss"
-    sign = 1 if main in ("val_loss", "loss") else -1
-    values = [each.facts.last(main) for each in sections]
-    order = sorted(range(len(sections)), key=lambda i: (values[i] is None, sign * (values[i] or 0.0)))
     drawn = [
-        chart(title, [(name, each.facts.series.get(key, [])) for name, each in zip(names, sections, strict=True)],
-              logarithmic=log)
-        for title, (key, *_), log in _CHARTS
+        chart(title, [(name, each.facts.series.get(_first(names_, sections), [])) for name, each in
+                      zip(names, sections, strict=True)], logarithmic=log)
+        for title, names_, log in _CHARTS
     ]  # fmt: skip
     return {
         "differing": differing,
         "figures": [(_NAMES.get(name, name), [each.facts.last(name) for each in sections]) for name in shared],
-        "order": order,
+        "order": _order(sections, shared),
         "charts": [each for each in drawn if each],
     }
+
+
+def _first(names: Sequence[str], sections: Sequence[Section]) -> str:
+    """Return the first of a chart's figures that any run has."""
+    return next((name for name in names if any(name in each.facts.series for each in sections)), names[0])
+
+
+def _order(sections: Sequence[Section], shared: Sequence[str]) -> list[int]:
+    """Return the runs' numbers, the best first where all were trained for the same; else as they were given."""
+    numbers = list(range(len(sections)))
+    trained_for = {(each.facts.task, str(getattr(each.facts.config, "objectives", ""))) for each in sections}
+    name = next((name for name in shared if all(each.facts.last(name) is not None for each in sections)), None)
+    if len(trained_for) > 1 or name is None:
+        return numbers
+    if name != "loss":
+        sign = 1 if name == "val_loss" else -1
+        return sorted(numbers, key=lambda i: sign * sections[i].facts.series[name][-1][1])
+    return sorted(numbers, key=lambda i: part_mean(sections[i].facts.series["loss"], 0.9, 1))
 
 
 def render(sections: Sequence[Section], names: Sequence[str]) -> str:

@@ -31,7 +31,8 @@ def reconstructions(facts: Facts) -> list[Panel]:
     from PIL import Image, UnidentifiedImageError
 
     found = []
-    for file in spread(sorted(facts.run.reconstructions.glob("step-*.png")), _PANELS):
+    files = [file for file in facts.run.reconstructions.glob("step-*.png") if file.stem[5:].isdecimal()]
+    for file in spread(sorted(files), _PANELS):
         try:
             with Image.open(file) as stored:
                 picture = stored.convert("RGB")

@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simmim.method.collapse import LEAST_RANK, LEAST_STD, collapsed
-from simmim.report.facts import Facts, best, part_mean
+from simmim.report.facts import Facts, Point, best, part_mean
 from simmim.report.labels import Judged
 
-_NOT_FINITE = 0.1  # of all steps
+_NOT_FINITE, _AT_THE_END = 0.1, 5  # of all steps; steps in a row at the end
+_FEWEST = 20  # logged steps
 _LEARNT = 0.02  # of the first loss
-_STILL_FALLING = 0.02  # of the whole fall, in the last tenth
+_STILL_FALLING = 0.05  # of the whole fall, in the second half
 _OVER = 0.02  # of an accuracy, or of a loss as a share
+_MOVING = ("ema", "clusters", "infonce")
+"""Objectives whose target moves with the encoder, so that their loss may well rise."""
 
-Level = Literal["bad", "watch", "good"]
+Level = Literal["bad", "watch", "good", "note"]
 
 
 @dataclass(frozen=True)
@@ -29,45 +32,55 @@ class Finding:
 def judge(facts: Facts, judged: Sequence[Judged] = ()) -> list[Finding]:
     """Return findings, the gravest first: of the training, then of its features."""
     found = [*_training(facts), *_features(facts, judged)]
-    order: list[Level] = ["bad", "watch", "good"]
+    order: list[Level] = ["bad", "watch", "good", "note"]
     return sorted(found, key=lambda finding: order.index(finding.level))
 
 
 def _training(facts: Facts) -> Iterator[Finding]:
-    loss = facts.series.get("loss")
-    if not loss:
-        yield Finding("watch", "Nothing is logged yet", "metrics.jsonl holds no loss", "wait for the first steps")
-        return
-    skipped = facts.not_finite / max(facts.steps, 1)
-    if skipped > _NOT_FINITE:
-        yield Finding(
-            "bad",
-            "Diverged",
-            f"{skipped:.0%} of the steps had a loss or gradient that was not finite",
-            "start again with a lower --lr, or --precision fp32",
-        )
-    first, last = part_mean(loss, 0, 0.02), part_mean(loss, 0.9, 1)
-    before = part_mean(loss, 0.8, 0.9)
-    fall = first - last
-    figure = f"loss {first:.4f} at the start, {last:.4f} in the last tenth"
+    loss = facts.series.get("loss", [])
+    skipped = facts.not_finite / max(facts.steps, facts.not_finite, 1)
+    diverged = skipped > _NOT_FINITE or facts.ends_not_finite >= _AT_THE_END
     unfinished = facts.total_steps is not None and facts.steps < facts.total_steps
-    if last > first * 1.05:
-        yield Finding("bad", "The loss rose", figure, "start again with a lower --lr")
-    elif fall < _LEARNT * abs(first):
-        yield Finding("bad", "Learnt nothing", figure, "raise --lr or the number of steps; look at the data")
-    elif before - last > _STILL_FALLING * fall:
-        share = (before - last) / fall
-        remedy = "" if unfinished else "train longer: more --epochs, in a new --out"
-        yield Finding("watch", "Still falling", f"{figure}; that tenth brought {share:.0%} of the fall", remedy)
+    if diverged:
+        figure = f"{skipped:.0%} of the steps had a loss or gradient that was not finite"
+        if facts.ends_not_finite:
+            figure += f", the last {facts.ends_not_finite} among them"
+        remedy = "start again (--fresh) with a lower --lr, or --precision fp32"
+        yield Finding("bad", "Diverged", figure, remedy)
+    elif not loss:
+        yield Finding("watch", "Nothing is logged yet", "metrics.jsonl holds no loss", "wait for the first steps")
     else:
-        yield Finding("good", "Converged", f"{figure}; that tenth brought less than {_STILL_FALLING:.0%} of the fall")
-    if unfinished:
+        yield _of_loss(facts, loss, unfinished)
+    if unfinished and loss and not diverged:
         done = f"step {facts.steps} of {facts.total_steps}"
         yield Finding("watch", "Not finished", done, "repeat its command to resume")
     if (held := facts.series.get("val_loss")) and held[-1][1] > best(held, min)[1] * (1 + _OVER):
         step, least = best(held, min)
         figure = f"the loss of images kept aside was {least:.4f} at step {step} and is {held[-1][1]:.4f}"
         yield Finding("watch", "Over-trained", figure, f"stop near step {step}, or train on more images")
+
+
+def _of_loss(facts: Facts, loss: Sequence[Point], unfinished: bool) -> Finding:
+    """Judge the curve of the loss."""
+    rates = facts.series.get("lr", [])
+    warming = unfinished and bool(rates) and best(rates, max)[0] == rates[-1][0]
+    if len(loss) < _FEWEST or warming:
+        why = "the learning rate still rises" if warming else f"{len(loss)} steps are logged, of {_FEWEST} at least"
+        return Finding("watch", "Too early to say", why)
+    if moving := [each.kind for each in getattr(facts.config, "objectives", ()) if each.kind in _MOVING]:
+        figure = f"the target of {', '.join(moving)} moves with the encoder, so that the loss says little"
+        return Finding("note", "Loss not judged", figure, "look at the effective rank, or use --probe")
+    first, middle, last = (part_mean(loss, *part) for part in ((0, 0.02), (0.4, 0.6), (0.9, 1)))
+    fall, figure = first - last, f"loss {first:.4f} at the start, {last:.4f} in the last tenth"
+    if last > first * 1.05:
+        return Finding("bad", "The loss rose", figure, "start again with a lower --lr")
+    if fall < _LEARNT * abs(first):
+        return Finding("bad", "Learnt nothing", figure, "raise --lr or the number of steps; look at the data")
+    share = f"its second half brought {max(middle - last, 0) / fall:.0%} of the fall"
+    if middle - last > _STILL_FALLING * fall:
+        remedy = "" if unfinished else "train longer: more --epochs, in a new --out"
+        return Finding("watch", "Still falling", f"{figure}; {share}", remedy)
+    return Finding("good", "Converged", f"{figure}; {share}")
 
 
 def _features(facts: Facts, judged: Sequence[Judged]) -> Iterator[Finding]:
@@ -85,27 +98,29 @@ def _features(facts: Facts, judged: Sequence[Judged]) -> Iterator[Finding]:
             figure = f"k-NN accuracy was {most:.3f} at step {step} and is {accuracies[-1][1]:.3f}"
             yield Finding("watch", "Over-trained", figure, f"stop near step {step}")
         if (pixels := facts.last("knn_raw_pixels")) is not None and not judged:
-            yield _against("raw pixels", accuracies[-1][1], pixels, margin=0.0, method="k-NN")
+            apart = accuracies[-1][1] - pixels
+            yield _against("raw pixels", accuracies[-1][1], pixels, (apart, apart or -1.0), method="k-NN")
     if facts.task == "pretraining" and not judged and not facts.series.get("knn_top1"):
         yield Finding(
-            "watch", "Features not judged", "no labelled images were given", "add --labels LABELLED to simmim report"
+            "note", "Features not judged", "no labelled images were given", "add --labels LABELLED to simmim report"
         )
     for each in judged:
         for name, floor in each.floors.items():
-            yield _against(name, each.features.value, floor.value, each.margin(floor), method=each.method)
+            yield _against(name, each.features.value, floor.value, each.difference(floor), method=each.method)
 
 
-def _against(name: str, features: float, floor: float, margin: float, method: str) -> Finding:
-    """Compare features with a floor; `margin` is what chance may make of the difference."""
+def _against(name: str, features: float, floor: float, interval: tuple[float, float], method: str) -> Finding:
+    """Compare features with a floor; `interval` holds their difference, as far as the images can tell."""
     figure = f"{method} accuracy {features:.3f}, {name} {floor:.3f}"
-    if features - floor > margin:
+    low, high = interval
+    if low > 0:
         return Finding("good", f"Better than {name}", figure)
-    if floor - features > margin or not margin:
+    if high < 0:
         return Finding(
             "bad",
             f"No better than {name}",
             figure,
             "train longer, on more images, or by --recipe default-small; fine-tune rather than use the features",
         )
-    within = f"{figure}; the difference is within chance ({margin:.3f})"
+    within = f"{figure}; the difference is within chance ({low:+.3f} to {high:+.3f})"
     return Finding("watch", f"Not clearly better than {name}", within, "judge by more labelled images")

@@ -66,6 +66,8 @@ class Outcome:
     step: int
     start: int
     stopped_by: int | None = None
+    is_main: bool = True
+    """Whether this is the process that writes."""
 
 
 class Loop:

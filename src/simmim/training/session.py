@@ -1,5 +1,6 @@
 """A training from its complete plan to its end, the same for every engine and task."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -80,7 +81,7 @@ class Session(ABC):
             self.loop.console.say(f"resumes    after step {self.start}")
         for warning in self.warnings:
             self.loop.console.say(f"warning    {warning}")
-        outcome = self.loop.fit()
+        outcome = dataclasses.replace(self.loop.fit(), is_main=self.world.rank == 0)
         for line in self._conclude(outcome):
             self.loop.console.say(line)
         return self.run, outcome

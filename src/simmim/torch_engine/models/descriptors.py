@@ -18,7 +18,7 @@ _CELLS = 8  # histograms along a side
 _BINS = 9
 _CLIP = 0.2  # of a normalised histogram (Dalal and Triggs, L2-Hys)
 _PATCH = 4  # pixels a side of a visual word
-_PLACES = 16  # patches along a side, about
+_PLACES = 16  # patches along a side, at most
 _WHITENING = 0.1  # added to each variance, as a share of their mean
 _PATCHES_OF_IMAGE, _PATCHES = 64, 32_768  # to find the words in
 COLOUR_SIDE = 16
@@ -136,9 +136,9 @@ class VisualWords(nn.Module):
 
 
 def _patches(images: Tensor) -> Tensor:
-    """Cut patches from images (B, C, H, W), about 16 along a side: (B, P, C·4·4)."""
+    """Cut patches from images (B, C, H, W), at most 16 along a side: (B, P, C·4·4)."""
     height, width = images.shape[2:]
-    steps = (max(1, height // _PLACES), max(1, width // _PLACES))
+    steps = (math.ceil(height / _PLACES), math.ceil(width / _PLACES))
     return F.unfold(images, _PATCH, stride=steps).transpose(1, 2)
 
 

@@ -136,6 +136,11 @@ def embed_some(run: str, source: ImageSource, *, device: str = "auto") -> tuple[
     return _reader(config, source, load_encoder(run), torch.device(chosen))(source)
 
 
+def input_channels(run: str) -> int:
+    """Return the channels of the images that a run's encoder takes."""
+    return load_encoder(run).pretrained_cfg["input_size"][0]  # type: ignore[index]
+
+
 def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: torch.device) -> FeatureReader:
     facts = backbone.pretrained_cfg
     channels, height, width = facts["input_size"]

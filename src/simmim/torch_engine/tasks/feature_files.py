@@ -210,8 +210,12 @@ def read_features(path: Path) -> tuple[list[str], NDArray[Any]]:
             from pyarrow import parquet
 
             table = parquet.read_table(path)
-            features = np.stack(table["features"].to_numpy())
-            return table["name"].to_pylist(), features
+            column = table["features"].combine_chunks()
+            shape = [len(column)]
+            while hasattr(column.type, "list_size"):  # a list of D numbers, or of h·w such lists
+                shape.append(column.type.list_size)
+                column = column.flatten()
+            return table["name"].to_pylist(), column.to_numpy().reshape(shape)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as features: {error}; give what simmim embed wrote") from None
     raise UserError(f"{path} is no .npz or .parquet file; give what simmim embed wrote")
