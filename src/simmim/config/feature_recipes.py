@@ -31,8 +31,8 @@ def default_small() -> PretrainConfig:
     """ViT-S/16 at 128 for 1,000 to 100,000 images and one GPU: useful frozen features in little time.
 
     Paper: none; a descriptor of the whole image, predicted from half of its patches (docs/objectives.md).
-    Expected: no figure at this size. A ViT of width 128 at 32 pixels, at 1.5 times the usual rate, was above raw pixels
-    and an untrained encoder on three sets, on two of them by one seed (benchmarks/results/features.md).
+    Expected: no figure at this size. A ViT of width 128 at 32 pixels was above raw pixels, the untrained encoder and
+    training from scratch on four sets (docs/objectives.md).
     Cost: not measured.
     Command: simmim pretrain --recipe default-small --data IMAGES --out runs/small
     Smaller images: --image-size 32 --model-args patch_size=4 --mask.cell 4.
