@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "model_args": {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 8},
     "image_size": 32,
     "mask": RandomMask(ratio=0.5, cell=8),
-    "objectives": (DescriptorRegression(),),
+    "objectives": (DescriptorRegression(words=16),),
     "encode": "visible",
     "positions": "sincos",
     "batch_size": 8,
@@ -57,14 +57,14 @@ def test_the_loss_falls(tmp_path: Path) -> None:
 @pytest.mark.parametrize("see", ["visible", "whole"])
 def test_a_convolutional_encoder_trains_on_it_beside_pixels(tmp_path: Path, see: Any) -> None:
     small: dict[str, Any] = {"model": "resnet10t", "model_args": {}, "encode": "all", "positions": "model"}
-    both = (DescriptorRegression(see=see), PixelReconstruction(weight=0.5))
+    both = (DescriptorRegression(see=see, words=16), PixelReconstruction(weight=0.5))
     run = train(tmp_path / "run", steps=2, objectives=both, mask=RandomMask(ratio=0.5, cell=32), image_size=64, **small)
     total = [a + 0.5 * b for a, b in zip(losses(run, "loss/descriptor"), losses(run, "loss/pixels"), strict=True)]
     assert losses(run) == pytest.approx(total, rel=1e-5)
 
 
 def test_whole_images_alone_leave_the_mask_out(tmp_path: Path) -> None:
-    whole = {"objectives": (DescriptorRegression(see="whole"),), "steps": 2, "encode": "all"}
+    whole = {"objectives": (DescriptorRegression(see="whole", words=16),), "steps": 2, "encode": "all"}
     one = train(tmp_path / "one", **whole)
     other = train(tmp_path / "other", mask=RandomMask(ratio=0.25, cell=8), **whole)
     assert losses(one) == losses(other)
@@ -107,14 +107,15 @@ def test_the_command_line_chooses_objectives_with_weights_and_settings(tmp_path:
     words = (
         f"pretrain --data demo --out {tmp_path / 'run'} --model vit_tiny_patch16_224 --model-args depth=1 embed_dim=24 "
         "num_heads=1 --image-size 32 --mask.cell 16 --batch-size 8 --steps 1 --warmup-epochs 0 --device cpu "
-        "--precision fp32 --workers 1 --val-images 2 --objective pixels=0.5 descriptor --descriptor.shape-values 16"
+        "--precision fp32 --workers 1 --val-images 2 --objective pixels=0.5 descriptor "
+        "--descriptor.shape-values 16 --descriptor.words 16"
     )
     assert main(words.split()) == 0
     config = load_run(tmp_path / "run")[1]
-    assert config.objectives == (PixelReconstruction(weight=0.5), DescriptorRegression(shape_values=16))
+    assert config.objectives == (PixelReconstruction(weight=0.5), DescriptorRegression(shape_values=16, words=16))
     again = f"pretrain --config {tmp_path / 'run'}/config.toml --out {tmp_path / 'again'} --objective descriptor=2"
     assert main(again.split()) == 0
-    assert load_run(tmp_path / "again")[1].objectives == (DescriptorRegression(shape_values=16, weight=2.0),)
+    assert load_run(tmp_path / "again")[1].objectives == (DescriptorRegression(shape_values=16, words=16, weight=2.0),)
 
 
 @pytest.mark.parametrize(
@@ -137,16 +138,16 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--positions sincos needs a table of positions, and ResNet has none"):
         train(tmp_path / "run", model="resnet10t", model_args={}, encode="all", image_size=64)
     with pytest.raises(UserError, match="leaves masked cells to the head, but head linear sees one cell at a time"):
-        train(tmp_path / "run", objectives=(DescriptorRegression(), PixelReconstruction()))
+        train(tmp_path / "run", objectives=(DescriptorRegression(words=16), PixelReconstruction()))
     with pytest.raises(UserError, match="--encode visible has no effect, since objective descriptor masks nothing"):
-        train(tmp_path / "run", objectives=(DescriptorRegression(see="whole"),))
-    both = (PixelReconstruction(), DescriptorRegression(see="whole"))
+        train(tmp_path / "run", objectives=(DescriptorRegression(see="whole", words=16),))
+    both = (PixelReconstruction(), DescriptorRegression(see="whole", words=16))
     with pytest.raises(UserError, match="--checkpoint-activations is not for objective descriptor here"):
         train(tmp_path / "run", objectives=both, encode="all", checkpoint_activations=True)
 
 
 def test_a_run_without_masks_loads_where_a_mask_would_not_fit(tmp_path: Path) -> None:
-    whole = {"objectives": (DescriptorRegression(see="whole"),), "encode": "all", "mask": RandomMask(cell=64)}
+    whole = {"objectives": (DescriptorRegression(see="whole", words=16),), "encode": "all", "mask": RandomMask(cell=64)}
     model = simmim.load_model(train(tmp_path / "run", steps=1, **whole))
     assert model.encoder.backbone.pos_embed.shape == (1, 17, 24)
 

@@ -10,13 +10,15 @@ from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys, uniforms
 
 
-def k_means(values: ArrayLike, *, clusters: int, seed: int = 0, iterations: int = 50) -> NDArray[np.float32]:
+def k_means(
+    values: ArrayLike, *, clusters: int, seed: int = 0, iterations: int = 50, stream: str = "k-means"
+) -> NDArray[np.float32]:
     """Cluster points (M, C) by k-means++ and Lloyd's iterations. Returns the centres (K, C), deterministic by seed.
 
-    Raises `UserError` for fewer distinct points than clusters.
+    `stream` names what is clustered, as in `sample_keys`. Raises `UserError` for fewer distinct points than clusters.
     """
     points = np.asarray(values, np.float32)
-    centres = _spread_centres(points, clusters, seed)
+    centres = _spread_centres(points, clusters, sample_keys(seed, 0, [0], stream=stream))
     for _ in range(iterations):
         nearest = _nearest(points, centres)
         sums = np.stack([np.bincount(nearest, channel, clusters) for channel in points.T], axis=1)
@@ -28,9 +30,9 @@ def k_means(values: ArrayLike, *, clusters: int, seed: int = 0, iterations: int 
     return centres
 
 
-def _spread_centres(points: NDArray[np.float32], clusters: int, seed: int) -> NDArray[np.float32]:
+def _spread_centres(points: NDArray[np.float32], clusters: int, key: NDArray[np.uint64]) -> NDArray[np.float32]:
     """Choose initial centres by k-means++ (Arthur & Vassilvitskii, 2007), in proportion to squared distance."""
-    first, *draws = uniforms(sample_keys(seed, 0, [0], stream="k-means"), clusters)[0]
+    first, *draws = uniforms(key, clusters)[0]
     chosen = [points[int(first * len(points))]]
     distance = np.full(len(points), np.inf, np.float32)
     for draw in draws:

@@ -254,7 +254,8 @@ class Plan(TrainingPlan):
         normal = (pixels / np.float32(255) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
         found = block_means(np, normal, target.block).reshape(-1, config.channels)
         order = np.argsort(sample_keys(config.seed, 0, np.arange(len(found)), stream="cluster colours"))
-        centres = k_means(found[order[:colours]], clusters=target.clusters, seed=config.seed)
+        kept = found[order[:colours]]
+        centres = k_means(kept, clusters=target.clusters, seed=config.seed, stream="colour clusters")
         return tuple(map(tuple, centres.tolist()))
 
     def describe(self) -> list[str]:
