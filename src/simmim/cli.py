@@ -66,15 +66,9 @@ def probe(argv: list[str]) -> int:
     """Evaluate frozen features on labelled images"""
     from simmim.torch_engine.tasks.probe import ProbeConfig, describe, probe
 
-    @dataclass(frozen=True, kw_only=True)
-    class Command(ProbeConfig):
-        json: bool = False
-        """Print JSON only."""
-
-    command = vars(parse(Command, "probe", argv))
-    as_json = command.pop("json")
-    figures = probe(ProbeConfig(**command))
-    print(json.dumps(figures, indent=1) if as_json else describe(figures))
+    config, as_json = _parse_with_json(ProbeConfig, "probe", argv)
+    found = probe(config)
+    print(json.dumps(found, indent=1) if as_json else describe(found))
     return 0
 
 
@@ -109,15 +103,9 @@ def predict(argv: list[str]) -> int:
     """Predict labels, masks or boxes of new images with a fine-tuned model"""
     from simmim.torch_engine.tasks.predict import PredictConfig, describe, predict
 
-    @dataclass(frozen=True, kw_only=True)
-    class Command(PredictConfig):
-        json: bool = False
-        """Print JSON only."""
-
-    command = vars(parse(Command, "predict", argv))
-    as_json = command.pop("json")
-    found = predict(PredictConfig(**command))
-    print(json.dumps(found, indent=1) if as_json else describe(found, command["out"]))
+    config, as_json = _parse_with_json(PredictConfig, "predict", argv)
+    found = predict(config)
+    print(json.dumps(found, indent=1) if as_json else describe(found, config.out))
     return 0
 
 
@@ -134,14 +122,8 @@ def search(argv: list[str]) -> int:
     """Find images that are like others, or likely copies of one another"""
     from simmim.commands.search import SearchConfig, describe, search
 
-    @dataclass(frozen=True, kw_only=True)
-    class Command(SearchConfig):
-        json: bool = False
-        """Print JSON only."""
-
-    command = vars(parse(Command, "search", argv))
-    as_json = command.pop("json")
-    found = search(SearchConfig(**command))
+    config, as_json = _parse_with_json(SearchConfig, "search", argv)
+    found = search(config)
     print(json.dumps(found, indent=1) if as_json else describe(found))
     return 0
 
@@ -337,6 +319,19 @@ def parse(
 ) -> Arguments:
     """Read the command's arguments; `--help` prints and exits. Raises `UserError`."""
     return cli_errors.parse(kind, command, COMMANDS[command.split()[0]].__doc__, argv, default, unlisted)
+
+
+def _parse_with_json(kind: type[Arguments], command: str, argv: list[str]) -> tuple[Arguments, bool]:
+    """Read the command's arguments, and whether `--json` is among them."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Command(kind):  # type: ignore[misc, valid-type]
+        json: bool = False
+        """Print JSON only."""
+
+    values = vars(parse(Command, command, argv))
+    as_json = values.pop("json")
+    return kind(**values), as_json
 
 
 def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str], Config]) -> Config:

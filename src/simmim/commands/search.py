@@ -15,6 +15,7 @@ from simmim.config.field_types import Device, Positive, Word
 from simmim.config.validation import from_settings
 from simmim.data.sources import ImageSource, Subset, open_files, open_source
 from simmim.errors import UserError
+from simmim.metrics.classification import unit_length
 from simmim.report.gallery import duplicates, thumbnails_of
 from simmim.training.pictures import enlarged, save_png
 
@@ -74,7 +75,7 @@ def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any
             f"{config.features} has {features.shape[1]} features an image and {config.run} {wanted.shape[1]}; "
             "embed the images by this run"
         )
-    similarity = _unit(wanted) @ _unit(features).T  # (Q, N)
+    similarity = unit_length(wanted) @ unit_length(features).T  # (Q, N)
     found, rows = [], []
     for query, values in zip(asked.tolist(), similarity, strict=True):
         name = queries.name(query)
@@ -99,8 +100,7 @@ def _pairs(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
     from simmim.torch_engine.tasks.embed import input_channels
 
     read, pictures = thumbnails_of(source, input_channels(config.run))
-    flat = pictures.astype(np.float32).std(axis=(1, 2, 3)) < 4
-    pairs = duplicates(pictures, ~flat)
+    pairs = duplicates(pictures)
     if config.out:
         save_picture([pictures[list(pair[:2])] for pair in pairs[:_PICTURED]], Path(config.out))
     return [
@@ -149,7 +149,3 @@ def describe(found: list[dict[str, Any]]) -> str:
 def _same(name: str, other: str) -> bool:
     """Tell whether two names are of one image: the same file, by whatever path, or the same name in a set."""
     return name == other or (Path(name).is_file() and Path(other).is_file() and Path(name).samefile(other))
-
-
-def _unit(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

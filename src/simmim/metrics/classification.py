@@ -71,7 +71,7 @@ def knn_predict(
     Similarity is the cosine; a vote weighs exp(cosine / temperature), as in DINO (arXiv 2104.14294 and its code).
     Raises `UserError` for fewer than k training features.
     """
-    train, labels, queries = _unit(train_features), np.asarray(train_labels, np.int64), _unit(features)
+    train, labels, queries = unit_length(train_features), np.asarray(train_labels, np.int64), unit_length(features)
     if k > len(train):
         raise UserError(f"{k} neighbours are more than the {len(train)} training images; use k of {len(train)} or less")
     predictions = []
@@ -85,6 +85,6 @@ def knn_predict(
     return np.concatenate(predictions)
 
 
-def _unit(features: ArrayLike) -> NDArray[np.float32]:
+def unit_length(features: ArrayLike) -> NDArray[np.float32]:
     array = np.asarray(features, np.float32)
     return array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-12)

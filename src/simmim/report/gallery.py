@@ -18,6 +18,7 @@ from simmim.data.sources import ImageSource, Subset, open_source, sniff
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import sample_keys
+from simmim.metrics.classification import unit_length
 from simmim.report.pictures import data_uri
 from simmim.training.pictures import to_rgb
 
@@ -25,7 +26,7 @@ _SIDE = 64  # pixels of a thumbnail among neighbours
 _DOT = 32  # pixels of a thumbnail in the map
 _QUERIES, _NEAREST = 12, 6
 _LISTED = 30
-_BLANK = 4 / 255
+_BLANK = 4  # of 255
 _BLURRED = 0.1  # of the median sharpness
 _SAME = 0.98  # correlation of two small copies
 _GROUPS = 7
@@ -83,7 +84,7 @@ def make_gallery(run: str, data: str, *, most: int) -> Gallery:
     if len(read) < 2:
         raise UserError(f"features of {run} are not finite, or fewer than two images can be read; nothing to compare")
     names = [source.name(int(index)) for index in read]
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    unit = unit_length(features)
     near = nearest(unit, min(10, len(names) - 1))
     return Gallery(
         count=len(names),
@@ -178,9 +179,9 @@ def remarkable(
 ) -> dict[str, list[str]]:
     """List likely duplicates, outliers, blank and blurred images, at most 30 of each."""
     grey = pictures.astype(np.float32).mean(axis=-1) / 255  # (N, 64, 64)
-    blank = grey.std(axis=(1, 2)) < _BLANK
+    blank = is_blank(pictures)
     found = {
-        "Likely duplicates": [f"{names[i]}\t{names[j]}" for i, j, _ in duplicates(pictures, ~blank)],
+        "Likely duplicates": [f"{names[i]}\t{names[j]}" for i, j, _ in duplicates(pictures)],
         "Outliers: far from all others": [],
         "Blank": [names[number] for number in np.flatnonzero(blank)],
         "Blurred": [],
@@ -197,16 +198,20 @@ def remarkable(
     return {what: listed[:_LISTED] for what, listed in found.items()}
 
 
-def duplicates(pictures: NDArray[np.uint8], able: NDArray[np.bool_]) -> list[tuple[int, int, float]]:
+def is_blank(pictures: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Tell which pictures (N, H, W, 3) are of one brightness: (N,)."""
+    return pictures.mean(axis=-1, dtype=np.float32).std(axis=(1, 2)) < _BLANK
+
+
+def duplicates(pictures: NDArray[np.uint8]) -> list[tuple[int, int, float]]:
     """Find pairs of images whose copies of 16 × 16 pixels correlate by over 0.98, the most alike first.
 
-    Returns the numbers of the two and the correlation; images that are not `able` (N,) are left out. After 10,000
-    pairs it stops looking.
+    Returns the numbers of the two and the correlation; blank images are left out. After 10,000 pairs it stops looking.
     """
     small = pictures.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(len(pictures), -1)
     small -= small.mean(axis=1, keepdims=True)
     small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
-    numbers = np.flatnonzero(able)
+    numbers = np.flatnonzero(~is_blank(pictures))
     found: list[tuple[int, int, float]] = []
     small = small[numbers]
     for first in range(0, len(numbers), 1024):

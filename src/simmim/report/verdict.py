@@ -54,7 +54,8 @@ def _training(facts: Facts) -> Iterator[Finding]:
     if unfinished and loss and not diverged:
         done = f"step {facts.steps} of {facts.total_steps}"
         yield Finding("watch", "Not finished", done, "repeat its command to resume")
-    if (held := facts.series.get("val_loss")) and held[-1][1] > best(held, min)[1] * (1 + _OVER):
+    held = facts.series.get("val_loss") if facts.task == "pretraining" else None  # a classifier's may rise
+    if held and held[-1][1] > best(held, min)[1] * (1 + _OVER):
         step, least = best(held, min)
         figure = f"the loss of images kept aside was {least:.4f} at step {step} and is {held[-1][1]:.4f}"
         yield Finding("watch", "Over-trained", figure, f"stop near step {step}, or train on more images")
@@ -98,7 +99,7 @@ def _features(facts: Facts, judged: Sequence[Judged]) -> Iterator[Finding]:
             figure = f"k-NN accuracy was {most:.3f} at step {step} and is {accuracies[-1][1]:.3f}"
             yield Finding("watch", "Over-trained", figure, f"stop near step {step}")
         if (pixels := facts.last("knn_raw_pixels")) is not None and not judged:
-            apart = accuracies[-1][1] - pixels
+            apart = accuracies[-1][1] - pixels  # of how many images is not logged; none is "no better"
             yield _against("raw pixels", accuracies[-1][1], pixels, (apart, apart or -1.0), method="k-NN")
     if facts.task == "pretraining" and not judged and not facts.series.get("knn_top1"):
         yield Finding(

@@ -13,18 +13,7 @@ from simmim.cli import main
 from simmim.commands.search import SearchConfig, describe, search
 from simmim.errors import UserError
 
-TINY: dict[str, Any] = {
-    "model": "vit_tiny_patch16_224",
-    "model_args": {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 8},
-    "image_size": 32,
-    "mask": {"kind": "random", "cell": 8},
-    "batch_size": 8,
-    "val_images": 0,
-    "device": "cpu",
-    "precision": "fp32",
-    "workers": 1,
-    "warmup_epochs": 0,
-}
+from .test_report import TINY
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.new("RGB", (64, 64)).save(found / "images" / "black1.png")
     Image.new("RGB", (64, 64)).save(found / "images" / "black2.png")
     (found / "images" / "broken.png").write_bytes(b"broken")
-    simmim.pretrain(**TINY, data=str(found / "images"), out=str(found / "run"), steps=1, max_bad_fraction=0.5)
+    own = {"data": str(found / "images"), "out": str(found / "run"), "val_images": 0, "max_bad_fraction": 0.5}
+    simmim.pretrain(**TINY | own, steps=1)
     return found
 
 
