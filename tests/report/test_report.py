@@ -12,6 +12,7 @@ import pytest
 import simmim
 from simmim.cli import main
 from simmim.config.pretraining import PretrainConfig
+from simmim.config.tasks import TASK_CONFIGS
 from simmim.config.toml import to_toml
 from simmim.errors import UserError
 from simmim.method.objectives import DescriptorRegression, EmaTeacher
@@ -105,6 +106,14 @@ def test_over_training_is_told_with_the_step_that_was_best(tmp_path: Path) -> No
         "stop near step 50, or train on more images",
         "stop near step 50",
     ]
+
+
+def test_a_fine_tuning_is_not_called_over_trained_by_its_loss(tmp_path: Path) -> None:
+    rows = falling()
+    rows[49]["val_loss"], rows[99]["val_loss"] = 0.3, 0.4
+    facts = write_run(tmp_path / "run", rows)
+    assert "Over-trained" in titles(facts)
+    assert "Over-trained" not in titles(dataclasses.replace(facts, config=TASK_CONFIGS["classify"]()))
 
 
 def test_a_run_that_was_broken_off_says_how_to_go_on(tmp_path: Path) -> None:
