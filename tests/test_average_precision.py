@@ -91,7 +91,7 @@ def reference(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, *
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
 def test_figures_are_those_of_pycocotools(known: Any, kind: Any) -> None:
     truth, results = known
-    figures, _ = average_precision(truth, results, kind=kind)
+    figures, *_ = average_precision(truth, results, kind=kind)
     assert list(figures) == list(NAMES)
     np.testing.assert_allclose(list(figures.values()), reference(truth, results, kind)[:6], rtol=0, atol=1e-6)
     assert 0.05 < figures["map"] < figures["map50"] < 0.95
@@ -99,7 +99,7 @@ def test_figures_are_those_of_pycocotools(known: Any, kind: Any) -> None:
 
 def test_a_classs_figures_are_those_of_pycocotools_on_it_alone(known: Any) -> None:
     truth, results = known
-    _, classes = average_precision(truth, results)
+    _, classes, _ = average_precision(truth, results)
     for number in range(1, CLASSES + 1):
         expected = reference(truth, results, "bbox", catIds=[number])
         np.testing.assert_allclose(list(classes[number].values()), expected[:2], rtol=0, atol=1e-6)
@@ -107,18 +107,18 @@ def test_a_classs_figures_are_those_of_pycocotools_on_it_alone(known: Any) -> No
 
 def test_only_the_given_images_count(known: Any) -> None:
     truth, results = known
-    figures, _ = average_precision(truth, results, images=[1, 2, 3, 5, 8])
+    figures, *_ = average_precision(truth, results, images=[1, 2, 3, 5, 8])
     expected = reference(truth, results, "bbox", imgIds=[1, 2, 3, 5, 8])[:6]
     np.testing.assert_allclose([figures.get(name, -1) for name in NAMES], expected, rtol=0, atol=1e-6)
 
 
 def test_no_detection_at_all_is_a_precision_of_nought(known: Any) -> None:
-    figures, _ = average_precision(known[0], [])
+    figures, *_ = average_precision(known[0], [])
     assert set(figures.values()) == {0.0}
 
 
 def test_a_size_of_which_there_is_no_object_has_no_figure(known: Any) -> None:
     truth, results = known
     large = [item for item in truth["annotations"] if item["area"] > 96**2]
-    figures, _ = average_precision({**truth, "annotations": large}, results)
+    figures, *_ = average_precision({**truth, "annotations": large}, results)
     assert list(figures) == ["map", "map50", "map75", "map_large"]

@@ -6,7 +6,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from simmim.metrics.classification import (
     balanced_accuracy,
-    class_table,
+    class_rows,
     confusion_matrix,
     intersection_over_union,
     knn_predict,
@@ -37,15 +37,15 @@ def test_balanced_accuracy_equals_scikit_learn(answers: tuple[np.ndarray, np.nda
     assert balanced_accuracy(*answers, num_classes=7) == pytest.approx(expected)
 
 
-def test_recall_and_precision_of_each_class_equal_scikit_learn(answers: tuple[np.ndarray, np.ndarray]) -> None:
+def test_figures_of_each_class_equal_scikit_learn(answers: tuple[np.ndarray, np.ndarray]) -> None:
     labels, predictions = answers
-    table = class_table(confusion_matrix(labels, predictions, 7), "abcdefg", "images")
-    precision, recall, _, images = sklearn_metrics.precision_recall_fscore_support(
+    rows = class_rows(confusion_matrix(labels, predictions, 7), "images")
+    precision, recall, f1, images = sklearn_metrics.precision_recall_fscore_support(
         labels, predictions, labels=range(7), zero_division=np.nan
     )
-    found = [[np.nan if value is None else value for value in row.values()] for row in table.values()]
-    np.testing.assert_allclose(found, np.stack([images, recall, precision], axis=1))
-    assert table["f"]["recall"] is None
+    found = [[np.nan if value is None else value for value in row.values()] for row in rows]
+    np.testing.assert_allclose(found, np.stack([images, recall, precision, f1], axis=1))
+    assert rows[5]["recall"] is None
 
 
 @pytest.mark.parametrize("k", [1, 20])

@@ -3,7 +3,6 @@
 Shapes: `N` images, `M` training images, `D` features, `K` classes. Classes are 0 … K-1.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,20 +40,32 @@ def intersection_over_union(confusion: NDArray[np.integer]) -> NDArray[np.float6
     return np.divide(right, either, out=np.full(len(right), np.nan), where=either > 0)
 
 
-def class_table(confusion: NDArray[np.integer], classes: Sequence[str], counted: str) -> dict[str, dict[str, Any]]:
-    """Tabulate count, recall and precision of each class from a confusion matrix (K, K), rows the true classes.
+def class_rows(confusion: NDArray[np.integer], counted: str) -> list[dict[str, Any]]:
+    """Return count, recall, precision and F1 of each class (K,) of a confusion matrix (K, K), rows the true classes.
 
     `counted` names what is counted, such as "images". A figure is `None` if its denominator is 0.
     """
-    right, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    return {
-        name: {
-            counted: int(true[k]),
-            "recall": float(right[k] / true[k]) if true[k] else None,
-            "precision": float(right[k] / predicted[k]) if predicted[k] else None,
+    counts = np.stack([confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)], axis=1).tolist()
+    return [
+        {
+            counted: true,
+            "recall": right / true if true else None,
+            "precision": right / predicted if predicted else None,
+            "f1": 2 * right / (true + predicted) if true + predicted else None,
         }
-        for k, name in enumerate(classes)
-    }
+        for right, true, predicted in counts
+    ]
+
+
+def most_confused(confusion: NDArray[np.integer], most: int, *, by_share: bool = False) -> list[tuple[int, int]]:
+    """Return up to `most` pairs (true class, other answer) of a confusion matrix (K, K), the commonest mistake first.
+
+    With `by_share`, a mistake counts as a share of its true class.
+    """
+    true, answer = np.nonzero(confusion)  # few of many classes
+    true, answer = true[true != answer], answer[true != answer]
+    counts = confusion[true, answer] / (confusion.sum(axis=1)[true] if by_share else 1)
+    return [(int(true[place]), int(answer[place])) for place in np.argsort(-counts, kind="stable")[:most]]
 
 
 def knn_predict(

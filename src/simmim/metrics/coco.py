@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simmim.errors import UserError
 
@@ -16,14 +17,16 @@ def average_precision(
     *,
     kind: Literal["bbox", "segm"] = "bbox",
     images: Sequence[int] | None = None,
-) -> tuple[dict[str, float], dict[int, dict[str, float]]]:
+) -> tuple[dict[str, float], dict[int, dict[str, float]], dict[int, NDArray[np.float64]]]:
     """Compute average precision over all classes and for each class by its number; figures are in [0, 1].
 
     `truth` and `detections` have the form of COCO's ground-truth and result JSON; for `segm`, segmentations are run
     lengths. The 100 best detections of an image count. `images` restricts the evaluation to these image numbers.
     Figures: map (IoU 0.5 to 0.95), map50, map75, and map_small, map_medium and map_large (areas below 32² pixels, up to
-    96², above); for a class map and map50. A figure without any object is left out. Raises `UserError` if
-    faster-coco-eval is missing.
+    96², above); for a class map and map50. A figure without any object is left out.
+
+    The third is the precision of each class that has objects, at recalls of 0, 0.01 … 1 (101,) and IoU 0.5: its mean is
+    the class's map50. Raises `UserError` if faster-coco-eval is missing.
     """
     try:
         from faster_coco_eval import COCO, COCOeval_faster
@@ -46,7 +49,8 @@ def average_precision(
         int(number): _present({"map": _mean(precision[:, :, k, 0]), "map50": _mean(precision[0, :, k, 0])})
         for k, number in enumerate(judge.params.catIds)
     }
-    return _present(figures), classes
+    curves = {int(number): precision[0, :, k, 0] for k, number in enumerate(judge.params.catIds)}
+    return _present(figures), classes, {number: curve for number, curve in curves.items() if curve.min() > -1}
 
 
 def _mean(precision: np.ndarray) -> float | None:

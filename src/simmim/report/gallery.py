@@ -19,8 +19,7 @@ from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import sample_keys
 from simmim.metrics.classification import unit_length
-from simmim.report.pictures import data_uri
-from simmim.training.pictures import to_rgb
+from simmim.training.pictures import data_uri, to_rgb
 
 _SIDE = 64  # pixels of a thumbnail among neighbours
 _DOT = 32  # pixels of a thumbnail in the map

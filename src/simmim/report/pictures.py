@@ -1,16 +1,11 @@
 """Pictures of a report: JPEGs inside the page."""
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from simmim.report.facts import Facts
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from simmim.training.pictures import data_uri
 
 _PANELS = 8
 _PANEL_WIDTH = 480
@@ -49,10 +44,3 @@ def spread(files: Sequence[Path], most: int) -> list[Path]:
     if len(files) <= most:
         return list(files)
     return [files[round(number * (len(files) - 1) / (most - 1))] for number in range(most)]
-
-
-def data_uri(picture: "Image", quality: int = 80) -> str:
-    """Encode a picture as a JPEG in a data URI."""
-    held = io.BytesIO()
-    picture.convert("RGB").save(held, format="JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()

@@ -3,14 +3,20 @@
 Shapes: `B` images, `H W` pixels, `C` channels, `K` classes.
 """
 
+import base64
 import colorsys
+import io
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmim.training.run_directory import written_whole
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _HIDDEN = 0.5  # grey of a hidden pixel
 _GAP = 4  # pixels between pictures
@@ -26,6 +32,13 @@ def save_png(picture: NDArray[np.uint8], path: Path) -> None:
 
     with written_whole(path) as aside:
         Image.fromarray(picture).save(aside, format="PNG")
+
+
+def data_uri(picture: "Image", quality: int = 80) -> str:
+    """Encode a picture as a JPEG in a data URI."""
+    held = io.BytesIO()
+    picture.convert("RGB").save(held, format="JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode()
 
 
 def to_rgb(images: NDArray[np.floating]) -> NDArray[np.uint8]:

@@ -93,6 +93,16 @@ class Run:
         return self.path / "model"
 
     @property
+    def evaluation(self) -> Path:
+        """What the report shows of the evaluation of a fine-tuning's `model`."""
+        return self.path / "evaluation.json"
+
+    @property
+    def latest_evaluation(self) -> Path:
+        """The same of the latest evaluation, until its model is kept or not."""
+        return self.path / ".evaluation-latest.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

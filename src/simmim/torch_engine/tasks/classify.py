@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from simmim.data.pipeline import Augment, Reading, train_batches
 from simmim.data.sources import sniff
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
-from simmim.metrics.classification import balanced_accuracy, class_table, confusion_matrix, top1
+from simmim.metrics.classification import balanced_accuracy, class_rows, confusion_matrix, top1
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep
@@ -34,9 +35,12 @@ from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, m
 from simmim.torch_engine.tasks.backbones import create_task_backbone
 from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, evaluation_bad_images
 from simmim.torch_engine.train.storage import save_hub
+from simmim.training.evaluation_record import Worst, confusion_part, short, thumbnail, write_record
 from simmim.training.pictures import captioned, to_rgb
 from simmim.training.plan import Batch, drop_path_numbers
 from simmim.training.run_directory import write_json, written_whole
+
+_WORST, _THUMBNAIL = 24, 160  # wrong answers that a record pictures, and the pixels of a side
 
 
 class ClassifyStep(TaskStep):
@@ -163,21 +167,41 @@ class ClassifyTask:
 
     @torch.no_grad()
     def evaluate(self, step: ClassifyStep, out: Path) -> dict[str, float]:
-        probabilities, indices = self._predict(step, evaluation_bad_images(self.config, self.data.val, out))
+        worst = Worst(_WORST)
+        probabilities, indices = self._predict(step, evaluation_bad_images(self.config, self.data.val, out), worst)
         labels = self.data.val_labels[indices]
         predictions = probabilities.argmax(axis=1)
         classes = len(self.data.classes)
         loss = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).mean()
         matrix = confusion_matrix(labels, predictions, classes)
-        write_tables(matrix, self.data.classes, out)
-        return {
+        rows = class_rows(matrix, "images")
+        write_json(out / "per_class.json", dict(zip(self.data.classes, rows, strict=True)))
+        draw_confusion(matrix, self.data.classes, out / "confusion.png")
+        figures = {
             "val_loss": float(loss),
             "top1": top1(labels, predictions),
             "balanced_accuracy": balanced_accuracy(labels, predictions, classes),
         }
+        write_record(
+            out,
+            figures=figures,
+            images=len(labels),
+            names=self.data.classes,
+            rows=rows,
+            judged_by="f1",
+            worst=worst,
+            wrong=int((labels != predictions).sum()),
+            **confusion_part(matrix, self.data.classes),
+        )
+        return figures
 
-    def _predict(self, step: ClassifyStep, bad_images: BadImages) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Predict class probabilities (N, K) of the readable evaluation images; return their indices (N,) too."""
+    def _predict(
+        self, step: ClassifyStep, bad_images: BadImages, worst: Worst
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Predict class probabilities (N, K) of the readable evaluation images; return their indices (N,) too.
+
+        The surest wrong answers go into `worst`.
+        """
         config = self.config
         assert config.image_size is not None
         probabilities, indices = [], []
@@ -191,9 +215,26 @@ class ClassifyTask:
                 threads=config.workers or cpu_cores(),
                 bad_images=bad_images,
             ):
-                probabilities.append(classify(step.evaluated, step, image))
+                found = classify(step.evaluated, step, image)
+                for number, row, pixels in zip(index.tolist(), found, image, strict=True):
+                    answer, true = int(row.argmax()), int(self.data.val_labels[number])
+                    if answer != true:
+                        worst.offer(float(row[answer]), partial(self._mistake, number, row, pixels))
+                probabilities.append(found)
                 indices.append(index)
         return np.concatenate(probabilities), np.concatenate(indices)
+
+    def _mistake(self, index: int, row: NDArray[np.float32], pixels: NDArray[Any]) -> dict[str, Any]:
+        """Describe a wrong answer for a record: class probabilities (K,) of what was seen of an image (H, W, C)."""
+        classes, true = self.data.classes, self.data.val_labels[index]
+        return {
+            "name": short(self.data.val.name(index)),
+            "true": short(classes[true]),
+            "true_probability": float(row[true]),
+            "answer": short(classes[row.argmax()]),
+            "probability": float(row.max()),
+            **thumbnail(to_rgb(pixels[None] / np.float32(255))[0], _THUMBNAIL),
+        }
 
     def save(self, step: ClassifyStep, directory: Path) -> None:
         model = step.evaluated
@@ -260,14 +301,13 @@ def classify(backbone: nn.Module, pixels: PixelStep, images: NDArray[Any]) -> ND
     return logits.float().softmax(dim=1).cpu().numpy()
 
 
-def write_tables(matrix: NDArray[np.int64], classes: tuple[str, ...], out: Path) -> None:
-    """Write `per_class.json` and `confusion.png` of a confusion matrix (K, K), whose rows are the true classes."""
+def draw_confusion(matrix: NDArray[np.int64], classes: tuple[str, ...], file: Path) -> None:
+    """Draw a confusion matrix (K, K), whose rows are the true classes, as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    write_json(out / "per_class.json", class_table(matrix, classes, "images"))
     side = min(4 + 0.3 * len(classes), 24)
     figure, axes = plt.subplots(figsize=(side, side), layout="constrained")
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -280,7 +320,7 @@ def write_tables(matrix: NDArray[np.int64], classes: tuple[str, ...], out: Path)
         for row, column in np.ndindex(*matrix.shape):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    with written_whole(out / "confusion.png") as path:
+    with written_whole(file) as path:
         figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 

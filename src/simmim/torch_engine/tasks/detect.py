@@ -4,6 +4,8 @@ Shapes: `B` images, `C` channels, `H W` pixels, `n` objects of an image, `K` cla
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +31,19 @@ from simmim.data.sources import read_raw, sniff
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import sample_keys
+from simmim.metrics.boxes import match_boxes
 from simmim.metrics.coco import average_precision
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, evaluation_bad_images
 from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detector, save_detector
 from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
-from simmim.training.pictures import save_png
+from simmim.training.evaluation_record import Worst, short, thumbnail, write_record
+from simmim.training.pictures import save_png, to_rgb
 from simmim.training.plan import Batch, drop_path_numbers
 from simmim.training.run_directory import write_json
 
-_PICTURED = 8  # evaluation images in detections.png
+_PICTURED = 8  # evaluation images in detections.png, and in a record
+_THUMBNAIL, _BOXES = 320, 6  # pixels of a side, and boxes of a kind, of an image in a record
 DRAWN_SCORE = 0.3  # what is found with less is not drawn
 
 
@@ -99,9 +104,9 @@ class DetectTask:
         found = self._find(step, evaluation_bad_images(self.config, self.data.val, out))
         results = [result for index, things in found.items() for result in coco_results(things, index + 1)]
         images = [index + 1 for index in found]
-        figures, classes = average_precision(self.data.truth, results, images=images)
+        figures, classes, curves = average_precision(self.data.truth, results, images=images)
         if step.finds_masks:
-            more, more_classes = average_precision(self.data.truth, results, kind="segm", images=images)
+            more, more_classes, _ = average_precision(self.data.truth, results, kind="segm", images=images)
             figures |= {f"segm_{name}": value for name, value in more.items()}
             for number, values in more_classes.items():
                 classes[number] |= {f"segm_{name}": value for name, value in values.items()}
@@ -110,7 +115,73 @@ class DetectTask:
         chosen = np.linspace(0, len(found) - 1, _PICTURED).astype(int)
         pairs = [self._pair(index, found[index]) for index in (list(found)[place] for place in np.unique(chosen))]
         save_png(side_by_side(pairs, ("truth", "found")), out / "detections.png")
+        self._record(out, figures, classes, curves, found)
         return figures
+
+    def _record(
+        self,
+        out: Path,
+        figures: dict[str, float],
+        classes: dict[int, dict[str, float]],
+        curves: dict[int, NDArray[np.float64]],
+        found: dict[int, Found],
+    ) -> None:
+        """Write the record of an evaluation: of each class its curve, and the images with the most mistakes."""
+        names, every = self.data.classes, self.data.val.objects
+        objects = np.bincount(np.concatenate([every[index].labels for index in found]), minlength=len(names))
+        worst, wrong = Worst(_PICTURED), 0
+        for index, things in found.items():
+            shown = things.scores >= DRAWN_SCORE
+            boxes, labels = things.boxes[shown], things.labels[shown]
+            right, seen = match_boxes(boxes, labels, every[index].boxes, every[index].labels)
+            if mistakes := int((~right).sum() + (~seen).sum()):
+                wrong += 1
+                kinds = np.where(right, "right", "wrong").tolist()
+                marks = [
+                    *zip(repeat("missed"), every[index].boxes[~seen], every[index].labels[~seen], repeat(None)),
+                    *zip(kinds, boxes, labels, things.scores[shown], strict=True),
+                ]
+                worst.offer(mistakes, partial(self._describe, index, marks))
+        numbered = [(curves.get(number), classes[number]) for number in range(1, len(names) + 1)]
+        precisions = [name for name in ("map", "map50", "segm_map", "segm_map50") if name in figures]
+        write_record(
+            out,
+            figures=figures,
+            images=len(found),
+            names=names,
+            rows=[
+                {"objects": int(count), **{name: values.get(name) for name in precisions}, "curve": _rounded(curve)}
+                for count, (curve, values) in zip(objects, numbered, strict=True)
+            ],
+            judged_by="map",
+            worst=worst,
+            wrong=wrong,
+            curve=_rounded(np.mean(list(curves.values()), axis=0)) if curves else None,
+            drawn_score=DRAWN_SCORE,
+            drawn_boxes=_BOXES,
+        )
+
+    def _describe(self, index: int, marks: Sequence[tuple[str, NDArray[Any], int, float | None]]) -> dict[str, Any]:
+        """Describe an image for a record: its picture, with `_BOXES` boxes of each kind in pixels of it, best first."""
+        image = decode(read_raw(self.data.val, index), channels=self.config.channels, dtype=np.uint8)
+        small = thumbnail(to_rgb(image[None] / np.float32(255))[0], _THUMBNAIL)
+        zoom = small["width"] / image.shape[1]
+        of_kind = {kind: [mark for mark in marks if mark[0] == kind] for kind in ("missed", "right", "wrong")}
+        return {
+            "name": short(self.data.val.name(index)),
+            "boxes": [
+                {
+                    "kind": kind,
+                    "label": short(self.data.classes[label]),
+                    "score": None if score is None else float(score),
+                }
+                | {"box": [round(zoom * float(side), 1) for side in box]}
+                for marked in of_kind.values()
+                for kind, box, label, score in marked[:_BOXES]
+            ],
+            **{f"{kind}_count": len(marked) for kind, marked in of_kind.items()},
+            **small,
+        }
 
     def _find(self, step: DetectStep, bad_images: BadImages) -> dict[int, Found]:
         """Find the objects in each evaluation image that can be read."""
@@ -181,6 +252,10 @@ def ground(config: DetectConfig) -> tuple[int, ...]:
     """Return the colour around images that do not fill their letterbox: the mean, which normalises to 0."""
     assert isinstance(config.mean, tuple)
     return tuple(round(255 * mean) for mean in config.mean)
+
+
+def _rounded(curve: NDArray[np.float64] | None) -> list[float] | None:
+    return None if curve is None else curve.round(3).tolist()
 
 
 def coco_results(found: Found, image_id: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Shapes: `H W` pixels, `C` channels, `K` classes.
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,25 @@ from simmim.config.validation import from_settings
 from simmim.data.augment import load
 from simmim.data.decode import Raw, decode
 from simmim.data.evaluation import readable_batches
-from simmim.data.labelled.segmentation import IGNORE, SegmentationImages, crop_mask, open_segmentation
+from simmim.data.labelled.segmentation import IGNORE, Mask, SegmentationImages, crop_mask, open_segmentation
 from simmim.data.pipeline import Reading, Sample, sample_batches
 from simmim.data.sources import read_raw, sniff
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import sample_keys
-from simmim.metrics.classification import class_table, confusion_matrix, intersection_over_union
+from simmim.metrics.classification import class_rows, confusion_matrix, intersection_over_union
 from simmim.torch_engine.tasks.augment import ColourJitter
 from simmim.torch_engine.tasks.base import TaskSpec, TaskStep, evaluation_bad_images, save_model
 from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, build_segment_step, to_picture, windows
-from simmim.training.pictures import class_panel, save_png
+from simmim.training.evaluation_record import Worst, confusion_part, short, thumbnail, write_record
+from simmim.training.pictures import class_colours, class_panel, lay_classes, save_png
 from simmim.training.plan import Batch, drop_path_numbers
 from simmim.training.run_directory import write_json
 
 # What of a configuration a saved model is built from again.
 _BUILT_FROM = ("model", "model_args", "image_size", "channels", "mean", "std", "evaluation", "decoder_channels")
 _OVERLAYS = 8  # evaluation images that are drawn
+_WORST, _THUMBNAIL, _LEGEND = 12, 200, 8  # images that a record pictures, pixels of a side, classes named below each
 
 
 class SegmentTask:
@@ -99,7 +102,7 @@ class SegmentTask:
 
     def evaluate(self, step: SegmentStep, out: Path) -> dict[str, float]:
         predictor = SegmentPredictor(step, self.config, self.data.classes, self.dtype)
-        classes = len(self.data.classes)
+        classes, images, worst = len(self.data.classes), 0, Worst(_WORST)
         matrix = np.zeros((classes, classes), np.int64)
         drawn = np.linspace(0, len(self.data.val) - 1, min(_OVERLAYS, len(self.data.val))).round().astype(int)
 
@@ -108,23 +111,56 @@ class SegmentTask:
 
         batch_size, threads = self.config.batch_size, self.config.workers or cpu_cores()
         bad_images = evaluation_bad_images(self.config, self.data.val, out)
-        for indices, images in readable_batches(
+        for indices, pixels in readable_batches(
             self.data.val, read, batch_size=batch_size, threads=threads, bad_images=bad_images
         ):
-            for index, image, predicted in zip(indices, images, predictor.masks(images), strict=True):
+            for index, image, predicted in zip(indices, pixels, predictor.masks(pixels), strict=True):
                 true = self.data.val_mask(index)
                 judged = true != IGNORE
-                matrix += confusion_matrix(true[judged], predicted[judged], classes)
+                found = confusion_matrix(true[judged], predicted[judged], classes)
+                matrix += found
+                images += 1
+                if judged.any():
+                    iou = float(np.nanmean(intersection_over_union(found)))
+                    if iou < 1:
+                        worst.offer(-iou, partial(self._picture, index, iou, image, true, predicted))
                 if index in drawn:
                     name = f"{index}-{Path(self.data.val.name(index)).stem}.png"
                     save_png(class_panel(to_picture(image), true, predicted, classes), out / "overlays" / name)
-        table, ious = class_table(matrix, self.data.classes, "pixels"), intersection_over_union(matrix)
-        for row, iou in zip(table.values(), ious.tolist(), strict=True):
+        rows, ious = class_rows(matrix, "pixels"), intersection_over_union(matrix)
+        for row, iou in zip(rows, ious.tolist(), strict=True):
             row["iou"] = None if math.isnan(iou) else iou
-        write_json(out / "per_class.json", table)
-        return {
+        write_json(out / "per_class.json", dict(zip(self.data.classes, rows, strict=True)))
+        figures = {
             "miou": float(np.nanmean(ious)),
             "pixel_accuracy": float(matrix.diagonal().sum() / matrix.sum()),
+        }
+        write_record(
+            out,
+            figures=figures,
+            images=images,
+            names=self.data.classes,
+            rows=rows,
+            judged_by="iou",
+            worst=worst,
+            **confusion_part(matrix, self.data.classes, by_share=True),
+        )
+        return figures
+
+    def _picture(self, index: int, iou: float, image: NDArray[Any], true: Mask, predicted: Mask) -> dict[str, Any]:
+        """Describe an image for a record: the picture, its true and its predicted classes, each at most 200 pixels."""
+        names, seen = self.data.classes, to_picture(image)
+        counts = np.bincount(np.concatenate((true[true != IGNORE], predicted.ravel())), minlength=len(names))
+        shown = [int(k) for k in np.argsort(-counts, kind="stable")[:_LEGEND] if counts[k]]
+        colours = class_colours(len(names))
+        return {
+            "name": short(self.data.val.name(index)),
+            "iou": iou,
+            "panels": [
+                thumbnail(picture, _THUMBNAIL)
+                for picture in (seen, lay_classes(seen, true, len(names)), lay_classes(seen, predicted, len(names)))
+            ],
+            "legend": [[short(names[k]), "#" + bytes(colours[k]).hex()] for k in shown],
         }
 
     def save(self, step: SegmentStep, directory: Path) -> None:

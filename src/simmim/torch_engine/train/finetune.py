@@ -94,10 +94,14 @@ class FinetuneSession(Session):
         best = read_figures(self.run).get("best", {})
         name = self.task.best_figure
         # `not <=` and not `>`: a resumed run comes past the step of its best figure again, and keeps the first.
+        latest = self.run.latest_evaluation
         if not best or best["step"] > done or not figures[name] <= best[name]:
             best = {"step": done, **figures}
             self.task.save(self.step, self.run.model)
             mark_task(self.run.model, self.plan.config.task)
+            if latest.exists():  # a task of your own need not write one
+                latest.replace(self.run.evaluation)
+        latest.unlink(missing_ok=True)
         write_json(self.run.path / "metrics.json", {**figures, "step": done, "best": best})
         return figures
 
