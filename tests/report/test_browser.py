@@ -53,8 +53,8 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A real run with labels, a collapsed run, and three runs side by side."""
+def pages(tmp_path_factory: pytest.TempPathFactory, tuned: dict[str, Path]) -> dict[str, Path]:
+    """A real run with labels, a collapsed run, three runs side by side, and a fine-tuning of each task."""
     folder = tmp_path_factory.mktemp("pages")
     run = simmim.pretrain(**TINY | {"steps": 30, "picture_every_steps": 10}, out=str(folder / "run"))
     rng = np.random.default_rng(0)
@@ -75,11 +75,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ),
         "collapsed": ReportConfig(runs=(several[0],), out=str(folder / "collapsed.html")),
         "several": ReportConfig(runs=(str(run.path), *several), out=str(folder / "several.html")),
+        "tuned": ReportConfig(runs=tuple(map(str, tuned.values())), out=str(folder / "tuned.html")),
     }
     return {kind: report(config) for kind, config in made.items()}
 
 
-@pytest.mark.parametrize("kind", ["labels", "collapsed", "several"])
+@pytest.mark.parametrize("kind", ["labels", "collapsed", "several", "tuned"])
 @pytest.mark.parametrize(("width", "scheme"), [(1200, "light"), (390, "dark"), (390, "light")])
 def test_a_page_is_readable_and_asks_for_nothing(
     browser: Any, pages: dict[str, Path], kind: str, width: int, scheme: str, tmp_path: Path
@@ -162,4 +163,39 @@ def test_the_map_shows_images_and_finds_names(browser: Any, pages: dict[str, Pat
     assert 0 < figure.locator("circle:not(.faint)").count() < 60
     figure.locator("input").fill("no such name")
     assert name.inner_text() == "no name has no such name" and figure.locator("circle:not(.faint)").count() == 0
+    page.close()
+
+
+def test_a_confusion_matrix_is_read_by_pointer_and_by_keys(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 900})
+    page.goto(pages["tuned"].as_uri())
+    figure = page.locator(".matrix").first
+    reading = figure.locator(".reading")
+    figure.focus()
+    page.keyboard.press("ArrowDown")
+    assert re.fullmatch(r"<script>alert\(1\)</script> is right: \d+ of 10 images \([\d.]+ %\)", reading.inner_text())
+    page.keyboard.press("ArrowDown")
+    assert reading.inner_text().startswith("b & 'b' is taken for <script>alert(1)</script>: ")
+    drawn = figure.locator("svg").bounding_box()
+    figure.locator("svg").hover(position={"x": drawn["width"] - 12, "y": drawn["height"] - 12})
+    assert reading.inner_text().startswith("c is right: ")
+    page.close()
+
+
+def test_a_table_of_classes_is_sorted_by_its_headings(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto(pages["tuned"].as_uri())
+    table = page.locator("table.classes").nth(1)  # of the segmentation
+    column = [heading.inner_text().split()[0] for heading in table.locator("thead th").all()].index("pixels")
+
+    def counts() -> list[int]:
+        cells = [row.locator("td").nth(column - 1).inner_text() for row in table.locator("tbody tr").all()]
+        return [int(cell.replace(",", "")) for cell in cells]
+
+    table.get_by_role("button", name="pixels").focus()
+    page.keyboard.press("Enter")
+    assert counts() == sorted(counts())
+    page.keyboard.press("Enter")
+    assert counts() == sorted(counts(), reverse=True)
+    assert table.locator("[aria-sort=descending]").inner_text().startswith("pixels")
     page.close()

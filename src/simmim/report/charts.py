@@ -4,6 +4,7 @@ A chart is readable without the script, and when it is printed.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from simmim.report.facts import Point, thinned
 
 WIDTH, HEIGHT = 640, 230
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 26
+STEP = "step #"
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Chart:
     title: str
     lines: Sequence[Line]
     logarithmic: bool = False
+    place: str = STEP
+    """What is read at a place of the horizontal axis, `#` the number."""
 
     @property
     def first(self) -> int:
@@ -67,6 +71,11 @@ class Chart:
         ]
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
+    def summary(self, line: Line) -> float:
+        """Return what the legend says of a curve: its last value, or over recall the mean, which is AP50."""
+        values = [value for _, value in line.points]
+        return values[-1] if self.place == STEP else statistics.mean(values)
+
     @property
     def value_ticks(self) -> list[tuple[float, str]]:
         """Return (y, label) of some round values."""
@@ -86,10 +95,12 @@ class Chart:
     def data(self) -> dict[str, Any]:
         """Return what the script needs."""
         lines = [{"name": line.name, "colour": line.colour, "points": line.points} for line in self.lines]
-        return {"lines": lines, "log": self.logarithmic}
+        return {"lines": lines, "log": self.logarithmic, "place": self.place}
 
 
-def chart(title: str, curves: Sequence[tuple[str, list[Point]]], *, logarithmic: bool = False) -> Chart | None:
+def chart(
+    title: str, curves: Sequence[tuple[str, list[Point]]], *, logarithmic: bool = False, place: str = STEP
+) -> Chart | None:
     """Make a chart of named curves; `None` if all are empty. Values not above 0 keep the axis linear."""
     lines = [
         Line(name, [(step, float(f"{value:.5g}")) for step, value in thinned(points)], number)
@@ -99,7 +110,7 @@ def chart(title: str, curves: Sequence[tuple[str, list[Point]]], *, logarithmic:
     if not lines:
         return None
     positive = all(value > 0 for line in lines for _, value in line.points)
-    return Chart(title, lines, logarithmic and positive)
+    return Chart(title, lines, logarithmic and positive, place)
 
 
 def ticks(low: float, high: float, most: int = 5, least: float = 0) -> list[float]:

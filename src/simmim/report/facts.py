@@ -95,6 +95,18 @@ class Facts:
         points = self.series.get(name)
         return points[-1][1] if points else None
 
+    @cached_property
+    def kept(self) -> dict[str, float]:
+        """The step and the figures of the model that a fine-tuning keeps; `{}` before its first evaluation."""
+        try:
+            return read_json(self.run.path / "metrics.json").get("best", {})
+        except ValueError:
+            return {}
+
+    def figure(self, name: str) -> float | None:
+        """Return a figure of the model that is kept, or as it was logged last."""
+        return self.kept.get(name, self.last(name))
+
     def seconds(self) -> float | None:
         """Estimate the seconds of training: images over the logged speed; evaluations and saving are left out."""
         speeds = [value for _, value in self.series.get("images_per_second", []) if value > 0]

@@ -22,7 +22,7 @@ function ticks(low, high, most, least = 0) {
 const short = (value) => Number(value.toPrecision(4)).toString();
 
 function enliven(figure) {
-  const { lines, log } = JSON.parse(figure.querySelector("script").textContent);
+  const { lines, log, place: where } = JSON.parse(figure.querySelector("script").textContent);
   const svg = figure.querySelector("svg"), reading = figure.querySelector(".reading");
   const steps = [...new Set(lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
   const whole = [steps[0], Math.max(steps.at(-1), steps[0] + 1)];
@@ -64,7 +64,7 @@ function enliven(figure) {
     at = steps.reduce((best, each) => (Math.abs(each - step) < Math.abs(best - step) ? each : best));
     at = within(at);
     const found = lines.map((line) => line.name + " " + short(line.points.reduce((best, each) => (Math.abs(each[0] - at) < Math.abs(best[0] - at) ? each : best))[1]));
-    reading.textContent = "step " + at.toLocaleString("en") + ": " + found.join(", ");
+    reading.textContent = where.replace("#", at.toLocaleString("en")) + ": " + found.join(", ");
     draw();
   }
 
@@ -99,6 +99,61 @@ function enliven(figure) {
 }
 
 document.querySelectorAll(".chart").forEach(enliven);
+
+// Confusion matrices: read a square by pointer or arrow keys.
+document.querySelectorAll(".matrix").forEach((figure) => {
+  const { margin, cell, names, counts, totals, counted } = JSON.parse(figure.querySelector("script").textContent);
+  const svg = figure.querySelector("svg"), reading = figure.querySelector(".reading");
+  const mark = make("rect", { class: "at", width: cell, height: cell, visibility: "hidden" });
+  let row = 0, column = 0, read = false;
+  svg.append(mark);
+
+  function show() {
+    read = true;
+    const count = counts[row][column], share = totals[row] ? Math.round((1000 * count) / totals[row]) / 10 : 0;
+    const what = row === column ? names[row] + " is right" : names[row] + " is taken for " + names[column];
+    reading.textContent = what + ": " + count.toLocaleString("en") + " of " + totals[row].toLocaleString("en") + " " + counted + " (" + share + " %)";
+    for (const [name, value] of Object.entries({ x: margin + column * cell, y: margin + row * cell, visibility: "visible" })) mark.setAttribute(name, value);
+  }
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const [down, over] = [event.clientY - box.top, event.clientX - box.left].map((place) => Math.floor((place - margin) / cell));
+    if (down < 0 || over < 0 || down >= names.length || over >= names.length) return;
+    [row, column] = [down, over];
+    show();
+  });
+  figure.addEventListener("keydown", (event) => {
+    const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+    if (!move) return;
+    const within = (place) => Math.min(Math.max(place, 0), names.length - 1);
+    if (read) [row, column] = [within(row + move[0]), within(column + move[1])];
+    show();
+    mark.scrollIntoView({ block: "nearest", inline: "nearest" });
+    event.preventDefault();
+  });
+});
+
+// Tables of classes: a heading sorts by its column.
+document.querySelectorAll(".classes").forEach((table) => {
+  const headings = [...table.querySelectorAll("thead th")], body = table.tBodies[0];
+  const value = (row, column) => {
+    const text = row.cells[column].textContent, number = Number(text.replaceAll(",", ""));
+    return column === 0 ? text : text === "–" ? Infinity : number;
+  };
+  headings.forEach((heading, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...heading.childNodes);
+    heading.append(button);
+    button.addEventListener("click", () => {
+      const sign = heading.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+      headings.forEach((each) => each.removeAttribute("aria-sort"));
+      heading.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+      const order = (a, b) => (column === 0 ? sign * a.localeCompare(b) : a === b ? 0 : b === Infinity ? -1 : a === Infinity ? 1 : sign * (a - b));
+      body.append(...[...body.rows].sort((a, b) => order(value(a, column), value(b, column))));
+    });
+  });
+});
 
 document.querySelectorAll(".panels").forEach((figure) => {
   const images = figure.querySelectorAll("img"), output = figure.querySelector("output");

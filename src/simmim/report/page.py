@@ -17,6 +17,7 @@ from simmim.config.field_types import Word
 from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.report.charts import Chart, chart
+from simmim.report.evaluation import FIGURE_NAMES, Evaluation, compare_classes, read_evaluation
 from simmim.report.facts import Facts, Point, part_mean
 from simmim.report.gallery import Gallery, make_gallery
 from simmim.report.labels import Judged, judge_by_labels
@@ -40,11 +41,7 @@ _NAMES = {
     "knn_top1": "k-NN",
     "knn_balanced_accuracy": "k-NN, balanced over classes",
     "knn_raw_pixels": "k-NN of raw pixels",
-    "top1": "top-1",
-    "balanced_accuracy": "balanced accuracy",
-    "miou": "mIoU",
-    "map": "AP",
-    "map50": "AP50",
+    **{name: FIGURE_NAMES[name] for name in ("top1", "balanced_accuracy", "miou", "pixel_accuracy", "map", "map50")},
 }
 _BYTES = 5_000_000
 
@@ -76,6 +73,8 @@ class Section:
     charts: list[Chart]
     panels: list[Panel]
     gallery: Gallery | None
+    evaluation: Evaluation | str | None
+    """Of a fine-tuning; or why it is not there."""
     about: dict[str, str]
 
 
@@ -106,8 +105,16 @@ def section(facts: Facts, config: ReportConfig) -> Section:
     judged = judge_by_labels(run, config.labels) if config.labels and encoder else []
     gallery = make_gallery(run, config.data, most=config.images) if config.data and encoder else None
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
-    findings = judge(facts, judged)
-    return Section(facts, findings, judged, charts, reconstructions(facts), gallery, dict(about(facts)))
+    return Section(
+        facts=facts,
+        findings=judge(facts, judged),
+        judged=judged,
+        charts=charts,
+        panels=reconstructions(facts),
+        gallery=gallery,
+        evaluation=read_evaluation(facts),
+        about=dict(about(facts)),
+    )
 
 
 def _curves(facts: Facts, names: Sequence[str]) -> list[tuple[str, list[Point]]]:
@@ -168,7 +175,7 @@ def comparison(sections: Sequence[Section], names: Sequence[str]) -> dict[str, A
     differing = {key: [found.get(key, "") for found in settings] for key in keys}
     differing = {key: values for key, values in differing.items() if len(set(values)) > 1}
     figures = ("knn_top1", "top1", "miou", "map", "val_loss", "loss")
-    shared = [name for name in figures if any(each.facts.last(name) is not None for each in sections)]
+    shared = [name for name in figures if any(each.facts.figure(name) is not None for each in sections)]
     drawn = [
         chart(title, [(name, each.facts.series.get(_first(names_, sections), [])) for name, each in
                       zip(names, sections, strict=True)], logarithmic=log)
@@ -176,7 +183,9 @@ def comparison(sections: Sequence[Section], names: Sequence[str]) -> dict[str, A
     ]  # fmt: skip
     return {
         "differing": differing,
-        "figures": [(_NAMES.get(name, name), [each.facts.last(name) for each in sections]) for name in shared],
+        "figures": [(_NAMES.get(name, name), [each.facts.figure(name) for each in sections]) for name in shared],
+        "kept": any(each.facts.kept for each in sections),
+        "classes": compare_classes([each.evaluation for each in sections]),
         "order": _order(sections, shared),
         "charts": [each for each in drawn if each],
     }
@@ -191,12 +200,12 @@ def _order(sections: Sequence[Section], shared: Sequence[str]) -> list[int]:
     """Return the runs' numbers, the best first where all were trained for the same; else as they were given."""
     numbers = list(range(len(sections)))
     trained_for = {(each.facts.task, str(getattr(each.facts.config, "objectives", ""))) for each in sections}
-    name = next((name for name in shared if all(each.facts.last(name) is not None for each in sections)), None)
+    name = next((name for name in shared if all(each.facts.figure(name) is not None for each in sections)), None)
     if len(trained_for) > 1 or name is None:
         return numbers
     if name != "loss":
         sign = 1 if name == "val_loss" else -1
-        return sorted(numbers, key=lambda i: sign * sections[i].facts.series[name][-1][1])
+        return sorted(numbers, key=lambda i: sign * (sections[i].facts.figure(name) or 0))
     return sorted(numbers, key=lambda i: part_mean(sections[i].facts.series["loss"], 0.9, 1))
 
 
