@@ -124,11 +124,15 @@ class Evaluation:
     def columns(self) -> list[tuple[str, str]]:
         """Return key and heading of the columns of the table of classes."""
         row = self.record["classes"][0]
-        return [(key, FIGURE_NAMES.get(key, key)) for key in row if key not in ("name", "curve")]
+        return [(key, figure_name(key)) for key in row if key not in ("name", "curve")]
 
     @property
     def judged_by(self) -> str:
         return FIGURE_NAMES[self.record["judged_by"]]
+
+
+def figure_name(key: str) -> str:
+    return FIGURE_NAMES.get(key, key)
 
 
 def read_evaluation(facts: Facts) -> Evaluation | str | None:
@@ -153,7 +157,7 @@ def read_evaluation(facts: Facts) -> Evaluation | str | None:
     return Evaluation(
         record=record,
         step=step,
-        figures=[(FIGURE_NAMES.get(name, name), value, facts.last(name)) for name, value in record["figures"].items()],
+        figures=[(figure_name(name), value, facts.last(name)) for name, value in record["figures"].items()],
         matrix=Matrix(**confusion, counted=counted) if confusion else None,
         curves=_curves(record),
     )

@@ -91,7 +91,7 @@ def confusion_part(confusion: NDArray[np.integer], names: Sequence[str], *, by_s
     ]
     return {
         "confusion": {
-            "names": [short(names[number]) for number in kept.tolist()],
+            "names": [short(names[int(number)]) for number in kept],
             "counts": confusion[np.ix_(kept, kept)].tolist(),
             "totals": totals[kept].tolist(),
         },
