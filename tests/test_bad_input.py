@@ -267,7 +267,7 @@ def test_reconstructing_a_target_that_is_no_picture_is_refused(here, capsys):
     assert main(tiny("--out gradients --target hog")) == 0
     capsys.readouterr()
     assert error_of(["reconstruct", "gradients", "images"], capsys) == (
-        "target hog of gradients shows no picture; reconstruct needs a target of pixels"
+        "target hog of gradients shows no picture; add --features to draw its features"
     )
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import simmim
 from simmim.config.pretraining import PretrainConfig
 from simmim.errors import TrainingDivergedError
 from simmim.training.loop import Event, Loop, Outcome
+from simmim.training.meter import Meter
 from simmim.training.run_directory import Run
 
 
@@ -27,6 +29,7 @@ class Diary:
         self.start, self.bad_steps = start, set(bad)
         self.bad = 0
         self.done: list[str] = []
+        self.meter = Meter()
         self.closed = False
         self.components: dict[str, float] = {}
         self.signals: dict[int, list[int]] = {}
@@ -164,7 +167,7 @@ def test_in_python_a_training_that_was_stopped_does_not_pass_for_a_finished_one(
     monkeypatch.setattr("simmim.engines.pretrain", lambda config: stopped)
     with pytest.raises(error):
         simmim.pretrain(data="demo", out=str(tmp_path))
-    monkeypatch.setattr("simmim.torch_engine.train.finetune.finetune", lambda config: stopped)
+    monkeypatch.setattr("simmim.torch_engine.train.finetune.finetune", lambda config, watch: stopped)
     with pytest.raises(error):
         simmim.finetune("segment", data="demo", out=str(tmp_path))
 
@@ -191,3 +194,63 @@ def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path, capsy
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "")
     assert engine.done[-1] == "save 10"
+
+
+class HostMeter(Meter):
+    """Of an engine whose device waits when its process does."""
+
+    def waited(self, waits: Sequence[float]) -> float:
+        return sum(waits)
+
+
+class SlowReader(Diary):
+    """Waits for each batch as long as it trains on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meter = HostMeter()
+
+    def batches(self, start_step: int) -> Iterator[int]:
+        for batch in super().batches(start_step):
+            time.sleep(0.01)
+            yield batch
+
+    def update(self, step: int, batch: int) -> tuple[float, Any]:
+        time.sleep(0.01)
+        return super().update(step, batch)
+
+
+def test_lines_of_progress_have_what_their_steps_took(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    loop(SlowReader(), tmp_path).fit()
+    elapsed = time.monotonic() - begun
+    logged = {row["step"]: row for row in rows(tmp_path) if "input_wait" in row}
+    assert [*logged] == [3, 4, 6, 8, 9, 10]
+    assert all(0.2 < row["input_wait"] < 0.8 for row in logged.values())
+    assert 0.1 < sum(row["wall_seconds"] for row in logged.values()) <= elapsed + 0.1
+    assert all(0.01 < row["process_memory_gib"] < 100 for row in logged.values())
+
+
+def test_an_engine_that_runs_ahead_of_its_device_says_nothing_of_waiting(tmp_path: Path) -> None:
+    loop(Diary(), tmp_path).fit()
+    assert not any("input_wait" in row for row in rows(tmp_path))
+
+
+def test_after_save_is_called_between_checkpoints_on_the_main_process_alone(tmp_path: Path) -> None:
+    engine, called = Diary(), []
+    loop(engine, tmp_path, after_save=lambda: called.append(engine.done[-1])).fit()
+    assert called == ["save 4", "save 8"]  # not the last, after which the training ends
+    engine = Diary()
+    engine.is_main = False
+    loop(engine, tmp_path, after_save=lambda: 1 / 0).fit()
+
+
+def test_what_is_drawn_before_training_is_drawn_for_new_runs_alone(tmp_path: Path) -> None:
+    def steps(start: int) -> list[int]:
+        called: list[int] = []
+        event = Event(every_steps=5, call=lambda done: called.append(done) or {}, before_training=True)
+        loop(Diary(start=start), tmp_path, events=[event]).fit()
+        return called
+
+    assert steps(0) == [0, 5, 10]
+    assert steps(5) == [10]

@@ -40,7 +40,7 @@ def _pretrain(config: "PretrainConfig") -> int:
 
 
 def reconstruct(argv: list[str]) -> int:
-    """Draw original, masked and reconstructed images side by side"""
+    """Draw original, masked and reconstructed images side by side, or features as colours"""
     from tyro.conf import Positional, arg
 
     from simmim.commands.reconstruct import reconstruct
@@ -57,6 +57,8 @@ def reconstruct(argv: list[str]) -> int:
         """Maximum number of images."""
         seed: int = 0
         """Seed for masks and for drawing images."""
+        features: bool = False
+        """Draw features as colours (three principal axes) instead; for a run of any objective."""
 
     print(reconstruct(**vars(parse(Command, "reconstruct", argv))))
     return 0

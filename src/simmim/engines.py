@@ -6,6 +6,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import FinetuneConfig
 from simmim.training.loop import Outcome
 from simmim.training.run_directory import Run
+from simmim.training.session import Watch
 
 
 def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
@@ -17,14 +18,20 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         from simmim.keras_engine.pretrain import pretrain
     else:
         from simmim.torch_engine.train.pretrain import pretrain
-    return _reported(*pretrain(config))
+    return _reported(*pretrain(config, _live_report()))
 
 
 def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
     """Fine-tune, or resume, and write the report; see `simmim.finetune`."""
     from simmim.torch_engine.train.finetune import finetune
 
-    return _reported(*finetune(config))
+    return _reported(*finetune(config, _live_report()))
+
+
+def _live_report() -> Watch:
+    from simmim.report.live import LiveReport
+
+    return LiveReport()
 
 
 def _reported(run: Run, outcome: Outcome) -> tuple[Run, Outcome]:

@@ -58,6 +58,7 @@ KERAS = {
 }
 
 _EVERY_STEP = {"step", "epoch", "loss", "lr", "grad_norm", "images_per_second"}
+_MEASURED = {"wall_seconds", "input_wait", "process_memory_gib"}
 
 
 def machine() -> dict[str, str]:
@@ -129,7 +130,7 @@ def record(run: Path) -> dict[str, Any]:
         "learning_rates": [row["lr"] for row in rows],
     }
     # The components of a loss came after version 0.1, which wrote the records; the loss is their sum.
-    names = [name for name in rows[-1] if name not in _EVERY_STEP and not name.startswith("loss/")]
+    names = [name for name in rows[-1] if name not in _EVERY_STEP | _MEASURED and not name.startswith("loss/")]
     figures = {name: rows[-1][name] for name in names}
     if "val_loss" in figures:
         found["val_loss"] = figures.pop("val_loss")

@@ -130,14 +130,17 @@ def test_charts_are_read_and_zoomed_by_pointer_and_by_keys(browser: Any, pages: 
     page.close()
 
 
-def test_the_slider_shows_the_reconstructions_of_a_step(browser: Any, pages: dict[str, Path]) -> None:
+def test_each_slider_shows_the_pictures_of_a_step(browser: Any, pages: dict[str, Path]) -> None:
     page = browser.new_page()
     page.goto(pages["labels"].as_uri())
-    assert page.locator(".panels img:visible").get_attribute("data-step") == "30"
-    page.locator(".panels input").focus()
-    page.keyboard.press("Home")
-    assert page.locator(".panels img:visible").get_attribute("data-step") == "10"
-    assert page.locator(".panels output").inner_text() == "10"
+    assert page.locator(".panels").count() == 2
+    for number, first in enumerate(("10", "0")):  # reconstructions; features, which are drawn before training too
+        panels = page.locator(".panels").nth(number)
+        assert panels.locator("img:visible").get_attribute("data-step") == "30"
+        panels.locator("input").focus()
+        page.keyboard.press("Home")
+        assert panels.locator("img:visible").get_attribute("data-step") == first
+        assert panels.locator("output").inner_text() == first
     page.close()
 
 
@@ -146,7 +149,7 @@ def test_the_page_says_all_without_its_script(browser: Any, pages: dict[str, Pat
     page = context.new_page()
     page.goto(pages["labels"].as_uri())
     assert page.locator("polyline").count() >= 3
-    assert page.locator(".panels img:visible").count() == 1
+    assert page.locator(".panels img:visible").count() == 2  # the last of each kind
     context.close()
 
 

@@ -151,7 +151,8 @@ def test_a_real_run_ends_with_a_report(tmp_path: Path, capsys: pytest.CaptureFix
     run = simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=3)
     page = (run.path / "report.html").read_text(encoding="utf-8")
     assert capsys.readouterr().err.splitlines()[-1] == f"the report is {run.path / 'report.html'}"
-    assert page.count("data:image/jpeg") == len(list(run.reconstructions.iterdir())) > 0
+    pictures = [*run.reconstructions.glob("*.png"), *run.feature_pictures.glob("*.png")]
+    assert page.count("data:image/jpeg") == len(pictures) == 3
     assert "<polyline" in page and "simmim pretrain --config" in page
     assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
 

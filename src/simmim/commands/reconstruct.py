@@ -9,15 +9,20 @@ from simmim.data.evaluation import eval_images
 from simmim.data.sources import open_files, sniff
 from simmim.errors import UserError
 from simmim.method.objectives import PixelReconstruction
+from simmim.training.feature_pictures import panel_of, principal_axes
 from simmim.training.pictures import save_png
 
 
-def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, count: int = 8, seed: int = 0) -> Path:
+def reconstruct(
+    run: str | Path, images: tuple[str, ...], *, out: str | Path, count: int = 8, seed: int = 0, features: bool = False
+) -> Path:
     """Draw up to `count` images as original, masked and reconstruction, in true colours; returns the PNG's path.
 
+    With `features` draw them beside three principal axes of their features, as colours, of a run of any objective.
     `images` are files, or one thing that `--data` takes. Raises `UserError` for a run without a checkpoint, images that
     cannot be read, or a target that shows no picture.
     """
+    from simmim.torch_engine.tasks.feature_maps import feature_maps
     from simmim.torch_engine.train.pretrain import judge_and_draw
     from simmim.torch_engine.train.storage import load_run
 
@@ -29,18 +34,24 @@ def reconstruct(run: str | Path, images: tuple[str, ...], *, out: str | Path, co
     if len(images) > 1:
         _check(images)
     step, config = load_run(run)
-    if not any(isinstance(each, PixelReconstruction) for each in config.objectives):
+    if not features and not any(isinstance(each, PixelReconstruction) for each in config.objectives):
         kinds = ", ".join(each.kind for each in config.objectives)
-        raise UserError(f"{run} was trained for {kinds} and predicts no pixels; reconstruct needs the objective pixels")
+        raise UserError(f"{run} was trained for {kinds} and predicts no pixels; --features draws its features instead")
     assert config.image_size is not None
     chosen = np.arange(len(source))
     if len(chosen) > count:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
     dtype = sniff(source, channels=config.channels)
     pixels = eval_images(source, chosen, size=config.image_size, channels=config.channels, dtype=dtype)
-    _, panel = judge_and_draw(step, config, pixels, seed, pictures=count)
+    if features:
+        maps = feature_maps(step, config, pixels)
+        if not np.isfinite(maps).all():
+            raise UserError(f"features of {run} are not finite; use a checkpoint from before it diverged")
+        panel = panel_of(pixels, principal_axes(maps))
+    else:
+        _, panel = judge_and_draw(step, config, pixels, seed, pictures=count)
     if panel is None:
-        raise UserError(f"target {config.target.kind} of {run} shows no picture; reconstruct needs a target of pixels")
+        raise UserError(f"target {config.target.kind} of {run} shows no picture; add --features to draw its features")
     save_png(panel, Path(out))
     return Path(out)
 

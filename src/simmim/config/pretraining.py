@@ -82,9 +82,9 @@ class PretrainConfig(TrainingConfig):
     init_from: Word = None
     """Run or safetensors file to load initial weights from."""
     val_images: NotNegative = 8
-    """Images held out for reconstruction pictures and the validation loss."""
+    """Images held out for pictures and the validation loss."""
     picture_every_steps: Count = None
-    """Steps between reconstruction pictures (default: with every checkpoint)."""
+    """Steps between pictures of reconstructions and features (default: with every checkpoint)."""
     probe: Word = None
     """Labelled images (train/CLASS, val/CLASS, or demo) for a k-NN check during training."""
     probe_every_epochs: PositiveReal = 10.0

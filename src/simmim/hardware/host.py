@@ -1,7 +1,9 @@
 """Facts about this machine: processor, cores and TPU chips."""
 
+import importlib
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +30,16 @@ def cpu_cores() -> int:
 def reading_cores() -> int:
     """Count the cores of this process's share, if torchrun started several on this machine."""
     return max(1, cpu_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def peak_process_memory() -> int | None:
+    """Return the most bytes that this process had resident; `None` where the system does not tell (Windows)."""
+    try:
+        resource = importlib.import_module("resource")
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def cpu_has_bf16() -> bool:

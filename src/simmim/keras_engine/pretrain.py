@@ -24,11 +24,11 @@ from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
 from simmim.training.pretrain_plan import Plan, draw_masks, open_images
 from simmim.training.run_directory import Run
-from simmim.training.session import PretrainSession, parts
+from simmim.training.session import PretrainSession, Watch, parts
 from simmim.training.trainer import find_start
 
 
-def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
+def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, Outcome]:
     """Pretrain or resume; see `simmim.pretrain`. Choose Keras's backend first (`use_backend`)."""
     config = validated(config)
     backend = keras.config.backend()
@@ -54,7 +54,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
         model = build_model(plan.config)  # before the run directory is made, since sizes may not fit
         # A checkpoint holds all weights, so a resumed run does not need those that it began from.
         origin = initialize(model, config.init_from) if config.init_from and not start else None
-    return KerasPretrainSession(plan, machine, start, model, origin).train()
+    return KerasPretrainSession(plan, machine, start, model, origin).train(watch)
 
 
 def open_machine(backend: str, config: PretrainConfig) -> Machine:
@@ -141,6 +141,9 @@ class KerasPretrainSession(PretrainSession):
 
     def _save_encoder(self, state: State) -> None:
         save_encoder(self.run.encoder, self._model, state, self.plan.config)
+
+    def hardware(self) -> tuple[str, int]:
+        return self._machine.name, self._machine.devices
 
     def introduce(self) -> Iterator[str]:
         config, machine = self.plan.config, self._machine

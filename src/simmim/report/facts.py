@@ -33,9 +33,11 @@ class Facts:
     """Steps whose loss or gradient was not finite, and which changed nothing."""
     ends_not_finite: int
     """How many of these were the last steps."""
+    running: bool = False
+    """Whether the training goes on while this is read."""
 
     @classmethod
-    def read(cls, path: Path) -> "Facts":
+    def read(cls, path: Path, *, running: bool = False) -> "Facts":
         """Raises `UserError` for a directory that is not a run."""
         run = Run(path)
         try:
@@ -54,7 +56,7 @@ class Facts:
             for name, value in record.items():
                 if isinstance(value, int | float) and math.isfinite(value):
                     series.setdefault(name, []).append((step, float(value)))
-        return cls(run, config, series, not_finite, skipped)
+        return cls(run, config, series, not_finite, skipped, running)
 
     @property
     def name(self) -> str:
@@ -90,6 +92,15 @@ class Facts:
             return read_json(self.run.data)
         except ValueError:  # half written
             return {}
+
+    @property
+    def hardware(self) -> list[tuple[str, int]]:
+        """Return what the run was trained on, each kind once: its name, and how many devices of it."""
+        try:
+            begun = read_json(self.run.machine).get("begun", [])
+            return list(dict.fromkeys((str(each["device"]), int(each["devices"])) for each in begun))
+        except (ValueError, KeyError, TypeError, AttributeError):  # damaged: not known
+            return []
 
     def last(self, name: str) -> float | None:
         points = self.series.get(name)

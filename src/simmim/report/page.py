@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from tyro.conf import Positional, arg
 
-from simmim.config.field_types import Word
+from simmim.config.field_types import HINT, PositiveReal, Word, one_word
 from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.report.charts import Chart, chart
@@ -21,10 +21,10 @@ from simmim.report.evaluation import FIGURE_NAMES, Evaluation, compare_classes, 
 from simmim.report.facts import Facts, Point, part_mean
 from simmim.report.gallery import Gallery, make_gallery
 from simmim.report.labels import Judged, judge_by_labels
-from simmim.report.pictures import Panel, reconstructions
+from simmim.report.pictures import Panel, panels
+from simmim.report.resources import taken
 from simmim.report.verdict import Finding, judge
 from simmim.training.run_directory import written_whole
-from simmim.training.tracking import duration
 
 _CHARTS = (
     ("Loss", ("loss",), True),
@@ -36,12 +36,16 @@ _CHARTS = (
     ("Gradient norm", ("grad_norm",), True),
     ("Learning rate", ("lr",), False),
     ("Images per second", ("images_per_second",), False),
+    ("Share of the time waiting for images", ("input_wait",), False),
+    ("Peak memory, GiB", ("device_memory_gib", "process_memory_gib"), False),
 )
 _NAMES = {
     "knn_top1": "k-NN",
     "knn_balanced_accuracy": "k-NN, balanced over classes",
     "knn_raw_pixels": "k-NN of raw pixels",
     **{name: FIGURE_NAMES[name] for name in ("top1", "balanced_accuracy", "miou", "pixel_accuracy", "map", "map50")},
+    "device_memory_gib": "tensors on the device",
+    "process_memory_gib": "the process",
 }
 _BYTES = 5_000_000
 
@@ -61,6 +65,8 @@ class ReportConfig:
     """Images to show pretrainings by: neighbours, a map, likely duplicates. Takes what pretraining's --data does."""
     images: Annotated[int, Field(ge=2, le=4000)] = 1000
     """Images of --data to take, at most."""
+    price_per_hour: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
+    """Price of the machine in USD an hour (default: that of a GPU which simmim advise knows)."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +78,22 @@ class Section:
     judged: list[Judged]
     charts: list[Chart]
     panels: list[Panel]
+    feature_panels: list[Panel]
     gallery: Gallery | None
     evaluation: Evaluation | str | None
     """Of a fine-tuning; or why it is not there."""
     about: dict[str, str]
 
 
-def report(config: ReportConfig) -> Path:
-    """Write the report; return its path. Raises `UserError` for a directory that is not a run, or a bad `--out`."""
+def report(config: ReportConfig, *, running: bool = False) -> Path:
+    """Write the report; return its path. Raises `UserError` for a directory that is not a run, or a bad `--out`.
+
+    `running` says that the training goes on.
+    """
     config = from_settings(ReportConfig, vars(config))
     if not config.runs:
         raise UserError("report names no run; give the --out directory of a training")
-    every = [Facts.read(Path(run)) for run in config.runs]
+    every = [Facts.read(Path(run), running=running) for run in config.runs]
     alone = every[0].run.path / "report.html" if len(every) == 1 else Path("report.html")
     out = Path(config.out) if config.out else alone
     if out.suffix.lower() != ".html":
@@ -105,15 +115,19 @@ def section(facts: Facts, config: ReportConfig) -> Section:
     judged = judge_by_labels(run, config.labels) if config.labels and encoder else []
     gallery = make_gallery(run, config.data, most=config.images) if config.data and encoder else None
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
+    drawn, features = (
+        panels(path, len(config.runs)) for path in (facts.run.reconstructions, facts.run.feature_pictures)
+    )
     return Section(
         facts=facts,
         findings=judge(facts, judged),
         judged=judged,
         charts=charts,
-        panels=reconstructions(facts),
+        panels=drawn,
+        feature_panels=features,
         gallery=gallery,
         evaluation=read_evaluation(facts),
-        about=dict(about(facts)),
+        about=dict(about(facts, config.price_per_hour)),
     )
 
 
@@ -125,8 +139,8 @@ def _curves(facts: Facts, names: Sequence[str]) -> list[tuple[str, list[Point]]]
     return [(_NAMES.get(name, name.removeprefix("loss/")), facts.series.get(name, [])) for name in names]
 
 
-def about(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Yield lines about a run: how it was made, how far it is, how fast it was."""
+def about(facts: Facts, price_per_hour: float | None = None) -> Iterator[tuple[str, str]]:
+    """Yield lines about a run: how it was made, how far it is, what it took."""
     config = facts.config
     done = f"{facts.steps:,}" + (f" of {facts.total_steps:,}" if facts.total_steps else "")
     yield "Task", facts.task
@@ -134,17 +148,14 @@ def about(facts: Facts) -> Iterator[tuple[str, str]]:
     if objectives := getattr(config, "objectives", ()):
         yield "Objective", ", ".join(f"{each.weight:g} × {each.kind}" for each in objectives)
     yield "Steps", f"{done} of {config.batch_size} images"
-    if (seconds := facts.seconds()) is not None:
-        yield "Training time", f"{duration(seconds)}, without evaluations and saving"
-    speeds = facts.series.get("images_per_second", [])
-    if speeds:
-        yield "Speed", f"{sorted(value for _, value in speeds)[len(speeds) // 2]:.1f} images/s (median)"
+    yield from taken(facts, price_per_hour)
     yield "Steps not finite", str(facts.not_finite)
     yield "Data", str(config.data)
     for part, record in facts.images.items():
         yield f"Images, {part}", f"{record['images']:,}; names SHA-256 {record['names_sha256'][:16]}…"
     yield "Unreadable images", str(facts.bad_images) + (" (bad_images.txt lists them)" if facts.bad_images else "")
-    yield "Device", f"{config.device}, {config.precision}"
+    named = ", then ".join(name if devices == 1 else f"{devices} × {name}" for name, devices in facts.hardware)
+    yield "Device", f"{config.device}{f' ({named})' if named else ''}, {config.precision}"
     command = "pretrain" if facts.task == "pretraining" else f"finetune {facts.task}"
     yield "Repeat it", f"simmim {command} --config {shlex.quote(str(facts.run.config))} --out NEW"
     yield "Encoder", str(facts.run.encoder if facts.task == "pretraining" else facts.run.model)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simmim.report.facts import Facts
 from simmim.training.pictures import data_uri
 
 _PANELS = 8
@@ -21,13 +20,16 @@ class Panel:
     height: int
 
 
-def reconstructions(facts: Facts) -> list[Panel]:
-    """Return some of a run's reconstructions, the first and the last among them; unreadable files are left out."""
+def panels(folder: Path, runs: int = 1) -> list[Panel]:
+    """Return some of a run's pictures, the first and the last among them; unreadable files are left out.
+
+    There are fewer of each run on a page of several `runs`.
+    """
     from PIL import Image, UnidentifiedImageError
 
     found = []
-    files = [file for file in facts.run.reconstructions.glob("step-*.png") if file.stem[5:].isdecimal()]
-    for file in spread(sorted(files), _PANELS):
+    files = [file for file in folder.glob("step-*.png") if file.stem[5:].isdecimal()]
+    for file in spread(sorted(files), max(2, _PANELS // runs)):
         try:
             with Image.open(file) as stored:
                 picture = stored.convert("RGB")

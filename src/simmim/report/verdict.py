@@ -7,12 +7,14 @@ from typing import Literal
 from simmim.method.collapse import LEAST_RANK, LEAST_STD, collapsed
 from simmim.report.facts import Facts, Point, best, part_mean
 from simmim.report.labels import Judged
+from simmim.report.resources import input_wait
 
 _NOT_FINITE, _AT_THE_END = 0.1, 5  # of all steps; steps in a row at the end
 _FEWEST = 20  # logged steps
 _LEARNT = 0.02  # of the first loss
 _STILL_FALLING = 0.05  # of the whole fall, in the second half
 _OVER = 0.02  # of an accuracy, or of a loss as a share
+_WAITS = 0.2  # of the time
 _MOVING = ("ema", "clusters", "infonce")
 """Objectives whose target moves with the encoder, so that their loss may well rise."""
 
@@ -30,8 +32,8 @@ class Finding:
 
 
 def judge(facts: Facts, judged: Sequence[Judged] = ()) -> list[Finding]:
-    """Return findings, the gravest first: of the training, then of its features."""
-    found = [*_training(facts), *_features(facts, judged)]
+    """Return findings, the gravest first: of the training, of its speed, then of its features."""
+    found = [*_training(facts), *_speed(facts), *_features(facts, judged)]
     order: list[Level] = ["bad", "watch", "good", "note"]
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -53,7 +55,10 @@ def _training(facts: Facts) -> Iterator[Finding]:
         yield _of_loss(facts, loss, unfinished)
     if unfinished and loss and not diverged:
         done = f"step {facts.steps} of {facts.total_steps}"
-        yield Finding("watch", "Not finished", done, "repeat its command to resume")
+        if facts.running:
+            yield Finding("note", "Not finished", f"{done} when this was written, and the training went on")
+        else:
+            yield Finding("watch", "Not finished", done, "repeat its command to resume")
     held = facts.series.get("val_loss") if facts.task == "pretraining" else None  # a classifier's may rise
     if held and held[-1][1] > best(held, min)[1] * (1 + _OVER):
         step, least = best(held, min)
@@ -82,6 +87,18 @@ def _of_loss(facts: Facts, loss: Sequence[Point], unfinished: bool) -> Finding:
         remedy = "" if unfinished else "train longer: more --epochs, in a new --out"
         return Finding("watch", "Still falling", f"{figure}; {share}", remedy)
     return Finding("good", "Converged", f"{figure}; {share}")
+
+
+def _speed(facts: Facts) -> Iterator[Finding]:
+    waits = input_wait(facts)
+    if waits is None or waits <= _WAITS or len(facts.series.get("loss", [])) < _FEWEST:
+        return
+    remedies = [f"raise --workers above {facts.config.workers or 1}"]
+    if getattr(facts.config, "readers", None) == "threads" and getattr(facts.config, "decode", None) == "cpu":
+        remedies.append("try --readers processes")
+    remedies.append("pack the images (simmim pack)")
+    figure = f"the training waited for images in {waits:.0%} of its time (median)"
+    yield Finding("watch", "Slowed down by reading images", figure, f"{', '.join(remedies[:-1])}, or {remedies[-1]}")
 
 
 def _features(facts: Facts, judged: Sequence[Judged]) -> Iterator[Finding]:

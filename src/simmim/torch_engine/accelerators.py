@@ -52,6 +52,8 @@ class Accelerator:
     """Bytes of the device's own memory; `None` if it uses the host's, or PyTorch cannot tell."""
     peak_memory: Callable[[torch.device], int] | None = None
     """Most bytes that tensors have occupied on the device; `None` as above."""
+    timed_event: Callable[[], torch.Event] | None = None
+    """Make an event that marks a place in the device's work, and the milliseconds to another; `None` if not known."""
     synchronize: Callable[[], None] = lambda: None
     """Wait until the device has finished its work."""
     arithmetic: Callable[[str], contextlib.AbstractContextManager[None]] = lambda precision: contextlib.nullcontext()
@@ -145,6 +147,7 @@ ACCELERATORS: dict[str, Accelerator] = {
             device_name=torch.cuda.get_device_name,
             total_memory=lambda device: torch.cuda.get_device_properties(device).total_memory,
             peak_memory=torch.cuda.max_memory_allocated,
+            timed_event=lambda: torch.cuda.Event(enable_timing=True),
             synchronize=torch.accelerator.synchronize,
             arithmetic=_without_tf32,
         ),

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from simmim.config.training import TrainingConfig
 from simmim.errors import TrainingDivergedError
+from simmim.training.meter import Meter
 from simmim.training.run_directory import Run, drop_metrics_after
 from simmim.training.tracking import Console, Tracker, open_trackers
 
@@ -26,6 +27,7 @@ class Engine(Protocol):
     is_main: bool
     bad_limit: int
     """Number of consecutive non-finite steps that ends a run."""
+    meter: Meter
 
     def update(self, step: int, batch: Any) -> tuple[float, Any]:
         """Train on a batch. Return the learning rate, and the step's figures as the device holds them."""
@@ -54,6 +56,8 @@ class Event:
 
     every_steps: int
     call: Callable[[int], dict[str, float]]  # steps done → figures to log
+    before_training: bool = False
+    """Whether to call it before the first step of a new run too. No line is there for figures then."""
 
     def due(self, done: int, total: int) -> bool:
         return done % self.every_steps == 0 or done == total
@@ -85,14 +89,19 @@ class Loop:
         save_every_steps: int,
         batches: Callable[[int], Iterator[Any]],
         events: Sequence[Event] = (),
+        after_save: Callable[[], None] = lambda: None,
     ):
-        """Open the console. `batches(first_step)` yields a batch for each step from `first_step` on."""
+        """Open the console. `batches(first_step)` yields a batch for each step from `first_step` on.
+
+        `after_save` is called on the main process after each checkpoint but the last of this process.
+        """
         self._engine, self._run, self._config = engine, run, config
         self._start, self._total = start, total_steps
         self._per_epoch, self._save_every = steps_per_epoch, save_every_steps
-        self._batches, self._events = batches, events
+        self._batches, self._events, self._after_save = batches, events, after_save
         self._trackers: list[Tracker] = []
         self._rows: list[tuple[int, float, Any]] = []  # step, learning rate, figures on the device
+        self._waits: list[float] = []  # seconds that the host waited for the batch of each of these steps
         self.console = Console(total=total_steps, start=start, enabled=engine.is_main)
         self._clock = _Clock(start)
 
@@ -116,11 +125,14 @@ class Loop:
             tracker.picture(step, name, pixels)
 
     def _train(self, stop: "StopRequests") -> Outcome:
+        for event in self._events:
+            if event.before_training and not self._start:
+                event.call(0)
         self._clock = _Clock(self._start)
         with contextlib.closing(self._batches(self._start)) as batches:  # type: ignore[type-var]
             for step in range(self._start, self._total):
                 done = step + 1
-                self._rows.append((done, *self._engine.update(step, next(batches))))
+                self._rows.append((done, *self._update(step, batches)))
                 stopping = self._engine.any(stop.signal is not None) and done < self._total
                 last = done == self._total or stopping
                 due = [event for event in self._events if event.due(done, self._total)]
@@ -130,15 +142,26 @@ class Loop:
                     self._log(done, due)
                 if saving:
                     self._engine.save(done)
+                    if self._engine.is_main and not last:
+                        self._after_save()
                     self._clock.restart(done)
                 if stopping:
                     return Outcome(done, self._start, stop.signal or signal.SIGTERM)
         return Outcome(self._total, self._start)
 
+    def _update(self, step: int, batches: Iterator[Any]) -> tuple[float, Any]:
+        begun = time.monotonic()
+        batch = next(batches)
+        self._waits.append(time.monotonic() - begun)
+        with self._engine.meter.step():
+            return self._engine.update(step, batch)
+
     def _log(self, done: int, due: Sequence[Event]) -> None:
         """Fetch the figures of the steps since the last line, add those of due events, then write and show them."""
         fetched = self._engine.fetch([figures for _, _, figures in self._rows])
         speed = self._clock.rate(done) * self._config.batch_size
+        taken = self._engine.meter.read(self._waits, self._clock.seconds())
+        self._waits.clear()
         found: dict[str, float] = {}
         for event in due:
             found |= event.call(done)
@@ -148,7 +171,7 @@ class Loop:
             if not values["skipped_in_a_row"]:
                 del values["skipped_in_a_row"]
             if step == done:
-                values |= found
+                values |= found | taken
             self._track(step, values)
         self.console.progress(done, values)
         if found:
@@ -182,7 +205,10 @@ class _Clock:
         self._step, self._begun = step, time.monotonic()
 
     def rate(self, step: int) -> float:
-        return (step - self._step) / max(time.monotonic() - self._begun, 1e-9)
+        return (step - self._step) / max(self.seconds(), 1e-9)
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
 
 
 class StopRequests:

@@ -1,4 +1,4 @@
-"""Pictures: reconstructions beside their originals, classes of pixels laid over an image, captions.
+"""Pictures: reconstructions and features beside their originals, classes of pixels laid over an image, captions.
 
 Shapes: `B` images, `H W` pixels, `C` channels, `K` classes.
 """
@@ -7,6 +7,7 @@ import base64
 import colorsys
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ _GAP = 4  # pixels between pictures
 _CAPTION = 16
 _HIGH = 128  # the least height of a picture
 PICTURED = 16
-"""Validation images that a reconstruction panel shows at most."""
+"""Images kept aside that a panel of reconstructions or features shows at most."""
 
 
 def save_png(picture: NDArray[np.uint8], path: Path) -> None:
@@ -57,18 +58,35 @@ def reconstruction_panel(
     prediction where pixels were hidden and the original elsewhere. Small images are enlarged.
     """
     mask = hidden[..., None]
-    columns = {
-        "original": to_rgb(original),
-        "masked": to_rgb(np.where(mask, _HIDDEN, original)),
-        "reconstruction": to_rgb(np.where(mask, predicted, original)),
-    }
-    pictures = [enlarged(column) for column in columns.values()]
+    columns = (
+        ("original", to_rgb(original)),
+        ("masked", to_rgb(np.where(mask, _HIDDEN, original))),
+        ("reconstruction", to_rgb(np.where(mask, predicted, original))),
+    )
+    return _in_columns(columns)
+
+
+def feature_panel(original: NDArray[np.floating], colours: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Draw a picture (rows, columns, 3) of images, each with its features at its right, two of them in a row.
+
+    `original` (B, H, W, C) and the `colours` of its feature-map cells (B, h, w, 3), 1 = white.
+    """
+    sides = [whole // cells for whole, cells in zip(original.shape[1:3], colours.shape[1:3], strict=True)]
+    pictures = {"image": to_rgb(original), "features": to_rgb(colours).repeat(sides[0], 1).repeat(sides[1], 2)}
+    half = -(-len(original) // 2)
+    parts = [slice(half), slice(half, None)][: len(original)]  # a single image is one part
+    return _in_columns([(name, picture[part]) for part in parts for name, picture in pictures.items()])
+
+
+def _in_columns(columns: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:
+    """Draw pictures of one size, each column (B, H, W, 3) below its name; none is longer than the first."""
+    pictures = [enlarged(column) for _, column in columns]
     B, height, width, _ = pictures[0].shape
-    canvas = np.full((B * (height + _GAP) + _CAPTION, 3 * (width + _GAP) - _GAP, 3), 255, np.uint8)
+    canvas = np.full((B * (height + _GAP) + _CAPTION, len(columns) * (width + _GAP) - _GAP, 3), 255, np.uint8)
     for column, picture in enumerate(pictures):
         left = column * (width + _GAP)
-        canvas[:_CAPTION, left : left + width] = _caption(list(columns)[column], width)
-        for row in range(B):
+        canvas[:_CAPTION, left : left + width] = _caption(columns[column][0], width)
+        for row in range(len(picture)):
             top = _CAPTION + row * (height + _GAP)
             canvas[top : top + height, left : left + width] = picture[row]
     return canvas[:-_GAP]

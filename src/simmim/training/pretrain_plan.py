@@ -3,6 +3,7 @@
 Shapes: `B` images, `C` channels, `H W` pixels.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
@@ -218,11 +219,17 @@ class Plan(TrainingPlan):
                 return True
         return False
 
-    def val_pixels(self, bad_images: BadImages) -> NDArray[Any]:
-        """Read the images kept aside: (B, H, W, C) in 0..255, whole, always the same. Unreadable ones are left out."""
+    def val_pixels(self, bad_images: BadImages, most: int | None = None) -> NDArray[Any]:
+        """Read the images kept aside: (B, H, W, C) in 0..255, whole, always the same. Unreadable ones are left out.
+
+        With `most`, only so many of them are read at first, and more if none of these can be.
+        """
         val = self.images.val
         how: dict[str, Any] = {"size": self.size, "channels": self.config.channels, "dtype": self.images.dtype}
-        return eval_images(val, range(len(val)), **how, bad_images=bad_images)
+        if most is not None and most < len(val):
+            with contextlib.suppress(UserError):
+                return eval_images(val, range(most), **how, bad_images=bad_images)
+        return eval_images(val, range(len(val)), **how, bad_images=bad_images)[:most]
 
     def sample(self, count: int, *, part: int) -> Iterator[NDArray[Any]]:
         """Yield up to `count` training images drawn by the seed, whole: (B, H, W, C) in 0..255, `part` at a time.

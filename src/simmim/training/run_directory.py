@@ -116,6 +116,16 @@ class Run:
         return self.path / "reconstructions"
 
     @property
+    def feature_pictures(self) -> Path:
+        """Pictures of the features of images kept aside, and what they were drawn from."""
+        return self.path / "feature_pictures"
+
+    @property
+    def machine(self) -> Path:
+        """What the run was trained on, for each process that began or resumed it."""
+        return self.path / "machine.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

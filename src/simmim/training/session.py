@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png
 from simmim.training.plan import Batch, TrainingPlan
 from simmim.training.pretrain_plan import Plan
-from simmim.training.run_directory import Run, open_run
+from simmim.training.run_directory import Run, open_run, read_json, write_json
 from simmim.training.trainer import Trainer, World
+
+Watch = Callable[[Run, Callable[[str], None]], None]
+"""What is called after each checkpoint, on the main process: the run, and what shows a line to the user."""
 
 
 class Session(ABC):
@@ -49,6 +52,10 @@ class Session(ABC):
         """Yield the batches of this process."""
 
     @abstractmethod
+    def hardware(self) -> tuple[str, int]:
+        """Return the name of the hardware, and how many devices of it train."""
+
+    @abstractmethod
     def introduce(self) -> Iterator[str]:
         """Yield lines that tell the user what will be done."""
 
@@ -60,7 +67,7 @@ class Session(ABC):
         """Return the work to do between steps."""
         return []
 
-    def train(self) -> tuple[Run, Outcome]:
+    def train(self, watch: Watch | None = None) -> tuple[Run, Outcome]:
         """Resume, train to the end or to a signal, and tell the user about it."""
         self.trainer.resume(self.start)
         plan = self.plan
@@ -74,7 +81,10 @@ class Session(ABC):
             save_every_steps=plan.save_every_steps,
             batches=self.batches,
             events=self.events(),
+            after_save=lambda: watch(self.run, self.loop.console.say) if watch else None,
         )
+        if self.world.rank == 0 and self.start < plan.total_steps:
+            self._note_hardware()
         for line in self.introduce():
             self.loop.console.say(line)
         if 0 < self.start < plan.total_steps:
@@ -90,6 +100,11 @@ class Session(ABC):
         """Yield a batch for each step from `start_step` on."""
         bad_images, world = self.plan.bad_images(self.run), self.world
         return self.read(self.plan.reading(bad_images, start_step=start_step, rank=world.rank, world=world.size))
+
+    def _note_hardware(self) -> None:
+        name, devices = self.hardware()
+        begun = [each for each in read_json(self.run.machine).get("begun", []) if each["step"] < self.start]
+        write_json(self.run.machine, {"begun": [*begun, {"step": self.start, "device": name, "devices": devices}]})
 
     def _conclude(self, outcome: Outcome) -> Iterator[str]:
         bad_images, total = count_listed(self.run.bad_images), self.plan.total_steps
@@ -127,18 +142,24 @@ class PretrainSession(Session):
         """
 
     def events(self) -> list[Event]:
-        config, images = self.plan.config, self.plan.config.val_images
-        if not images or not any(isinstance(each, PixelReconstruction) for each in config.objectives):
+        images, drawn = self.plan.config.val_images, self.drawn()
+        if not images or not drawn:
             return []
         # Rank 0 decides: a read error of one rank must not keep it out of an evaluation that all ranks take part in.
         able = self.world.rank != 0 or self.plan.can_validate(self.plan.bad_images(self.run))
         if not self.world.main_says(int(able)):
             self.warnings.append(f"none of the {images} images kept aside can be read: no pictures, no val_loss")
             return []
+        return drawn
+
+    def drawn(self) -> list[Event]:
+        """Return what is judged and drawn by the images kept aside."""
+        if not any(isinstance(each, PixelReconstruction) for each in self.plan.config.objectives):
+            return []
         return [Event(every_steps=self.plan.picture_every_steps, call=self._validate)]
 
-    def val_pixels(self) -> NDArray[Any]:
-        return self.plan.val_pixels(self.plan.bad_images(self.run))
+    def val_pixels(self, most: int | None = None) -> NDArray[Any]:
+        return self.plan.val_pixels(self.plan.bad_images(self.run), most)
 
     def result(self) -> Iterable[str]:
         return [f"the encoder is {self.run.encoder}"]

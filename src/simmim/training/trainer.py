@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from simmim.config.training import TrainingConfig
 from simmim.training.checkpoint_directory import checkpoint_path, checkpoint_step, newest_checkpoint
+from simmim.training.meter import Meter
 from simmim.training.run_directory import Run
 
 FIGURES = ("loss", "grad_norm", "skipped_in_a_row")
@@ -39,10 +40,11 @@ class World(Protocol):
 class Trainer(ABC):
     """Base of every engine's `simmim.training.loop.Engine`."""
 
-    def __init__(self, run: Run, config: TrainingConfig, world: World, *, bad_limit: int):
+    def __init__(self, run: Run, config: TrainingConfig, world: World, *, bad_limit: int, meter: Meter | None = None):
         self._run, self._config, self._world = run, config, world
         self.is_main = world.rank == 0
         self.bad_limit = bad_limit
+        self.meter = meter or Meter()
 
     def resume(self, step: int) -> None:
         """Load the checkpoint after `step` steps; 0 is a new run, which has none."""

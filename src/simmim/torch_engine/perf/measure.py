@@ -4,9 +4,7 @@
 """
 
 import contextlib
-import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import torch
 from simmim.config.pretraining import PretrainConfig
 from simmim.data.bad_images import BadImages
 from simmim.hardware.accelerators import gpu_peak_flops
+from simmim.hardware.host import peak_process_memory
 from simmim.hardware.roofline import Rates
 from simmim.torch_engine.accelerators import describe_device, find_accelerator
 from simmim.torch_engine.perf.cost import count_flops, measure_work
@@ -120,8 +119,9 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that tensors occupied on the device, or else that this process had resident."""
     if peak := find_accelerator(device).peak_memory:
         return peak(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    most = peak_process_memory()
+    assert most is not None, "Windows, which tells no peak"
+    return most
 
 
 def measure_rates(config: PretrainConfig, device: torch.device, seconds: float) -> Rates:

@@ -23,11 +23,11 @@ from simmim.torch_engine.train.update import Update
 from simmim.training.loop import Event, Outcome
 from simmim.training.plan import Batch
 from simmim.training.run_directory import Run, mark_task, read_json, write_json
-from simmim.training.session import Session
+from simmim.training.session import Session, Watch
 from simmim.training.trainer import find_start
 
 
-def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
+def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, Outcome]:
     """Fine-tune, or resume; see `simmim.finetune`. Raises `UserError` for settings that cannot work."""
     config = validated(config)
     spec = find_spec(config.task)
@@ -54,7 +54,7 @@ def finetune(config: FinetuneConfig) -> tuple[Run, Outcome]:
         torch.manual_seed(plan.config.seed)
         start = find_start(plan.config, world)
         step = task.build()  # before the run directory is made, since sizes may not fit
-        return FinetuneSession(task, plan, world, start, step).train()
+        return FinetuneSession(task, plan, world, start, step).train(watch)
 
 
 class FinetuneSession(Session):
@@ -104,6 +104,9 @@ class FinetuneSession(Session):
         latest.unlink(missing_ok=True)
         write_json(self.run.path / "metrics.json", {**figures, "step": done, "best": best})
         return figures
+
+    def hardware(self) -> tuple[str, int]:
+        return describe_device(self.world.device), self.world.size
 
     def introduce(self) -> Iterator[str]:
         config, device = self.plan.config, describe_device(self.world.device)

@@ -19,6 +19,7 @@ from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep
 from simmim.torch_engine.models.objective import ObjectiveModule
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
+from simmim.torch_engine.tasks.feature_maps import feature_maps
 from simmim.torch_engine.tasks.guard import CollapseGuard
 from simmim.torch_engine.tasks.probe import KnnCheck
 from simmim.torch_engine.train import distributed
@@ -27,16 +28,17 @@ from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step, full_state, initialize, save_hub
 from simmim.torch_engine.train.trainer import TorchTrainer
 from simmim.torch_engine.train.update import Update
+from simmim.training.feature_pictures import draw_features
 from simmim.training.loop import Event, Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
 from simmim.training.pretrain_plan import Plan, draw_masks, open_images
 from simmim.training.run_directory import Run
-from simmim.training.session import PretrainSession, parts
+from simmim.training.session import PretrainSession, Watch, parts
 from simmim.training.trainer import find_start
 
 
-def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
+def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, Outcome]:
     """Pretrain, or resume; see `simmim.pretrain`. Raises `UserError` for settings that cannot work."""
     config = validated(config)
     find_family(config.model)
@@ -75,7 +77,7 @@ def pretrain(config: PretrainConfig) -> tuple[Run, Outcome]:
             prepare(step, plan, world)
         return TorchPretrainSession(
             plan, world, start, step, check=check, decoder=decoder, origin=origin[0] if origin else None
-        ).train()
+        ).train(watch)
 
 
 def prepare(step: PretrainStep, plan: Plan, world: distributed.World) -> None:
@@ -113,6 +115,7 @@ class TorchPretrainSession(PretrainSession):
             for module in step.objectives.values():
                 cast(ObjectiveModule, module).keep(self.run.path)
         self._guard: CollapseGuard | None = None
+        self._pictured: NDArray[Any] | None = None  # images kept aside, read once
         distributed.place(step, world.device)
         if config.checkpoint_activations:
             step.model.encoder.backbone.set_grad_checkpointing(True)
@@ -138,9 +141,25 @@ class TorchPretrainSession(PretrainSession):
             events.append(Event(every_steps=every, call=self._watch))
         return events
 
+    def drawn(self) -> list[Event]:
+        features = Event(every_steps=self.plan.picture_every_steps, call=self._draw_features, before_training=True)
+        return [*super().drawn(), features]
+
     def judge(self) -> tuple[float, NDArray[np.uint8] | None] | None:
         step = self._whole_step()
         return None if step is None else judge_and_draw(step, self.plan.config, self.val_pixels())
+
+    def _draw_features(self, done: int) -> dict[str, float]:
+        """Draw the features of images kept aside. It adds no figures."""
+        step = self._whole_step()
+        if step is not None:
+            if self._pictured is None:
+                self._pictured = self.val_pixels(PICTURED)
+            pixels = self._pictured
+            panel = draw_features(pixels, feature_maps(step, self.plan.config, pixels), self.run.feature_pictures, done)
+            if panel is not None:
+                self.loop.picture(done, "features", panel)
+        return {}
 
     def _probe(self, done: int) -> dict[str, float]:
         """Return the accuracy of a k-NN vote on the encoder's features of the labelled images."""
@@ -177,6 +196,9 @@ class TorchPretrainSession(PretrainSession):
             prefix = "model.encoder.backbone."
             weights = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
             save_hub(self.run.encoder, self.step.model.encoder.backbone, weights, self.plan.config)
+
+    def hardware(self) -> tuple[str, int]:
+        return describe_device(self.world.device), self.world.size
 
     def introduce(self) -> Iterator[str]:
         config, device = self.plan.config, describe_device(self.world.device)

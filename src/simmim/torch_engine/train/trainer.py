@@ -9,6 +9,7 @@ from torch import Tensor
 from simmim.config.training import TrainingConfig
 from simmim.torch_engine.train.checkpoint import load_checkpoint, save_checkpoint
 from simmim.torch_engine.train.distributed import World
+from simmim.torch_engine.train.meter import TorchMeter
 from simmim.torch_engine.train.update import Batch, Update
 from simmim.training.run_directory import Run
 from simmim.training.trainer import Trainer
@@ -26,7 +27,7 @@ class TorchTrainer(Trainer):
         world: World,
         on_save: Callable[[], None] = lambda: None,
     ):
-        super().__init__(run, config, world, bad_limit=update.bad_limit)
+        super().__init__(run, config, world, bad_limit=update.bad_limit, meter=TorchMeter(world.device))
         self._update, self._processes, self._on_save = update, world, on_save
 
     @property
