@@ -1,0 +1,45 @@
+"""Every command runs on CUDA, alone and in two processes, and says out of memory in one line."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import commands
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def found(on_null_gpu: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("commands")
+    done = on_null_gpu("-m", "nullgpu.commands", str(folder), NULLGPU_ZEROS="1")
+    assert done.returncode == 0, done.stderr
+    return {row["command"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_a_command_runs_on_the_gpu(found: dict[str, dict[str, Any]], name: str) -> None:
+    assert found[name]["status"] == 0, found[name]["said"]
+    trains = name.split()[0] in ("pretrain", "finetune", "resume")
+    assert ("Null H100" in found[name]["said"]) == (trains or name in ("doctor", "bench"))
+
+
+@pytest.mark.parametrize("shard", ["--no-shard", "--shard"])
+def test_two_processes_train(on_null_gpu: Run, tmp_path: Path, shard: str) -> None:
+    words = f"pretrain --data demo --out {tmp_path / 'run'} {commands.VIT} {commands.USUAL} {shard}".split()
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "simmim"]
+    done = on_null_gpu(*launch, *words, NULLGPU_DEVICES="2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Null H100, bf16, 2 processes" in done.stderr and "done: 2 steps" in done.stderr
+
+
+def test_out_of_memory_is_one_line_with_the_remedy(on_null_gpu: Run, tmp_path: Path) -> None:
+    words = f"pretrain --data demo --out {tmp_path / 'run'} {commands.VIT} {commands.USUAL} --batch-size 512".split()
+    done = on_null_gpu("-m", "simmim", *words, NULLGPU_BYTES=str(64 * 2**20), NULLGPU_ZEROS="1")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("simmim: out of memory: lower --batch-size")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,42 @@
+"""The step runs on CUDA: devices, dtypes and wiring are right, nothing waits, every copy is from pinned memory.
+
+Numbers are not looked at: the GPU computes nothing.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from . import steps
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def found(on_null_gpu: Run) -> dict[str, dict[str, Any]]:
+    done = on_null_gpu("-m", "nullgpu.steps", *steps.CASES, *steps.FAULTS)
+    assert done.returncode == 0, done.stderr
+    return {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+@pytest.mark.parametrize("case", steps.CASES)
+def test_a_step_neither_fails_nor_waits(found: dict[str, dict[str, Any]], case: str) -> None:
+    assert found[case]["error"] == ""
+    assert found[case]["launches"] > 100
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("cpu tensor", "Expected all tensors to be on the same device"),
+        ("wrong dtype", "must have the same dtype"),
+        ("wait", "called a synchronizing CUDA operation"),
+        ("copy of a constant", "called a synchronizing CUDA operation"),
+        ("unpinned copy", "is not from pinned memory"),
+    ],
+)
+def test_a_fault_that_is_put_in_is_caught(found: dict[str, dict[str, Any]], fault: str, message: str) -> None:
+    assert message in found[fault]["error"]
