@@ -9,9 +9,18 @@ export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
 .PHONY: demo test test-slow lint format bench bench-gpu clean
 
-$(VENV)/ready: pyproject.toml
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --upgrade-strategy only-if-needed --editable
+
+# Byte code is written when a module is first used (--no-compile): most of what is installed never is.
+$(VENV)/package: pyproject.toml
+	@echo "Installing PyTorch and the package into $(VENV): a few GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev]'
+	$(INSTALL) .
+	touch $@
+
+$(VENV)/ready: $(VENV)/package
+	@echo "Installing what tests and checks need into $(VENV)"
+	$(INSTALL) '.[dev]'
 	touch $@
 
 # The Keras engine and TorchTPU are tested too where their wheels are for.
@@ -20,10 +29,10 @@ EXTRAS := $(VENV)/extras
 endif
 
 $(VENV)/extras: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed --editable '.[dev,keras,tpu]'
+	$(INSTALL) '.[dev,keras,tpu]'
 	touch $@
 
-demo: $(VENV)/ready
+demo: $(VENV)/package
 	$(BIN)/simmim pretrain --recipe demo --out runs/demo
 	$(BIN)/simmim reconstruct runs/demo demo --out runs/demo/reconstruction.png
 	@echo "Look at runs/demo/report.html and runs/demo/reconstruction.png"
