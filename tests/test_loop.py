@@ -159,6 +159,18 @@ def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, 
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_is_noted_though_no_one_reads_what_is_said_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(place: int, text: bytes) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "write", broken)
+    engine = Diary()
+    engine.signals = {4: [signal.SIGINT]}
+    assert loop(engine, tmp_path).fit() == Outcome(5, 0, signal.SIGINT)
+
+
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_in_python_a_training_that_was_stopped_does_not_pass_for_a_finished_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, error: type[BaseException]

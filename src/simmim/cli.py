@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from simmim.config import cli_errors
 from simmim.errors import TrainingDivergedError, UserError
+from simmim.output import printable, safe_output
 
 if TYPE_CHECKING:
     from simmim.config.pretraining import PretrainConfig
@@ -391,7 +391,24 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns 0 on success, 2 for a user error (one line on stderr), 1 if training failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
-    argv = [word for word in argv if word != "--debug"]
+    with safe_output():
+        try:
+            try:
+                return _run([word for word in argv if word != "--debug"])
+            finally:
+                sys.stdout.flush()  # results that cannot be written are an error
+        except KeyboardInterrupt:
+            print("simmim: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            line = explain(error)
+            if debug or line is None:
+                raise
+            print(f"simmim: {printable(line)}", file=sys.stderr)
+            return 2 if isinstance(error, (UserError, OSError)) else 1
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -400,28 +417,17 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    try:
-        if argv[0] not in COMMANDS:
-            close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-            remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
-            raise UserError(f"command {argv[0]!r} is not known; {remedy}")
-        return COMMANDS[argv[0]](argv[1:])
-    except KeyboardInterrupt:
-        print("simmim: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        line = explain(error)
-        if debug or line is None:
-            raise
-        print(f"simmim: {line}", file=sys.stderr)
-        return 2 if isinstance(error, (UserError, OSError)) else 1
+    if argv[0] not in COMMANDS:
+        close = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        remedy = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
+        raise UserError(f"command {argv[0]!r} is not known; {remedy}")
+    return COMMANDS[argv[0]](argv[1:])
 
 
 def explain(error: Exception) -> str | None:
     """Describe an error in one line for the user; `None` for a bug."""
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (UserError, OSError, TrainingDivergedError)):
         return str(error).strip().splitlines()[0] if str(error) else repr(error)
     if "out of memory" in str(error) or "can't allocate memory" in str(error):  # CUDA's and the CPU's messages

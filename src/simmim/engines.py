@@ -1,9 +1,8 @@
 """Dispatch to the configured engine. Engines do not know each other; each is loaded on first use."""
 
-import sys
-
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import FinetuneConfig
+from simmim.output import say
 from simmim.training.loop import Outcome
 from simmim.training.run_directory import Run
 from simmim.training.session import Watch
@@ -44,5 +43,5 @@ def _reported(run: Run, outcome: Outcome) -> tuple[Run, Outcome]:
         line = f"the report is {report(ReportConfig(runs=(str(run.path),)))}"
     except Exception as error:
         line = f"warning    no report: {type(error).__name__}: {error}".splitlines()[0]
-    print(line, file=sys.stderr, flush=True)
+    say(line)
     return run, outcome

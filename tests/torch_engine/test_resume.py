@@ -79,6 +79,17 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     assert [row["step"] for row in rows(config)] == [*range(1, STEPS + 1)]
 
 
+def test_a_training_whose_output_is_closed_goes_on_to_the_same_weights(whole: Finished, tmp_path: Path) -> None:
+    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"))
+    os.mkfifo(tmp_path / "pipe")
+    process = worker.start_pretrain(config, tmp_path / "pipe")
+    with (tmp_path / "pipe").open() as lines:
+        assert next(lines).startswith("model")
+    process.join(timeout=60)
+    assert process.exitcode == 0
+    assert_same_training(config, whole.config)
+
+
 def test_a_training_read_by_processes_has_the_same_weights(whole: Finished, tmp_path: Path) -> None:
     config = dataclasses.replace(whole.config, out=str(tmp_path / "run"), readers="processes", workers=2)
     assert worker.run(config, tmp_path / "log") == 0, (tmp_path / "log").read_text()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.toml import to_toml
+from simmim.output import say
 from simmim.torch_engine.train.pretrain import pretrain as run_pretraining
 from simmim.torch_engine.train.storage import load_model
 from simmim.training.loop import Loop
@@ -150,7 +151,7 @@ def pretrain(config: PretrainConfig, kill_at_call: int | None = None) -> None:
     sys.setprofile(counter)
     code = cli.main(["pretrain", "--config", str(settings), "--out", config.out])
     sys.setprofile(None)
-    print(f"{counter.calls} calls")
+    say(f"{counter.calls} calls")
     sys.exit(code)
 
 

@@ -221,7 +221,8 @@ class StopRequests:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
+        with contextlib.suppress(OSError):  # no one reads it any more
+            os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
 
 
 @contextlib.contextmanager

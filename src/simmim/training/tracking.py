@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.output import SafeStream, say
 from simmim.training.run_directory import Run, read_json, write_json
 
 Item = TypeVar("Item")
@@ -104,13 +105,13 @@ class Console:
         self._start = start
         self._begun = time.monotonic()
         self._bar: Any = None
-        if enabled and sys.stderr.isatty():
+        if enabled and SafeStream(sys.stderr).isatty():
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
             # Narrow enough for 80 columns.
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(12), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, console=RichConsole(stderr=True))
+            self._bar = Progress(*columns, console=RichConsole(file=cast(IO[str], SafeStream(sys.stderr))))
             self._task = self._bar.add_task("", total=total, completed=start)
             self._bar.start()
 
@@ -120,7 +121,7 @@ class Console:
         if self._bar:
             self._bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
         if not self._enabled:
@@ -147,12 +148,12 @@ def _losses(values: dict[str, float]) -> str:
 
 def progress(items: Iterable[Item], total: int, what: str, *, every_seconds: float = 10) -> Iterator[Item]:
     """Yield the items and show on standard error how many are done: a bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
+    if SafeStream(sys.stderr).isatty():
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn(what), MofNCompleteColumn(), BarColumn(20), TimeRemainingColumn())
-        with Progress(*columns, console=RichConsole(stderr=True)) as bar:
+        with Progress(*columns, console=RichConsole(file=cast(IO[str], SafeStream(sys.stderr)))) as bar:
             yield from bar.track(items, total=total)
         return
     begun = said = time.monotonic()
@@ -161,7 +162,7 @@ def progress(items: Iterable[Item], total: int, what: str, *, every_seconds: flo
         if (now := time.monotonic()) - said >= every_seconds:
             said = now
             left = (now - begun) / done * (total - done)
-            print(f"{done} of {total} {what}, {duration(left)} left", file=sys.stderr, flush=True)
+            say(f"{done} of {total} {what}, {duration(left)} left")
 
 
 def duration(seconds: float) -> str:
