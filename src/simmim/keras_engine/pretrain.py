@@ -23,7 +23,7 @@ from simmim.training.loop import Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
 from simmim.training.pretrain_plan import Plan, draw_masks, open_images
-from simmim.training.run_directory import Run
+from simmim.training.run_directory import Run, hold_run
 from simmim.training.session import PretrainSession, Watch, parts
 from simmim.training.trainer import find_start
 
@@ -37,24 +37,25 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
     images = open_images(config)
     machine = open_machine(backend, config)
     check_batch(config, machine.devices)
-    plan = Plan.complete(
-        config,
-        images,
-        patch=architecture.arguments.get("patch_size", 1),  # a convolutional net has none
-        width=architecture.width,
-        world=machine,
-        backend=backend,
-        image_size=config.image_size or architecture.image_size,
-        device=machine.device,
-        precision=choose_precision(config.precision, machine.device),
-        compile=True if config.compile is None else config.compile,
-    )
-    start = find_start(plan.config, machine)
-    with machine.building():
-        model = build_model(plan.config)  # before the run directory is made, since sizes may not fit
-        # A checkpoint holds all weights, so a resumed run does not need those that it began from.
-        origin = initialize(model, config.init_from) if config.init_from and not start else None
-    return KerasPretrainSession(plan, machine, start, model, origin).train(watch)
+    with hold_run(config, is_main=machine.rank == 0):
+        plan = Plan.complete(
+            config,
+            images,
+            patch=architecture.arguments.get("patch_size", 1),  # a convolutional net has none
+            width=architecture.width,
+            world=machine,
+            backend=backend,
+            image_size=config.image_size or architecture.image_size,
+            device=machine.device,
+            precision=choose_precision(config.precision, machine.device),
+            compile=True if config.compile is None else config.compile,
+        )
+        start = find_start(plan.config, machine)
+        with machine.building():
+            model = build_model(plan.config)  # before the run directory is made, since sizes may not fit
+            # A checkpoint holds all weights, so a resumed run does not need those that it began from.
+            origin = initialize(model, config.init_from) if config.init_from and not start else None
+        return KerasPretrainSession(plan, machine, start, model, origin).train(watch)
 
 
 def open_machine(backend: str, config: PretrainConfig) -> Machine:

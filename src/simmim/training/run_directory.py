@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from simmim.config.toml import changed_fields, read_toml, to_toml
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
+from simmim.training.run_lock import LOCK, locked, move_lock
 
 _V0_1 = {"flip": "horizontal", "crop_scale": (0.67, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
 """Values of version 0.1 for fields that it did not have."""
@@ -191,6 +192,26 @@ def recall(config: Config) -> Config | None:
     return run.read_config(type(config))
 
 
+@contextlib.contextmanager
+def hold_run(config: TrainingConfig, *, is_main: bool) -> Iterator[None]:
+    """Keep other trainings out of `config.out`; the main process does it for all.
+
+    Raises `UserError` where another training holds it, or it is no place for a run.
+    """
+    assert config.out is not None
+    if not is_main:
+        yield
+        return
+    run = Run(Path(config.out))
+    _check_place(run)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(run.path))
+        except OSError as error:
+            raise _not_writable(run, error) from None
+        yield
+
+
 def open_run(config: TrainingConfig) -> Run:
     """Open the run directory of `config.out`, made if new. A run in it is resumed, or refused if it differs.
 
@@ -211,15 +232,23 @@ def open_run(config: TrainingConfig) -> Run:
                 f"{run.path} holds a run with another configuration ({differences}); "
                 "repeat its command to resume it, give another --out, or start again with --fresh"
             )
-    elif run.path.exists() and not (run.path.is_dir() and _is_empty(run)):
-        raise UserError(f"{run.path} exists and is not a run; give a new directory as --out")
+    _check_place(run)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
         with written_whole(run.config) as path:
             path.write_text(to_toml(config), encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{run.path} cannot be written: {error.strerror}; give another --out") from None
+        raise _not_writable(run, error) from None
     return run
+
+
+def _check_place(run: Run) -> None:
+    if run.path.exists() and not run.config.exists() and not (run.path.is_dir() and _is_empty(run)):
+        raise UserError(f"{run.path} exists and is not a run; give a new directory as --out")
+
+
+def _not_writable(run: Run, error: OSError) -> UserError:
+    return UserError(f"{run.path} cannot be written: {error.strerror}; give another --out")
 
 
 def _short(value: Any) -> str:
@@ -227,15 +256,17 @@ def _short(value: Any) -> str:
 
 
 def _is_empty(run: Run) -> bool:
-    return set(run.path.iterdir()) <= {_aside(run.config)}  # left by a process that was killed as it began
+    # Left by a process that was killed as it began.
+    return set(run.path.iterdir()) <= {_aside(run.config), run.path / LOCK}
 
 
 def _set_aside(run: Run) -> None:
     """Move an old run to RUN.old-TIME: `--fresh` never deletes what may have cost days."""
     if not run.config.exists():
         return
-    name = f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
-    run.path.rename(run.path.with_name(name))
+    old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    run.path.rename(old)
+    move_lock(old, run.path)
 
 
 def drop_metrics_after(path: Path, step: int) -> None:

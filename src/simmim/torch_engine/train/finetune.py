@@ -22,7 +22,7 @@ from simmim.torch_engine.train.trainer import TorchTrainer
 from simmim.torch_engine.train.update import Update
 from simmim.training.loop import Event, Outcome
 from simmim.training.plan import Batch
-from simmim.training.run_directory import Run, mark_task, read_json, write_json
+from simmim.training.run_directory import Run, hold_run, mark_task, read_json, write_json
 from simmim.training.session import Session, Watch
 from simmim.training.trainer import find_start
 
@@ -35,7 +35,7 @@ def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, O
     precision = choose_precision(config.precision, device)
     origin = find_origin(config)
     data = spec.open_data(config)
-    with distributed.join(device, precision) as world:
+    with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main):
         distributed.check_world(config, world)
         config = with_encoder_facts(
             config,

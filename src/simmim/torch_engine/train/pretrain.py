@@ -33,7 +33,7 @@ from simmim.training.loop import Event, Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
 from simmim.training.pretrain_plan import Plan, draw_masks, open_images
-from simmim.training.run_directory import Run
+from simmim.training.run_directory import Run, hold_run
 from simmim.training.session import PretrainSession, Watch, parts
 from simmim.training.trainer import find_start
 
@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
     encoder = sketch_encoder(config.model, image_size, config.model_args)
     images = open_images(config)
     check = KnnCheck(config) if config.probe else None
-    with distributed.join(device, precision) as world:
+    with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main):
         distributed.check_world(config, world)
         plan = Plan.complete(
             config,
