@@ -13,7 +13,8 @@ import pytest
 
 import simmim
 from simmim.config.pretraining import PretrainConfig
-from simmim.errors import TrainingDivergedError
+from simmim.data.bad_images import TooManyBadImages
+from simmim.errors import TrainingDivergedError, TrainingFailedError, UserError
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.meter import Meter
 from simmim.training.run_directory import Run
@@ -33,10 +34,14 @@ class Diary:
         self.closed = False
         self.components: dict[str, float] = {}
         self.signals: dict[int, list[int]] = {}
+        self.unreadable: set[int] = set()
+        self.others = 0
 
     def batches(self, start_step: int) -> Iterator[int]:
         try:
             while True:
+                if start_step in self.unreadable:
+                    raise TooManyBadImages("4 of 100 images cannot be read")
                 yield start_step
                 start_step += 1
         finally:
@@ -57,12 +62,21 @@ class Diary:
     def save(self, done: int) -> None:
         self.done.append(f"save {done}")
 
-    def any(self, flag: bool) -> bool:
-        return flag
+    def largest(self, number: int) -> int:
+        return max(number, self.others)
 
 
-def loop(engine: Diary, out: Path, *, total: int = 10, save_every: int = 4, log_every: int = 3, **others: Any) -> Loop:
-    config = PretrainConfig(out=str(out), log_every_steps=log_every, batch_size=2)
+def loop(
+    engine: Diary,
+    out: Path,
+    *,
+    total: int = 10,
+    save_every: int = 4,
+    log_every: int = 3,
+    max_hours: float | None = None,
+    **others: Any,
+) -> Loop:
+    config = PretrainConfig(out=str(out), log_every_steps=log_every, batch_size=2, max_hours=max_hours)
     out.mkdir(exist_ok=True)
     steps = {"start": engine.start, "total_steps": total, "steps_per_epoch": 5, "save_every_steps": save_every}
     return Loop(engine, Run(out), config, **steps, batches=engine.batches, **others)
@@ -148,7 +162,7 @@ def test_too_many_skipped_steps_end_the_run_without_another_checkpoint(tmp_path:
     assert engine.closed
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path: Path, number: signal.Signals) -> None:
     before = signal.getsignal(number)
     engine = Diary()
@@ -182,6 +196,59 @@ def test_in_python_a_training_that_was_stopped_does_not_pass_for_a_finished_one(
     monkeypatch.setattr("simmim.torch_engine.train.finetune.finetune", lambda config, watch: stopped)
     with pytest.raises(error):
         simmim.finetune("segment", data="demo", out=str(tmp_path))
+
+
+def test_a_hang_up_that_is_ignored_as_under_nohup_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        engine = Diary()
+        engine.signals = {4: [signal.SIGHUP]}
+        assert loop(engine, tmp_path).fit() == Outcome(10, 0)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_run_saves_and_asks_to_be_started_again_when_its_hours_are_up(tmp_path: Path) -> None:
+    outcome = loop(Diary(), tmp_path, max_hours=1e-9).fit()
+    assert (outcome.step, outcome.exit_code) == (1, 75)
+    assert Outcome(5, 0, signal.SIGUSR1).exit_code == 75
+    assert Outcome(5, 0, signal.SIGHUP).exit_code == 129
+    assert loop(Diary(start=1), tmp_path, max_hours=1).fit() == Outcome(10, 1)
+
+
+def test_what_is_done_is_saved_before_bad_images_end_a_run(tmp_path: Path) -> None:
+    engine = Diary()
+    engine.unreadable = {5}
+    with pytest.raises(TrainingFailedError, match=r"4 of 100 images cannot be read \(stopped at step 5 of 10\)"):
+        loop(engine, tmp_path).fit()
+    assert engine.done[-1] == "save 5"
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 6)]
+
+
+def test_bad_images_before_the_first_step_are_a_mistake_of_the_command(tmp_path: Path) -> None:
+    engine = Diary()
+    engine.unreadable = {0}
+    with pytest.raises(UserError):
+        loop(engine, tmp_path).fit()
+    assert engine.done == []
+
+
+def test_an_evaluation_that_cannot_read_its_images_ends_the_run_after_a_save(tmp_path: Path) -> None:
+    def fail(done: int) -> dict[str, float]:
+        raise TooManyBadImages("none of the 2 images can be read")
+
+    engine = Diary()
+    with pytest.raises(TrainingFailedError, match="none of the 2 images"):
+        loop(engine, tmp_path, events=[Event(every_steps=3, call=fail)]).fit()
+    assert engine.done[-1] == "save 4"
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 5)]
+
+
+def test_a_process_saves_with_another_that_cannot_go_on(tmp_path: Path) -> None:
+    engine = Diary()
+    engine.others = 1000
+    assert loop(engine, tmp_path).fit() == Outcome(1, 0, signal.SIGTERM)
+    assert engine.done[-1] == "save 1"
 
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def _run_of(run: "Run", outcome: "Outcome") -> "Run":
     if outcome.stopped_by == signal.SIGINT:
         raise KeyboardInterrupt
     if outcome.stopped_by is not None:
-        raise SystemExit(128 + outcome.stopped_by)
+        raise SystemExit(outcome.exit_code)
     return run
 
 

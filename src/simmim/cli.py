@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from simmim.config import cli_errors
-from simmim.errors import TrainingDivergedError, UserError
+from simmim.errors import TrainingFailedError, UserError
 from simmim.output import printable, safe_output
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def _pretrain(config: "PretrainConfig") -> int:
     from simmim.engines import pretrain
 
     _, outcome = pretrain(config)
-    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+    return outcome.exit_code
 
 
 def reconstruct(argv: list[str]) -> int:
@@ -90,7 +90,7 @@ def finetune(argv: list[str]) -> int:
     from simmim.engines import finetune as run
 
     _, outcome = run(config)
-    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+    return outcome.exit_code
 
 
 def report(argv: list[str]) -> int:
@@ -366,7 +366,7 @@ def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str
         defaults = find(sources["recipe"])
     if sources["config"]:
         defaults = dataclasses.replace(
-            read_toml(sources["config"], kind), out=None, fresh=False, accept_changed_data=False
+            read_toml(sources["config"], kind), out=None, max_hours=None, fresh=False, accept_changed_data=False
         )
     if hasattr(defaults, "objectives"):
         argv = with_full_names(argv)
@@ -428,7 +428,7 @@ def explain(error: Exception) -> str | None:
     """Describe an error in one line for the user; `None` for a bug."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, (UserError, OSError, TrainingDivergedError)):
+    if isinstance(error, (UserError, OSError, TrainingFailedError)):
         return str(error).strip().splitlines()[0] if str(error) else repr(error)
     if "out of memory" in str(error) or "can't allocate memory" in str(error):  # CUDA's and the CPU's messages
         return "out of memory: lower --batch-size, split it with --accumulate-steps, or use --checkpoint-activations"

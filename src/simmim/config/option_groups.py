@@ -22,7 +22,7 @@ _GROUPS = {
         "readers decode antialias kernels.*"
     ),
     "run": (
-        "config save-every-steps keep fresh log-every-steps log picture-every-steps probe probe-every-epochs "
+        "config save-every-steps keep max-hours fresh log-every-steps log picture-every-steps probe probe-every-epochs "
         "eval-every-epochs help"
     ),
 }

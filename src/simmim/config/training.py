@@ -122,6 +122,8 @@ class TrainingConfig:
     """Steps between checkpoints (default: one epoch, at least 100 steps)."""
     keep: Positive = 2
     """Number of latest checkpoints to keep."""
+    max_hours: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
+    """Hours of training after which the run saves and exits with code 75, to be started again (default: no limit)."""
     fresh: bool = False
     """Start a new run even if the run directory holds one. The old run is moved aside, not deleted."""
     accept_changed_data: bool = False

@@ -68,11 +68,13 @@ class JaxMachine:
         stepper.write(first_state(model))
         return stepper
 
-    def any(self, flag: bool) -> bool:
+    def largest(self, number: int) -> int:
         if self.size == 1:
-            return flag
+            return number
         self._asked += 1
-        return self._asked % _ASK_EVERY == 0 and bool(multihost_utils.process_allgather(np.array(flag)).any())
+        if self._asked % _ASK_EVERY:
+            return 0
+        return int(multihost_utils.process_allgather(np.array(number, np.int32)).max())
 
     def main_says(self, number: int) -> int:
         return number if self.size == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(number)))

@@ -32,8 +32,8 @@ class Machine(Protocol):
 
     def start(self, model: MaskedImageModel, config: PretrainConfig) -> "Stepper": ...
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is up on any process; it may take some calls to be seen."""
+    def largest(self, number: int) -> int:
+        """Return the largest number of all processes, none of which is negative; it may take some calls to be seen."""
         ...
 
     def main_says(self, number: int) -> int:

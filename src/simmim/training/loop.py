@@ -4,6 +4,7 @@ Figures stay on the device until the next line of progress fetches them, all at 
 """
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from simmim.config.training import TrainingConfig
-from simmim.errors import TrainingDivergedError
+from simmim.errors import TrainingDivergedError, TrainingFailedError, UserError
 from simmim.training.meter import Meter
 from simmim.training.run_directory import Run, drop_metrics_after
 from simmim.training.tracking import Console, Tracker, open_trackers
@@ -45,8 +46,8 @@ class Engine(Protocol):
         """Write the whole state after `done` steps, and the encoder."""
         ...
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is up on any process."""
+    def largest(self, number: int) -> int:
+        """Return the largest number of all processes, none of which is negative; it may take some calls to be seen."""
         ...
 
 
@@ -63,6 +64,10 @@ class Event:
         return done % self.every_steps == 0 or done == total
 
 
+TO_BE_CONTINUED = 75
+"""Exit code that asks to be started again (EX_TEMPFAIL of sysexits.h)."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """End of a training: steps done, steps done before it started, and the signal that stopped it early, if any."""
@@ -70,12 +75,24 @@ class Outcome:
     step: int
     start: int
     stopped_by: int | None = None
+    """The end of `max_hours` counts as SIGUSR1, by which a scheduler says that time is up."""
     is_main: bool = True
     """Whether this is the process that writes."""
 
+    @property
+    def exit_code(self) -> int:
+        """0 if it is finished, `TO_BE_CONTINUED` if its time was up, else 128 + the signal."""
+        if self.stopped_by is None:
+            return 0
+        return TO_BE_CONTINUED if self.stopped_by == signal.SIGUSR1 else 128 + self.stopped_by
+
+
+_FAILED = 1000
+"""What a process that cannot go on tells the others: larger than any signal."""
+
 
 class Loop:
-    """Train from step `start` to the end, or until SIGINT or SIGTERM; the last checkpoint holds all that was done."""
+    """Train from step `start` to the end, or until a signal; the last checkpoint holds all that was done."""
 
     def __init__(
         self,
@@ -101,9 +118,10 @@ class Loop:
         self._batches, self._events, self._after_save = batches, events, after_save
         self._trackers: list[Tracker] = []
         self._rows: list[tuple[int, float, Any]] = []  # step, learning rate, figures on the device
-        self._waits: list[float] = []  # seconds that the host waited for the batch of each of these steps
+        self._waits: list[float] = []  # seconds that the host waited for a batch since the last line
         self.console = Console(total=total_steps, start=start, enabled=engine.is_main)
         self._clock = _Clock(start)
+        self._failure: Exception | None = None
 
     def fit(self) -> Outcome:
         try:
@@ -113,7 +131,7 @@ class Loop:
                 drop_metrics_after(self._run.metrics, self._start)
                 values = {name: str(value) for name, value in vars(self._config).items()}
                 self._trackers = open_trackers(self._run, values, self._config.log, self._start)
-            with stop_requests() as stop:
+            with stop_requests(self._config.max_hours) as stop:
                 return self._train(stop)
         finally:
             self.console.close()
@@ -130,10 +148,18 @@ class Loop:
                 event.call(0)
         self._clock = _Clock(self._start)
         with contextlib.closing(self._batches(self._start)) as batches:  # type: ignore[type-var]
+            batch = self._next(batches)
             for step in range(self._start, self._total):
                 done = step + 1
-                self._rows.append((done, *self._update(step, batches)))
-                stopping = self._engine.any(stop.signal is not None) and done < self._total
+                with self._engine.meter.step():
+                    self._rows.append((done, *self._engine.update(step, batch)))
+                if done < self._total:
+                    batch = self._next_or_fail(batches)
+                # All processes save together, so those that can go on must hear of one that cannot.
+                request = self._engine.largest(_FAILED if self._failure else stop.request())
+                stopping = request > 0 and done < self._total
+                if batch is None and not stopping:  # not heard yet, and there is no time to wait
+                    break
                 last = done == self._total or stopping
                 due = [event for event in self._events if event.due(done, self._total)]
                 saving = done % self._save_every == 0 or last
@@ -145,16 +171,27 @@ class Loop:
                     if self._engine.is_main and not last:
                         self._after_save()
                     self._clock.restart(done)
-                if stopping:
-                    return Outcome(done, self._start, stop.signal or signal.SIGTERM)
+                if stopping and not self._failure:
+                    return Outcome(done, self._start, signal.SIGTERM if request == _FAILED else request)
+                if last:
+                    break
+        if self._failure:
+            raise TrainingFailedError(f"{self._failure} (stopped at step {done} of {self._total})") from self._failure
         return Outcome(self._total, self._start)
 
-    def _update(self, step: int, batches: Iterator[Any]) -> tuple[float, Any]:
+    def _next(self, batches: Iterator[Any]) -> Any:
         begun = time.monotonic()
         batch = next(batches)
         self._waits.append(time.monotonic() - begun)
-        with self._engine.meter.step():
-            return self._engine.update(step, batch)
+        return batch
+
+    def _next_or_fail(self, batches: Iterator[Any]) -> Any:
+        """Return the next batch, or `None` where it cannot be had: then what is done is saved first."""
+        try:
+            return self._next(batches)
+        except (UserError, OSError) as error:
+            self._failure = error
+            return None
 
     def _log(self, done: int, due: Sequence[Event]) -> None:
         """Fetch the figures of the steps since the last line, add those of due events, then write and show them."""
@@ -164,7 +201,10 @@ class Loop:
         self._waits.clear()
         found: dict[str, float] = {}
         for event in due:
-            found |= event.call(done)
+            try:
+                found |= event.call(done)
+            except (UserError, OSError) as error:
+                self._failure = error
         values: dict[str, float] = {}
         for (step, lr, _), figures in zip(self._rows, fetched, strict=True):
             values = {"epoch": step / self._per_epoch, **figures, "lr": lr, "images_per_second": speed}
@@ -212,24 +252,33 @@ class _Clock:
 
 
 class StopRequests:
-    """SIGINT and SIGTERM, noted for the loop to check between steps; a second SIGINT stops at once."""
+    """Signals and the end of `max_hours`, noted for the loop to check between steps; a second SIGINT stops at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_hours: float | None = None) -> None:
         self.signal: int | None = None
+        self._end = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+
+    def request(self) -> int:
+        """Return the signal to stop by, 0 if there is none."""
+        if self.signal is None and time.monotonic() >= self._end:
+            return signal.SIGUSR1
+        return self.signal or 0
 
     def note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         with contextlib.suppress(OSError):  # no one reads it any more
-            os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
+            os.write(2, b"\nstopping after this step and saving; Ctrl-C to stop at once\n")
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequests]:
-    requests = StopRequests()
+def stop_requests(max_hours: float | None = None) -> Iterator[StopRequests]:
+    requests, previous = StopRequests(max_hours), {}
     try:
-        previous = {number: signal.signal(number, requests.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                previous[number] = signal.signal(number, requests.note)
     except ValueError:  # not the main thread (a notebook's executor): the caller's handlers stay
         yield requests
         return

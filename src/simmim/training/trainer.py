@@ -24,8 +24,8 @@ class World(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is up on any process; it may take some calls to be seen."""
+    def largest(self, number: int) -> int:
+        """Return the largest number of all processes, none of which is negative; it may take some calls to be seen."""
         ...
 
     def main_says(self, number: int) -> int:
@@ -51,8 +51,8 @@ class Trainer(ABC):
         if step:
             self.load(checkpoint_path(self._run.checkpoints, step))
 
-    def any(self, flag: bool) -> bool:
-        return self._world.any(flag)
+    def largest(self, number: int) -> int:
+        return self._world.largest(number)
 
     def fetch(self, figures: Sequence[Any]) -> list[dict[str, float]]:
         return [dict(zip(self.names, row, strict=True)) for row in self.read(figures)]

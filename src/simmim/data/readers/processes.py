@@ -126,7 +126,12 @@ def _end(connection: Connection, process: Any) -> None:
 
 def _read(work: _Work, numbers: range, memory: Any, connection: Connection) -> None:
     """Run a worker: fill rooms as they become free, until the training process is gone."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # those are for the process that trains: it ends a step, and saves
+    for stop in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+    ):  # those are for the process that trains: it ends a step, and saves
         signal.signal(stop, signal.SIG_IGN)
     rooms = work.rooms(memory)
     try:

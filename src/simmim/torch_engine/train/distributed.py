@@ -38,13 +38,13 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is up on any rank. Uses the CPU, so that no accelerator waits."""
+    def largest(self, number: int) -> int:
+        """Return the largest number of all ranks. Uses the CPU, so that no accelerator waits."""
         if self.size == 1:
-            return flag
-        flags = torch.tensor([int(flag)])
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags[0])
+            return number
+        numbers = torch.tensor([number])
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+        return int(numbers[0])
 
     def main_says(self, number: int) -> int:
         """Broadcast a number from rank 0."""
