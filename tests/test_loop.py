@@ -1,5 +1,6 @@
 """The training loop with an engine that only keeps a diary."""
 
+import errno
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import pytest
 import simmim
 from simmim.config.pretraining import PretrainConfig
 from simmim.data.bad_images import TooManyBadImages
+from simmim.disk import WriteError
 from simmim.errors import TrainingDivergedError, TrainingFailedError, UserError
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.meter import Meter
@@ -333,3 +335,28 @@ def test_what_is_drawn_before_training_is_drawn_for_new_runs_alone(tmp_path: Pat
 
     assert steps(0) == [0, 5, 10]
     assert steps(5) == [10]
+
+
+def test_a_checkpoint_that_does_not_fit_ends_a_training_with_one_line_and_what_is_saved(tmp_path: Path) -> None:
+    class Full(Diary):
+        def save(self, done: int) -> None:
+            if done == 8:
+                raise WriteError(errno.ENOSPC, "No space left on device", "runs/a/checkpoints/writing-00000008")
+            super().save(done)
+
+    with pytest.raises(TrainingFailedError) as error:
+        loop(Full(), tmp_path).fit()
+    assert str(error.value) == (
+        "runs/a/checkpoints/writing-00000008 cannot be written: No space left on device; free space there, then repeat "
+        "the command (step 4 is saved)"
+    )
+
+
+def test_figures_are_on_the_disk_before_the_checkpoint_that_holds_their_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, fsync = Diary(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (engine.done.append("sync"), fsync(file))[1])
+    loop(engine, tmp_path).fit()
+    saves = [place for place, what in enumerate(engine.done) if what.startswith("save")]
+    assert [engine.done[place - 1] for place in saves] == ["sync"] * 3

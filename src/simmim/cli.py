@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from simmim.config import cli_errors
+from simmim.disk import WriteError
 from simmim.errors import TrainingFailedError, UserError
 from simmim.output import printable, safe_output
 
@@ -426,7 +427,7 @@ def _run(argv: list[str]) -> int:
 
 def explain(error: Exception) -> str | None:
     """Describe an error in one line for the user; `None` for a bug."""
-    if isinstance(error, OSError) and error.strerror and not isinstance(error, UserError):
+    if isinstance(error, OSError) and error.strerror and not isinstance(error, WriteError):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (UserError, OSError, TrainingFailedError)):
         return str(error).strip().splitlines()[0] if str(error) else repr(error)

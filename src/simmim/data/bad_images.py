@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from simmim.disk import writing
 from simmim.errors import UserError
 
 
@@ -50,7 +51,7 @@ class BadImages:
                 self._names.add(name)
                 if self.path is not None:
                     line = "\t".join([name, reason, *([self.part] if self.part else [])])
-                    with self.path.open("ab") as file:
+                    with writing(self.path), self.path.open("ab") as file:
                         file.write(f"{line}\n".encode(errors="surrogateescape"))
             bad = len(self._names)
         if bad > self.max_fraction * self.total:

@@ -16,13 +16,14 @@ from safetensors.numpy import load_file, save_file
 from simmim.keras_engine import weights
 from simmim.keras_engine.model import MaskedImageModel
 from simmim.keras_engine.optim import State
-from simmim.training.checkpoint_directory import ARRAYS, begin, publish
+from simmim.training.checkpoint_directory import ARRAYS, begin, filling, publish
 
 
 def save_checkpoint(directory: Path, step: int, model: MaskedImageModel, state: State, *, keep: int) -> Path:
     """Write the state after `step` steps; only one process calls it. Returns the checkpoint's directory."""
-    save_file(_named(model, state), begin(directory, step) / ARRAYS)
-    return publish(directory, step, keep=keep)
+    with filling(directory, step):
+        save_file(_named(model, state), begin(directory, step) / ARRAYS)
+        return publish(directory, step, keep=keep)
 
 
 def load_checkpoint(path: Path, model: MaskedImageModel) -> State:

@@ -4,13 +4,15 @@
 without a manifest or with a file that does not match it is damaged, and the one before it is used.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
+from simmim.disk import find_write_error, to_disk
 from simmim.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -18,11 +20,29 @@ ARRAYS = "state.safetensors"
 """What the keras engine keeps; it holds the model as `model.NAME`, under the torch engine's names and in its layout."""
 
 
+@contextlib.contextmanager
+def filling(directory: Path, step: int) -> Iterator[Path]:
+    """Give the directory that a checkpoint's files are written to, until `publish`.
+
+    Raises `WriteError` where the disk does not take them; then they are removed, and the checkpoints before stay.
+    """
+    aside = aside_path(directory, step)
+    try:
+        yield aside
+    except BaseException as error:  # torch's error of a checkpoint is no `Exception`
+        found = find_write_error(error, aside)
+        if found is None:
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        raise found from error
+
+
 def begin(directory: Path, step: int) -> Path:
     """Create a directory for the files of a checkpoint; it does not count as one until `publish`."""
     aside = aside_path(directory, step)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    to_disk(directory.parent)
     return aside
 
 
@@ -32,11 +52,11 @@ def publish(directory: Path, step: int, *, keep: int) -> Path:
     digests = {path.name: _digest(path) for path in sorted(aside.iterdir())}
     (aside / MANIFEST).write_text(json.dumps(digests, indent=1), encoding="utf-8")
     for path in (*aside.iterdir(), aside):
-        _to_disk(path)
+        to_disk(path)
     if final.exists():  # a damaged one of the same step
         shutil.rmtree(final)
     aside.rename(final)
-    _to_disk(directory)
+    to_disk(directory)
     _forget_others(directory, final, keep)
     return final
 
@@ -83,14 +103,6 @@ def _damage(path: Path) -> str | None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _forget_others(directory: Path, newest: Path, keep: int) -> None:

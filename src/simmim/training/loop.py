@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from simmim.config.training import TrainingConfig
+from simmim.disk import WriteError
 from simmim.errors import TrainingDivergedError, TrainingFailedError, UserError
 from simmim.training.meter import Meter
 from simmim.training.run_directory import Run, drop_metrics_after
@@ -122,6 +123,7 @@ class Loop:
         self.console = Console(total=total_steps, start=start, enabled=engine.is_main)
         self._clock = _Clock(start)
         self._failure: Exception | None = None
+        self._saved = start
 
     def fit(self) -> Outcome:
         try:
@@ -133,6 +135,9 @@ class Loop:
                 self._trackers = open_trackers(self._run, values, self._config.log, self._start)
             with stop_requests(self._config.max_hours) as stop:
                 return self._train(stop)
+        except WriteError as error:
+            saved = f"step {self._saved} is saved" if self._saved else "no step was saved yet"
+            raise TrainingFailedError(f"{error} ({saved})") from error
         finally:
             self.console.close()
             for tracker in self._trackers:
@@ -167,7 +172,10 @@ class Loop:
                 if done % self._config.log_every_steps == 0 or due or saving:
                     self._log(done, due)
                 if saving:
+                    for tracker in self._trackers:
+                        tracker.keep()
                     self._engine.save(done)
+                    self._saved = done
                     if self._engine.is_main and not last:
                         self._after_save()
                     self._clock.restart(done)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import tempfile
 import textwrap
 import time
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 
 from simmim.config.toml import changed_fields, read_toml, to_toml
 from simmim.config.training import TrainingConfig
+from simmim.disk import to_disk, writing
 from simmim.errors import UserError
 from simmim.training.run_lock import LOCK, locked, move_lock
 
@@ -26,16 +26,21 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a path to write, renamed to `path` at the end: readers see the old file or the new one, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Give a path to write, renamed to `path` at the end: readers see the old file or the new one, whole.
+
+    Raises `WriteError` where the disk does not take it; the old file stays.
+    """
     aside = _aside(path)  # always the same name: what a killed process left is written over
-    try:
-        yield aside
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield aside
+            to_disk(aside)
+            aside.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # of a file system that is read-only
+                aside.unlink(missing_ok=True)
+        to_disk(path.parent)
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
@@ -62,12 +67,16 @@ def new_directory(out: str | Path) -> Iterator[Path]:
     target = Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--out {out} exists already; give a new directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as parent:
-        aside = Path(parent) / target.name
-        aside.mkdir()
-        yield aside
-        aside.rename(target)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as parent:
+            aside = Path(parent) / target.name
+            aside.mkdir()
+            yield aside
+            for path in (*aside.rglob("*"), aside):
+                to_disk(path)
+            aside.rename(target)
+        to_disk(target.parent)
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """Outlets of a run's numbers and pictures: the console, metrics.jsonl, TensorBoard, and hosted trackers."""
 
+import contextlib
 import importlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.disk import to_disk, writing
 from simmim.output import SafeStream, say
 from simmim.training.run_directory import Run, read_json, write_json
 
@@ -23,33 +25,54 @@ class Tracker(Protocol):
 
     def scalars(self, step: int, values: dict[str, float]) -> None: ...
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None: ...
+    def keep(self) -> None:
+        """Write all so far to the disk: a checkpoint follows, after which these steps are not done again."""
+
     def close(self) -> None: ...
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, appended and flushed at once. NaN and infinity are written as null."""
+    """`metrics.jsonl`: one JSON object a line, appended at once. NaN and infinity are written as null."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = path
+        with writing(path):
+            self._file = path.open("ab", buffering=0)  # nothing is left to write when it is closed
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        rest = json.dumps({"step": step, **finite}).encode() + b"\n"
+        with writing(self._path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
 
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
         pass
+
+    def keep(self) -> None:
+        with writing(self._path):
+            to_disk(self._path)
 
     def close(self) -> None:
         self._file.close()
 
 
 class TensorBoard:
-    """`RUN/tensorboard/`; steps after `start` that a killed run wrote are hidden."""
+    """`RUN/tensorboard/`; steps after `start` that a killed run wrote are hidden.
+
+    A disk that does not take it ends no training: metrics.jsonl has the same figures.
+    """
 
     def __init__(self, directory: Path, start: int):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+        with contextlib.suppress(OSError):
+            self._writer = SummaryWriter(str(directory), purge_step=start + 1 if start else None)
+            # A thread of tensorboardX writes, and would end with a traceback, after which the queue to it fills up.
+            events: Any = self._writer.file_writer.event_writer._ev_writer  # type: ignore[union-attr]
+            events._py_recordio_writer = _Forgiving(events._py_recordio_writer)
+            return
+        self._writer = SummaryWriter(write_to_disk=False)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -58,8 +81,37 @@ class TensorBoard:
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
         self._writer.add_image(name, pixels, step, dataformats="HWC")
 
+    def keep(self) -> None:
+        pass
+
     def close(self) -> None:
         self._writer.close()
+
+
+class _Forgiving:
+    """Writer of records that does nothing more once its disk is full."""
+
+    def __init__(self, writer: Any):
+        self._writer, self._failed = writer, False
+
+    def write(self, record: bytes) -> None:
+        self._call(lambda: self._writer.write(record))
+
+    def flush(self) -> None:
+        self._call(self._writer.flush)
+
+    def close(self) -> None:
+        self._call(self._writer.close)
+
+    def _call(self, function: Callable[[], Any]) -> None:
+        if self._failed:
+            return
+        try:
+            function()
+        except OSError:
+            self._failed = True
+            with contextlib.suppress(OSError):  # it tries to write what it still holds, once more, and is closed
+                self._writer.close()
 
 
 _RESUMED_BY = {"wandb": "id", "trackio": "name"}
@@ -86,6 +138,9 @@ class HostedTracker:
 
     def picture(self, step: int, name: str, pixels: NDArray[np.uint8]) -> None:
         self._module.log({name: self._module.Image(pixels)}, step=step)
+
+    def keep(self) -> None:
+        pass
 
     def close(self) -> None:
         self._module.finish()

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from simmim.torch_engine.train.distributed import World
-from simmim.training.checkpoint_directory import ARRAYS, aside_path, begin, checkpoint_path, publish
+from simmim.training.checkpoint_directory import ARRAYS, begin, checkpoint_path, filling, publish
 
 EXTRA = "extra.json"
 
@@ -36,23 +36,23 @@ def save_checkpoint(
     `extra` is what the trainer keeps on the host, as JSON can hold it. Without an optimiser the state is for looking at
     and starting from, not for resuming.
     """
-    aside = aside_path(directory, step)
-    if world.is_main:
-        begin(directory, step)
-    world.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer or ())
-    with warnings.catch_warnings():  # it says that it runs on one process: we know
-        warnings.simplefilter("ignore", UserWarning)
-        save(
-            {"model": model_state, "optimizer": optimizer_state},
-            checkpoint_id=aside,
-            no_dist=world.size == 1,
-        )
-    world.barrier()
-    if world.is_main:
-        (aside / EXTRA).write_text(json.dumps(extra), encoding="utf-8")
-        publish(directory, step, keep=keep)
-    world.barrier()
+    with filling(directory, step) as aside:
+        if world.is_main:
+            begin(directory, step)
+        world.barrier()
+        model_state, optimizer_state = get_state_dict(model, optimizer or ())
+        with warnings.catch_warnings():  # it says that it runs on one process: we know
+            warnings.simplefilter("ignore", UserWarning)
+            save(
+                {"model": model_state, "optimizer": optimizer_state},
+                checkpoint_id=aside,
+                no_dist=world.size == 1,
+            )
+        world.barrier()
+        if world.is_main:
+            (aside / EXTRA).write_text(json.dumps(extra), encoding="utf-8")
+            publish(directory, step, keep=keep)
+        world.barrier()
     return checkpoint_path(directory, step)
 
 

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.training import TrainingConfig
-from simmim.errors import UserError
+from simmim.errors import TrainingFailedError, UserError
 from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.models.family import blocks_to_shard
 
@@ -74,7 +74,7 @@ def join(device: str, precision: str = "fp32") -> Iterator[World]:
     """Yield this process's `World`: alone, or one of those that `torchrun` started. Leave the group at the end.
 
     Numbers are multiplied as a training of `precision` does. Raises `UserError` for several processes on a device that
-    trains in one only.
+    trains in one only, and `TrainingFailedError` where another rank is lost.
     """
     row = find_accelerator(device)
     size, rank, local = (int(os.environ.get(name, default)) for name, default in _TORCHRUN)
@@ -89,9 +89,21 @@ def join(device: str, precision: str = "fp32") -> Iterator[World]:
             dist.init_process_group(row.backend, rank=rank, world_size=size)
         try:
             yield World(device=place, rank=rank, size=size)
+        except RuntimeError as error:
+            if size > 1 and _tells_of_a_lost_rank(error):
+                raise TrainingFailedError(
+                    f"rank {rank} lost another rank, which ended or cannot be reached; what that rank wrote says why; "
+                    "the last checkpoint is intact: repeat the command to go on"
+                ) from error
+            raise
         finally:
             if started:
                 dist.destroy_process_group()
+
+
+def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
+    lost = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection was likely closed")
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in lost)
 
 
 _TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))

@@ -1,0 +1,162 @@
+"""What a disk that takes no more says, and in which order files reach it."""
+
+import errno
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simmim.cli import explain
+from simmim.disk import WriteError, writing
+from simmim.errors import UserError
+from simmim.training import checkpoint_directory, run_directory
+from simmim.training.checkpoint_directory import begin, checkpoint_path, filling, newest_checkpoint, publish
+from simmim.training.run_directory import Run, new_directory, written_whole
+from simmim.training.tracking import MetricsFile, TensorBoard
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free space there"),
+        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded; free some of your quota"),
+        (OSError(errno.EROFS, "x", "/elsewhere"), "Read-only file system; make the file system writable"),
+        (
+            RuntimeError("I/O error: File too large (os error 27)"),
+            "File too large; raise the limit on the size of a file",
+        ),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+            "writing failed; check",
+        ),
+        (RuntimeError("flush: No space left on device"), "No space left on device; free space there"),
+    ],
+)
+def test_whatever_a_library_makes_of_it_the_line_has_path_reason_and_remedy(
+    error: Exception, text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(WriteError) as found, writing(tmp_path / "file"):
+        raise error
+    assert str(found.value).startswith(f"{tmp_path}/file cannot be written: {text}")
+    assert explain(found.value) == str(found.value)
+
+
+def test_an_error_that_hides_the_disks_is_seen_through(tmp_path: Path) -> None:
+    class RanksError(BaseException):
+        failures = {0: (RuntimeError("unexpected pos"), None), 1: (OSError(errno.ENOSPC, ""), None)}
+
+    begin(tmp_path, 5)
+    with pytest.raises(WriteError, match="writing-00000005 cannot be written: No space left"), filling(tmp_path, 5):
+        raise RanksError
+    assert list(tmp_path.iterdir()) == []  # what was written takes no more space
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("No space left on device"), FileNotFoundError(2, "x", "/a"), KeyError("a")]
+)
+def test_other_errors_pass_unchanged(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as found, writing(tmp_path / "file"):
+        raise error
+    assert found.value is error
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def fill(place: Path) -> None:
+    with pytest.raises(OSError, match="No space"), (place / "filling").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_on_a_full_disk_the_old_file_the_metrics_and_the_checkpoint_stay(small: Path) -> None:
+    checkpoints = small / "run" / "checkpoints"
+    (begin(checkpoints, 1) / "state").write_bytes(b"one")
+    publish(checkpoints, 1, keep=2)
+    with written_whole(small / "file") as aside:
+        aside.write_text("old")
+    metrics = MetricsFile(small / "metrics.jsonl")
+    metrics.scalars(1, {"loss": 1.0})
+    board = TensorBoard(small / "tensorboard", 0)
+    fill(small)
+
+    def write_file() -> None:
+        with written_whole(small / "file") as aside:
+            aside.write_bytes(bytes(5000))
+
+    def save() -> None:
+        with filling(checkpoints, 2):
+            (begin(checkpoints, 2) / "state").write_bytes(b"two")
+            publish(checkpoints, 2, keep=2)
+
+    def export() -> None:
+        with new_directory(small / "new") as new, written_whole(new / "weights") as aside:
+            aside.write_bytes(bytes(5000))
+
+    def log() -> None:
+        for step in range(2, 1000):
+            metrics.scalars(step, {"loss": 1.0})
+
+    for function, name in (
+        (write_file, "file"),
+        (save, "run/checkpoints/writing-00000002"),
+        (export, "new"),
+        (log, "metrics.jsonl"),
+    ):
+        with pytest.raises(WriteError, match=f"small/{name} cannot be written: No space left on device"):
+            function()
+    assert (small / "file").read_text() == "old"
+    assert newest_checkpoint(checkpoints) == checkpoint_path(checkpoints, 1)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000001"]
+    assert not (small / "new").exists()
+    metrics.close()
+    for step in range(1000):  # longer than the queue to the thread that writes
+        board.scalars(step, {"loss": 1.0})
+    board.close()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def name(path: Any) -> str:
+        return str(Path(path).relative_to(tmp_path))
+
+    rename = Path.rename
+    monkeypatch.setattr(checkpoint_directory, "to_disk", lambda path: calls.append(f"sync {name(path)}"))
+    monkeypatch.setattr(
+        Path, "rename", lambda path, to: (calls.append(f"rename {name(path)} {name(to)}"), rename(path, to))[1]
+    )
+    run = Run(tmp_path / "run")
+    (begin(run.checkpoints, 7) / "state").write_bytes(b"state")
+    publish(run.checkpoints, 7, keep=2)
+    written = "run/checkpoints/writing-00000007"
+    assert calls[0] == "sync run"  # the directory of checkpoints has a name
+    assert set(calls[1:3]) == {f"sync {written}/state", f"sync {written}/manifest.json"}
+    assert calls[3:] == [
+        f"sync {written}",
+        f"rename {written} run/checkpoints/step-00000007",
+        "sync run/checkpoints",
+    ]
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr(run_directory, "to_disk", lambda path: calls.append(f"sync {Path(path).name}"))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (calls.append(f"replace {to.name}"), replace(path, to))[1])
+    with written_whole(tmp_path / "file") as aside:
+        aside.write_text("new")
+    assert calls == ["sync .file.part", "replace file", f"sync {tmp_path.name}"]
