@@ -232,7 +232,8 @@ def test_a_run_with_another_configuration_is_refused_naming_the_fields(run, caps
     assert error_of(tiny("--out finished --mask-ratio 0.5 --seed 1"), capsys) == (
         "finished holds a run with another configuration (seed 0 → 1, mask random ratio=0.6 cell=16 → random ratio=0.5 "
         "cell=16); "
-        "repeat its command to resume it, give another --out, or start again with --fresh"
+        "repeat its command to resume it, give another --out (with --init-from finished to start from its weights), or "
+        "start again with --fresh"
     )
 
 

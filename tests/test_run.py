@@ -56,7 +56,25 @@ def test_a_changed_configuration_is_refused_naming_the_fields(tmp_path: Path) ->
     message = refusal(config(tmp_path, lr=1e-3, seed=4, keep=5))
     assert message == (
         f"{tmp_path} holds a run with another configuration (lr 0.0002 → 0.001, seed 0 → 4); "
-        "repeat its command to resume it, give another --out, or start again with --fresh"
+        f"repeat its command to resume it, give another --out (with --init-from {tmp_path} to start from its weights), "
+        "or start again with --fresh"
+    )
+
+
+def test_a_longer_run_is_refused_unless_it_is_to_be_extended(tmp_path: Path) -> None:
+    open_run(config(tmp_path, steps=50))
+    assert f"(steps 50 → 100); simmim resume {tmp_path} --steps N extends it, give" in refusal(
+        config(tmp_path, steps=100)
+    )
+    open_run(config(tmp_path, steps=100, extend=True))
+    assert Run(tmp_path).read_config(PretrainConfig).steps == 100
+    assert "lr 0.0002 → 0.001" in refusal(config(tmp_path, steps=200, lr=1e-3, extend=True))
+
+
+def test_a_run_of_another_kind_is_named(tmp_path: Path) -> None:
+    Run(tmp_path).config.write_text('format = 2\ntask = "classify"\n')
+    assert refusal(config(tmp_path)) == (
+        f"{tmp_path} holds a fine-tuning (classify), not a pretraining; give another directory"
     )
 
 

@@ -103,7 +103,7 @@ def test_objectives_and_tasks_are_named(tmp_path: Path) -> None:
     first, second = find_runs(tmp_path)
     assert first["objective"] == "pixels+teacher"
     assert (second["objective"], second["figure"]) == ("classify", ("top1", 0.75))
-    assert second["resume"] == f"simmim finetune classify --config {tuned}/config.toml --out {tuned}"
+    assert second["resume"] == f"simmim resume {tuned}"
 
 
 def test_runs_are_found_at_any_depth_in_order_and_damaged_ones_are_shown(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_the_table_and_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert lines[1].removeprefix(str(run)).split() == [
         "stopped", "13/40", "0.0769", "knn_top1", "0.5000", "pixels", "resnet18", "images"
     ]  # fmt: skip
-    assert lines[-1] == f"simmim pretrain --config '{run}'/config.toml --out '{run}'"
+    assert lines[-1] == f"simmim resume '{run}'"
     assert main(["runs", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"runs": json.loads(json.dumps(find_runs(tmp_path)))}
 

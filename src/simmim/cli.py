@@ -8,9 +8,12 @@ import dataclasses
 import difflib
 import json
 import sys
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from simmim.config import cli_errors
 from simmim.disk import WriteError
@@ -34,6 +37,9 @@ def pretrain(argv: list[str]) -> int:
 
 
 def _pretrain(config: "PretrainConfig") -> int:
+    from simmim.config.validation import validated
+
+    config = validated(config)  # before PyTorch is loaded, which takes seconds
     from simmim.engines import pretrain
 
     _, outcome = pretrain(config)
@@ -88,10 +94,32 @@ def finetune(argv: list[str]) -> int:
     kind = find_task(*argv[:1])
     config = parse_with_defaults(kind, argv[1:], lambda name: find_finetune_recipe(name, kind))
 
+    from simmim.config.validation import validated
+
+    config = validated(config)
     from simmim.engines import finetune as run
 
     _, outcome = run(config)
     return outcome.exit_code
+
+
+def resume(argv: list[str]) -> int:
+    """Go on with an interrupted run, or extend one by --steps or --epochs: simmim resume RUN"""
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: simmim resume RUN [--steps N | --epochs N] [OPTIONS]\n\n{resume.__doc__}\n")
+        print("OPTIONS are those of the command that began the run; all others are as it had them.")
+        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    from simmim.training.run_directory import Run, find_task_of
+
+    run, options = Run(Path(argv[0])), argv[1:]
+    if not run.config.is_file():
+        raise UserError(f"{run.path} is not a run: it has no config.toml; give the --out directory of a training")
+    given = [*options]
+    if any(word.split("=")[0] in ("--steps", "--epochs") for word in options):
+        given.append("--extend")
+    command = ["--config", str(run.config), "--out", str(run.path), *given]
+    task = find_task_of(run.path)
+    return finetune([task, *command]) if task else pretrain(command)
 
 
 def report(argv: list[str]) -> int:
@@ -297,6 +325,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         reconstruct,
         probe,
         finetune,
+        resume,
         predict,
         embed,
         search,
@@ -367,7 +396,12 @@ def parse_with_defaults(kind: type[Config], argv: list[str], find: Callable[[str
         defaults = find(sources["recipe"])
     if sources["config"]:
         defaults = dataclasses.replace(
-            read_toml(sources["config"], kind), out=None, max_hours=None, fresh=False, accept_changed_data=False
+            read_toml(sources["config"], kind),
+            out=None,
+            max_hours=None,
+            extend=False,
+            fresh=False,
+            accept_changed_data=False,
         )
     if hasattr(defaults, "objectives"):
         argv = with_full_names(argv)
@@ -392,7 +426,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns 0 on success, 2 for a user error (one line on stderr), 1 if training failed."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
-    with safe_output():
+    with safe_output(), warnings.catch_warnings():
+        warnings.showwarning = partial(_show_warning, warnings.showwarning)
         try:
             try:
                 return _run([word for word in argv if word != "--debug"])
@@ -407,6 +442,14 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             print(f"simmim: {printable(line)}", file=sys.stderr)
             return 2 if isinstance(error, (UserError, OSError)) else 1
+
+
+def _show_warning(usual: Callable[..., None], message: Warning | str, kind: Any, file: str, *rest: Any) -> None:
+    """Show a warning of ours as a line, and others as usual, with the place in the source."""
+    if kind is UserWarning and Path(file).is_relative_to(Path(__file__).parent):
+        print(f"warning    {printable(str(message))}", file=sys.stderr)
+    else:
+        usual(message, kind, file, *rest)
 
 
 def _run(argv: list[str]) -> int:

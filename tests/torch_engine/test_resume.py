@@ -113,7 +113,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(whole: Finish
     shard.write_bytes(content)
     assert worker.run(config, tmp_path / "log") == 0
     log = (tmp_path / "log").read_text()
-    assert f"checkpoint {damaged} is damaged ({shard.name} does not match its checksum)" in log
+    assert f"warning    checkpoint {damaged} is damaged ({shard.name} does not match its checksum)" in log
+    assert "UserWarning" not in log
     assert "resumes    after step 15" in log
     assert_same_training(config, whole.config)
 

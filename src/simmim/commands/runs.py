@@ -78,7 +78,6 @@ def _look(run: Run) -> dict[str, Any]:
         best = read_json(run.path / "metrics.json").get("best", {})
         figure = next(((name, best[name]) for name in _FIGURES if name in best), None)
     state = _state(run, config, last, steps)
-    command = f"finetune {config['task']}" if "task" in config else "pretrain"
     place = shlex.quote(str(run.path))
     return {
         "run": str(run.path),
@@ -90,7 +89,7 @@ def _look(run: Run) -> dict[str, Any]:
         "loss": loss,
         "figure": figure,
         "state": state,
-        "resume": f"simmim {command} --config {place}/config.toml --out {place}" if state in _RESUMED else None,
+        "resume": f"simmim resume {place}" if state in _RESUMED else None,
     }
 
 

@@ -22,8 +22,8 @@ _GROUPS = {
         "readers decode antialias kernels.*"
     ),
     "run": (
-        "config save-every-steps keep max-hours fresh log-every-steps log picture-every-steps probe probe-every-epochs "
-        "eval-every-epochs help"
+        "config save-every-steps keep max-hours extend fresh log-every-steps log "
+        "picture-every-steps probe probe-every-epochs eval-every-epochs help"
     ),
 }
 _ORDER = {option: (group, place) for group, names in _GROUPS.items() for place, option in enumerate(names.split())}

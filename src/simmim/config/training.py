@@ -124,6 +124,8 @@ class TrainingConfig:
     """Number of latest checkpoints to keep."""
     max_hours: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
     """Hours of training after which the run saves and exits with code 75, to be started again (default: no limit)."""
+    extend: bool = False
+    """Resume with other --steps or --epochs: the schedule then spans them, and the rate jumps where a run had ended."""
     fresh: bool = False
     """Start a new run even if the run directory holds one. The old run is moved aside, not deleted."""
     accept_changed_data: bool = False

@@ -155,6 +155,10 @@ class Run:
     def read_config(self, kind: type[Config]) -> Config:
         if not self.config.is_file():
             raise UserError(f"{self.path} is not a run: it has no config.toml; give the --out directory of a training")
+        task, tuning = find_task_of(self.path), "task" in {field.name for field in dataclasses.fields(kind)}
+        if bool(task) != tuning:
+            here = f"a fine-tuning ({task}), not a pretraining" if task else "a pretraining, not a fine-tuning"
+            raise UserError(f"{self.path} holds {here}; give another directory")
         config = read_toml(self.config, kind)
         missing = {name: value for name, value in _V0_1.items() if getattr(config, name, value) is None}
         return dataclasses.replace(config, **missing)
@@ -233,13 +237,17 @@ def open_run(config: TrainingConfig) -> Run:
         _set_aside(run)
     if run.config.exists():
         old = run.read_config(type(config))
-        if changed := changed_fields(old, config):
+        changed = changed_fields(old, config)
+        if config.extend:
+            changed = [name for name in changed if name not in ("steps", "epochs")]
+        if changed:
             differences = ", ".join(
                 f"{name} {_short(getattr(old, name))} → {_short(getattr(config, name))}" for name in changed
             )
             raise UserError(
                 f"{run.path} holds a run with another configuration ({differences}); "
-                "repeat its command to resume it, give another --out, or start again with --fresh"
+                f"{_remedy(run, changed)}, give another --out (with {_origin(config)} {run.path} to start from its "
+                "weights), or start again with --fresh"
             )
     _check_place(run)
     try:
@@ -249,6 +257,16 @@ def open_run(config: TrainingConfig) -> Run:
     except OSError as error:
         raise _not_writable(run, error) from None
     return run
+
+
+def _remedy(run: Run, changed: list[str]) -> str:
+    if set(changed) <= {"steps", "epochs"}:
+        return f"simmim resume {run.path} --{changed[0]} N extends it"
+    return "repeat its command to resume it"
+
+
+def _origin(config: TrainingConfig) -> str:
+    return "--init-from" if hasattr(config, "init_from") else "--from"
 
 
 def _check_place(run: Run) -> None:

@@ -13,13 +13,14 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.data.bad_images import count_listed
 from simmim.data.pipeline import Reading
 from simmim.data.sources import ImageSource
+from simmim.errors import UserError
 from simmim.method.objectives import PixelReconstruction
 from simmim.training.data_record import check_data
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png
 from simmim.training.plan import Batch, TrainingPlan
 from simmim.training.pretrain_plan import Plan
-from simmim.training.run_directory import Run, open_run, read_json, write_json
+from simmim.training.run_directory import Run, open_run, read_json, recall, write_json
 from simmim.training.trainer import Trainer, World
 
 Watch = Callable[[Run, Callable[[str], None]], None]
@@ -41,6 +42,8 @@ class Session(ABC):
         self.warnings: list[str] = []
         self.plan, self.config, self.world, self.start = plan, plan.config, world, start
         if world.rank == 0:
+            if plan.config.extend:
+                self.warnings += _describe_extension(plan, start)
             run = open_run(plan.config)
             if change := check_data(run, data, accept=plan.config.accept_changed_data):
                 self.warnings.append(f"the images changed since the run began: {change}")
@@ -118,6 +121,20 @@ class Session(ABC):
         else:
             yield f"done: {total} steps"
         yield from self.result()
+
+
+def _describe_extension(plan: TrainingPlan, start: int) -> list[str]:
+    """Say what another length does to the schedule of a run. Raises `UserError` for fewer steps than are done."""
+    if start > plan.total_steps:
+        raise UserError(f"{plan.config.out} holds {start} steps, more than {plan.total_steps}; give more steps")
+    old = recall(plan.config)
+    if old is None or (old.steps, old.epochs) == (plan.config.steps, plan.config.epochs):
+        return []
+    return [
+        f"the {plan.config.schedule} schedule now spans {plan.total_steps} steps: the next step's rate is "
+        f"{plan.schedule.at_update(min(start, plan.total_steps - 1)):.2e}, and the result is not that of a run of this "
+        "length from the start"
+    ]
 
 
 def parts(count: int, config: PretrainConfig) -> list[slice]:

@@ -19,6 +19,7 @@ from simmim.data.decode import BadImage, decode
 from simmim.data.sources import ImageSource, open_files, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
+from simmim.output import printable
 from simmim.torch_engine.accelerators import choose_device
 from simmim.torch_engine.tasks.base import Predictor, find_spec
 from simmim.training.run_directory import find_model, find_task_of, new_directory
@@ -77,11 +78,11 @@ def describe(found: dict[str, Any], out: str | None) -> str:
     summarize = find_spec(found["task"]).summarize
     rows = [(summarize(prediction), prediction["image"]) for prediction in found["images"]]
     width = max(len(summary) for summary, _ in rows)
-    lines = [f"{summary:{width}}  {name}" for summary, name in rows]
-    lines += [f"{bad['image']} could not be read: {bad['reason']}" for bad in found["bad_images"]]
+    lines = [printable(f"{summary:{width}}  {name}") for summary, name in rows]
+    lines += [printable(f"{bad['image']} could not be read: {bad['reason']}") for bad in found["bad_images"]]
     if out is not None:
         lines.append(f"pictures and predictions.json are in {out}")
-    return "\n".join(lines).encode(errors="backslashreplace").decode()  # a file's name need not be text
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
