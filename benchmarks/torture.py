@@ -74,6 +74,7 @@ def outcome(run: Path, command: str) -> tuple[bytes, list[list[float | None]]]:
 
 def torture(command: str, argv: list[str], folder: Path, kills: int, draw: np.random.Generator) -> Counter[str]:
     """Disturb trainings until `kills` signals were sent; return how many of each, and the trainings that they hit."""
+    start(["--version"], folder / "log").join()  # the server imports PyTorch, which is no time of a training
     begun, whole = time.monotonic(), start([*argv, "--out", str(folder / f"{command} whole")], folder / "log")
     whole.join()
     seconds = time.monotonic() - begun

@@ -108,7 +108,7 @@ def resume(argv: list[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print(f"usage: simmim resume RUN [--steps N | --epochs N] [OPTIONS]\n\n{resume.__doc__}\n")
         print("OPTIONS are those of the command that began the run; all others are as it had them.")
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+        raise SystemExit(0 if argv[:1] in (["-h"], ["--help"]) else 2)
     from simmim.training.run_directory import Run, find_task_of
 
     run, options = Run(Path(argv[0])), argv[1:]

@@ -115,7 +115,7 @@ def test_an_intact_checkpoint_gives_no_warning(trained: Update, tmp_path: Path) 
         assert newest_checkpoint(tmp_path) == path
 
 
-@pytest.mark.parametrize("moment", ["_digest", "_to_disk"])
+@pytest.mark.parametrize("moment", ["_digest", "to_disk"])
 def test_a_save_that_dies_half_way_leaves_the_checkpoint_before_and_no_rubbish(
     trained: Update, tmp_path: Path, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
