@@ -26,6 +26,7 @@ class Diary:
     """An `Engine` whose loss at step n is n, written down with all that it is asked to do."""
 
     is_main = True
+    alone = True
     bad_limit = 3
 
     def __init__(self, start: int = 0, bad: Sequence[int] = ()):
@@ -221,7 +222,7 @@ def test_the_run_saves_and_asks_to_be_started_again_when_its_hours_are_up(tmp_pa
 def test_what_is_done_is_saved_before_bad_images_end_a_run(tmp_path: Path) -> None:
     engine = Diary()
     engine.unreadable = {5}
-    with pytest.raises(TrainingFailedError, match=r"4 of 100 images cannot be read \(stopped at step 5 of 10\)"):
+    with pytest.raises(TrainingFailedError, match=r"4 of 100 images cannot be read \(stopped after step 5 of 10\)"):
         loop(engine, tmp_path).fit()
     assert engine.done[-1] == "save 5"
     assert [row["step"] for row in rows(tmp_path)] == [*range(1, 6)]

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from numpy.typing import NDArray
 
@@ -27,6 +27,8 @@ class Engine(Protocol):
     """Computing that the loop drives; all processes call these together. `simmim.training.trainer` implements most."""
 
     is_main: bool
+    alone: bool
+    """Whether no other process trains along."""
     bad_limit: int
     """Number of consecutive non-finite steps that ends a run."""
     meter: Meter
@@ -119,7 +121,7 @@ class Loop:
         self._batches, self._events, self._after_save = batches, events, after_save
         self._trackers: list[Tracker] = []
         self._rows: list[tuple[int, float, Any]] = []  # step, learning rate, figures on the device
-        self._waits: list[float] = []  # seconds that the host waited for a batch since the last line
+        self._waits: list[float] = []  # seconds that the host waited for the batch of each of these steps
         self.console = Console(total=total_steps, start=start, enabled=engine.is_main)
         self._clock = _Clock(start)
         self._failure: Exception | None = None
@@ -153,18 +155,17 @@ class Loop:
                 event.call(0)
         self._clock = _Clock(self._start)
         with contextlib.closing(self._batches(self._start)) as batches:  # type: ignore[type-var]
-            batch = self._next(batches)
             for step in range(self._start, self._total):
                 done = step + 1
+                try:
+                    batch = self._next(batches)
+                except (UserError, OSError) as error:  # images cannot be read
+                    self._save_before(error, step)
                 with self._engine.meter.step():
                     self._rows.append((done, *self._engine.update(step, batch)))
-                if done < self._total:
-                    batch = self._next_or_fail(batches)
                 # All processes save together, so those that can go on must hear of one that cannot.
                 request = self._engine.largest(_FAILED if self._failure else stop.request())
                 stopping = request > 0 and done < self._total
-                if batch is None and not stopping:  # not heard yet, and there is no time to wait
-                    break
                 last = done == self._total or stopping
                 due = [event for event in self._events if event.due(done, self._total)]
                 saving = done % self._save_every == 0 or last
@@ -172,10 +173,7 @@ class Loop:
                 if done % self._config.log_every_steps == 0 or due or saving:
                     self._log(done, due)
                 if saving:
-                    for tracker in self._trackers:
-                        tracker.keep()
-                    self._engine.save(done)
-                    self._saved = done
+                    self._save(done)
                     if self._engine.is_main and not last:
                         self._after_save()
                     self._clock.restart(done)
@@ -184,7 +182,9 @@ class Loop:
                 if last:
                     break
         if self._failure:
-            raise TrainingFailedError(f"{self._failure} (stopped at step {done} of {self._total})") from self._failure
+            raise TrainingFailedError(
+                f"{self._failure} (stopped after step {done} of {self._total})"
+            ) from self._failure
         return Outcome(self._total, self._start)
 
     def _next(self, batches: Iterator[Any]) -> Any:
@@ -193,13 +193,24 @@ class Loop:
         self._waits.append(time.monotonic() - begun)
         return batch
 
-    def _next_or_fail(self, batches: Iterator[Any]) -> Any:
-        """Return the next batch, or `None` where it cannot be had: then what is done is saved first."""
-        try:
-            return self._next(batches)
-        except (UserError, OSError) as error:
-            self._failure = error
-            return None
+    def _save_before(self, error: Exception, step: int) -> NoReturn:
+        """Save the steps that were done, and raise what ended the training.
+
+        Where others train along, they wait for this process in their step, and cannot save with it.
+        """
+        if step == self._start:  # nothing was done: a mistake of the command
+            raise error
+        if self._engine.alone and self._saved < step:
+            if self._rows:
+                self._log(step, [])
+            self._save(step)
+        raise TrainingFailedError(f"{error} (stopped after step {step} of {self._total})") from error
+
+    def _save(self, done: int) -> None:
+        for tracker in self._trackers:
+            tracker.keep()
+        self._engine.save(done)
+        self._saved = done
 
     def _log(self, done: int, due: Sequence[Event]) -> None:
         """Fetch the figures of the steps since the last line, add those of due events, then write and show them."""

@@ -43,6 +43,7 @@ class Trainer(ABC):
     def __init__(self, run: Run, config: TrainingConfig, world: World, *, bad_limit: int, meter: Meter | None = None):
         self._run, self._config, self._world = run, config, world
         self.is_main = world.rank == 0
+        self.alone = world.size == 1
         self.bad_limit = bad_limit
         self.meter = meter or Meter()
 
