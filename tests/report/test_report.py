@@ -18,7 +18,7 @@ from simmim.errors import UserError
 from simmim.method.objectives import DescriptorRegression, EmaTeacher
 from simmim.report.charts import chart, ticks
 from simmim.report.facts import Facts, thinned
-from simmim.report.labels import Accuracy, Judged
+from simmim.report.labels import Accuracy, Judged, difference
 from simmim.report.page import ReportConfig, report, unique_names
 from simmim.report.verdict import judge
 
@@ -121,11 +121,21 @@ def test_a_run_that_was_broken_off_says_how_to_go_on(tmp_path: Path) -> None:
     assert ("Not finished", "step 100 of 300") in [(finding.title, finding.figure) for finding in found]
 
 
+def accuracy(value: float, count: int, seed: int = 0) -> Accuracy:
+    """An accuracy of images that are told right at random."""
+    right = np.arange(count) < round(value * count)
+    return Accuracy(np.random.default_rng(seed).permutation(right))
+
+
+def judged_as(features: Accuracy, floor: Accuracy) -> Judged:
+    return Judged("k-NN", features, {"raw pixels": floor}, 10, 100, np.arange(features.count))
+
+
 def test_a_difference_within_chance_is_no_difference(tmp_path: Path) -> None:
     facts = write_run(tmp_path / "run", falling())
 
     def against(features: float, floor: float, count: int) -> str:
-        judged = Judged("k-NN", Accuracy(features, count), {"raw pixels": Accuracy(floor, count)}, 10, 100)
+        judged = judged_as(accuracy(features, count), accuracy(floor, count, seed=1))
         return next(title for title in titles(facts, (judged,)) if "raw pixels" in title)
 
     assert against(0.45, 0.40, 100) == "Not clearly better than raw pixels"
@@ -135,14 +145,57 @@ def test_a_difference_within_chance_is_no_difference(tmp_path: Path) -> None:
     assert against(1.0, 0.0, 1) == "Not clearly better than raw pixels"
 
 
-def test_the_interval_of_a_difference_is_that_of_newcombe() -> None:
-    """His example: 56 of 70 against 48 of 80 (Statistics in Medicine 17, 1998, table II, method 10)."""
-    judged = Judged("k-NN", Accuracy(56 / 70, 70), {}, 2, 1)
-    assert judged.difference(Accuracy(48 / 80, 80)) == pytest.approx((0.0524, 0.3339), abs=2e-4)
+def table(both: int, only: int, only_other: int, neither: int) -> tuple[Accuracy, Accuracy]:
+    """Two accuracies on the same images, by how many of them each tells right."""
+    mine = np.repeat([True, True, False, False], [both, only, only_other, neither])
+    other = np.repeat([True, False, True, False], [both, only, only_other, neither])
+    return Accuracy(mine), Accuracy(other)
+
+
+@pytest.mark.parametrize(
+    "counts", [(14, 5, 0, 22), (36, 12, 2, 0), (1, 1, 7, 12), (0, 0, 0, 9), (9, 0, 0, 0), (2, 9, 8, 1)]
+)
+def test_the_interval_of_a_paired_difference_is_newcombes_method_10(counts: tuple[int, int, int, int]) -> None:
+    """In the letters of his paper: a table e, f, g, h, and limits of the margins as roots of Wilson's equation."""
+    e, f, g, h = counts
+    n = e + f + g + h
+
+    def limits(right: int) -> list[float]:
+        p = right / n  # (p - x)² = 1.96² x (1 - x) / n
+        return sorted(np.roots([1 + 1.96**2 / n, -(2 * p + 1.96**2 / n), p * p]).real)
+
+    (l2, u2), (l3, u3) = limits(e + f), limits(e + g)
+    dl2, du2, dl3, du3 = (e + f) / n - l2, u2 - (e + f) / n, (e + g) / n - l3, u3 - (e + g) / n
+    product, margins = e * h - f * g, (e + f) * (g + h) * (e + g) * (f + h)
+    product = product - n / 2 if product > n / 2 else min(product, 0)
+    phi = product / margins**0.5 if margins else 0
+    delta = (dl2**2 - 2 * phi * dl2 * du3 + du3**2) ** 0.5
+    epsilon = (du2**2 - 2 * phi * du2 * dl3 + dl3**2) ** 0.5
+    theta = (f - g) / n
+    assert difference(*table(*counts)) == pytest.approx((theta, theta - delta, theta + epsilon))
+
+
+def test_pairing_tells_what_two_samples_would_not(tmp_path: Path) -> None:
+    """20 images more of 400, told right besides the same others: an unpaired interval would hold 0."""
+    facts = write_run(tmp_path / "run", falling())
+    mine, other = table(200, 20, 0, 180)
+    assert "Better than raw pixels" in titles(facts, (judged_as(mine, other),))
+    assert difference(mine, mine)[0] == 0
+
+
+def test_the_interval_holds_the_true_difference_19_times_in_20() -> None:
+    """On 2,000 draws of 150 images each, of which both know the easy ones."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        ease = rng.random(150)
+        mine, other = (Accuracy(rng.random(150) < np.clip(ease + shift, 0.05, 0.95)) for shift in (0.1, 0.0))
+        held += difference(mine, other).low <= 0.0950 <= difference(mine, other).high
+    assert 0.93 < held / 2000 < 0.98
 
 
 def test_intervals_are_those_of_wilson() -> None:
-    low, high = Accuracy(0.3, 50).interval
+    low, high = accuracy(0.3, 50).interval
     roots = np.roots([1 + 1.96**2 / 50, -(2 * 0.3 + 1.96**2 / 50), 0.3**2])  # (p - 0.3)² = 1.96² p (1 - p) / 50
     assert (low, high) == pytest.approx(sorted(roots))
 

@@ -78,7 +78,7 @@ def test_the_penalty_has_the_least_held_out_cross_entropy():
 def test_the_linear_probe_predicts_as_scikit_learn_from_standardised_features():
     (x, y), (val, val_labels) = clouds(1), clouds(2)
     scale = np.float32(10.0) ** np.arange(-4, 4, dtype=np.float32)
-    features = Features(x * scale, y, val * scale, val_labels, 3)
+    features = Features(x * scale, y, val * scale, val_labels, 3, np.arange(len(val)))
     predictions, penalty = linear_predict(features, seed=0, device=torch.device("cpu"))
     mean, std = x.mean(axis=0), x.std(axis=0)
     expected = learnt((x - mean) / std, y, penalty).predict((val - mean) / std)

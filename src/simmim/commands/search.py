@@ -3,6 +3,7 @@
 Shapes: `N` images, `Q` queries, `D` features.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -20,6 +21,7 @@ from simmim.report.gallery import duplicates, thumbnails_of
 from simmim.training.pictures import enlarged, save_png
 
 _PICTURED = 12  # rows
+_BLOCK = 65_536  # features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class SearchConfig:
 
     command: ClassVar[str] = "search"
     run: Positional[Annotated[str, arg(metavar="RUN")]]
-    """The --out directory of a run, or an encoder directory."""
+    """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
     """Images to search in, as pretraining's --data takes them."""
     query: Annotated[tuple[str, ...], arg(metavar="IMAGE...")] = ()
@@ -63,19 +65,22 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
 def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
     from simmim.torch_engine.tasks.embed import embed_some, input_channels
 
-    queries = open_files(config.query)
-    asked, wanted = embed_some(config.run, queries, device=config.device)
+    queries, how = open_files(config.query), {}
+    if config.features:
+        indices, features, how = _stored(config, source)
+    asked, wanted = embed_some(config.run, queries, device=config.device, **how)
     if unread := sorted({*range(len(queries))} - {*asked.tolist()}):
         raise UserError(f"{queries.name(unread[0])} cannot be read; give other images as --query")
-    indices, features = _stored(config.features, source) if config.features else embed_some(
-        config.run, source, device=config.device
-    )  # fmt: skip
+    if not config.features:
+        indices, features = embed_some(config.run, source, device=config.device)
     if features.shape[1] != wanted.shape[1]:
         raise UserError(
             f"{config.features} has {features.shape[1]} features an image and {config.run} {wanted.shape[1]}; "
             "embed the images by this run"
         )
-    similarity = unit_length(wanted) @ unit_length(features).T  # (Q, N)
+    wanted = unit_length(wanted)
+    blocks = [wanted @ unit_length(features[first : first + _BLOCK]).T for first in range(0, len(features), _BLOCK)]
+    similarity = np.concatenate(blocks, axis=1)  # (Q, N)
     found, rows = [], []
     for query, values in zip(asked.tolist(), similarity, strict=True):
         name = queries.name(query)
@@ -109,17 +114,36 @@ def _pairs(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
     ]
 
 
-def _stored(file: str, source: ImageSource) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Read the features of a source's images from what `simmim embed` wrote."""
-    from simmim.torch_engine.tasks.feature_files import as_text, read_features
+def _stored(config: SearchConfig, source: ImageSource) -> tuple[NDArray[np.int64], NDArray[Any], dict[str, Any]]:
+    """Read the features of a source's images from what `simmim embed` wrote, and how it took them: layer and pool.
 
-    names, features = read_features(Path(file))
+    Raises `UserError` where another encoder made them, or the file does not fit.
+    """
+    from simmim.torch_engine.tasks.embed import encoder_digest
+    from simmim.torch_engine.tasks.feature_files import as_text, read_features
+    from simmim.torch_engine.train.storage import load_encoder
+
+    file = config.features
+    assert file is not None
+    names, features, facts = read_features(Path(file))
+    if not facts:
+        print(f"warning    {file} does not say which encoder made it; it is taken for that of {config.run}",
+              file=sys.stderr)  # fmt: skip
+    elif facts["encoder"] != (digest := encoder_digest(load_encoder(config.run))):
+        raise UserError(
+            f"{file} was made by another encoder ({facts['encoder']}) than that of {config.run} ({digest}); "
+            "give that run, or embed the images by this one"
+        )
     places = {as_text(source.name(index)): index for index in range(len(source))}
     if missing := [name for name in names if name not in places]:
         raise UserError(f"{file} has images that --data has not, such as {missing[0]}; give the data it was made of")
     if features.ndim != 2:
         raise UserError(f"{file} has features of patches; embed the images without --patches")
-    return np.array([places[name] for name in names]), features.astype(np.float32)
+    return (
+        np.array([places[name] for name in names]),
+        features,
+        {name: facts[name] for name in ("layer", "pool") if facts},
+    )
 
 
 def save_picture(rows: list[NDArray[np.uint8]], path: Path) -> None:

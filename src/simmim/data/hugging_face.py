@@ -35,6 +35,12 @@ class HuggingFaceImages:
 
 def open_hugging_face(name: str) -> HuggingFaceImages:
     """Open `NAME_OR_PATH[:SPLIT]`, by default the split train or else the first. Raises `UserError`."""
+    _, split, splits = find_split(name)
+    return HuggingFaceImages(splits[split], image_column(splits[split], name))
+
+
+def find_split(name: str) -> tuple[str, str, dict[str, Any]]:
+    """Find the data set and the split that `NAME_OR_PATH[:SPLIT]` names; returns all splits too. Raises `UserError`."""
     path, split = name, ""
     if ":" in name and not Path(name).exists():
         path, _, split = name.rpartition(":")
@@ -44,7 +50,7 @@ def open_hugging_face(name: str) -> HuggingFaceImages:
     split = split or ("train" if "train" in splits else next(iter(splits)))
     if split not in splits:
         raise UserError(f"data set hf:{path} has no split {split}; choose of {', '.join(map(str, splits))}")
-    return HuggingFaceImages(splits[split], image_column(splits[split], name))
+    return path, split, splits
 
 
 def load_hugging_face(path: str) -> dict[str, Any]:

@@ -1,16 +1,29 @@
-"""Judge a run's features by labelled images, beside raw pixels and the untrained encoder."""
+"""Judge a run's features by labelled images, beside raw pixels, the untrained encoder and the starting weights."""
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmim.errors import UserError
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers among `count`, with its 95 % interval."""
+    """A share of right answers, with its 95 % interval."""
 
-    value: float
-    count: int
+    right: NDArray[np.bool_]
+    """Whether each image (N,) was told right."""
+
+    @property
+    def value(self) -> float:
+        return float(self.right.mean())
+
+    @property
+    def count(self) -> int:
+        return len(self.right)
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -19,6 +32,41 @@ class Accuracy:
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         return middle - reach, middle + reach
+
+
+class Difference(NamedTuple):
+    """Difference of two accuracies on the same images, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def difference(mine: Accuracy, other: Accuracy) -> Difference:
+    """Compare accuracies on the same images by Newcombe's interval for paired proportions.
+
+    Statistics in Medicine 17 (1998) 2635, method 10: Wilson's intervals of both, less what the two have in common, by
+    their correlation with a correction for continuity.
+    """
+    assert len(mine.right) == len(other.right)
+    both, neither = int((mine.right & other.right).sum()), int((~mine.right & ~other.right).sum())
+    only, only_other = int((mine.right & ~other.right).sum()), int((~mine.right & other.right).sum())
+    margins = (both + only) * (only_other + neither) * (both + only_other) * (only + neither)
+    common = both * neither - only * only_other
+    if common > 0:
+        common = max(common - mine.count / 2, 0)
+    phi = common / math.sqrt(margins) if margins else 0.0
+    (low, high), (other_low, other_high) = mine.interval, other.interval
+    apart = mine.value - other.value
+
+    def reach(a: float, b: float) -> float:
+        return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0))
+
+    return Difference(
+        apart,
+        apart - reach(mine.value - low, other_high - other.value),
+        apart + reach(high - mine.value, other.value - other_low),
+    )
 
 
 @dataclass(frozen=True)
@@ -30,39 +78,39 @@ class Judged:
     floors: dict[str, Accuracy]
     classes: int
     train_images: int
+    images: NDArray[np.int64]
+    """Numbers of the images among those of the labelled set to judge by."""
+    missing: str = ""
+    """Why the starting weights are not among the floors, where the run had such."""
 
-    def difference(self, floor: Accuracy) -> tuple[float, float]:
-        """Return the 95 % interval of the difference to a floor (Newcombe, 1998, method 10).
-
-        The images are the same, so that this is on the safe side.
-        """
-        mine, other = self.features, floor
-        (low, high), (other_low, other_high) = mine.interval, other.interval
-        apart = mine.value - other.value
-        return (
-            apart - math.hypot(mine.value - low, other_high - other.value),
-            apart + math.hypot(high - mine.value, other.value - other_low),
-        )
+    def against(self, other: "Judged") -> Difference | None:
+        """Compare with another run; `None` where its encoder could not read the same images."""
+        return difference(self.features, other.features) if np.array_equal(self.images, other.images) else None
 
 
 def judge_by_labels(run: str, data: str, **settings: Any) -> list[Judged]:
     """Probe a run by both methods; settings are fields of `ProbeConfig`. Raises what `simmim.probe` does."""
-    from simmim.data.labelled.classes import open_labelled
-    from simmim.torch_engine.tasks.probe import NEIGHBOURS, ProbeConfig, probe
+    from simmim.torch_engine.tasks.probe import NEIGHBOURS, Probe, ProbeConfig, raw_pixels
+    from simmim.torch_engine.train.storage import starting_encoder
 
-    neighbours = min(NEIGHBOURS, len(open_labelled(data).train))
-    found = []
-    methods: tuple[tuple[Literal["k-NN", "linear"], Literal["knn", "linear"]], ...] = (
-        ("k-NN", "knn"),
-        ("linear", "linear"),
-    )
-    for name, method in methods:
-        figures = probe(ProbeConfig(run=run, data=data, method=method, k=neighbours, **settings))
-        count = figures["val_images"]
-        floors = {
-            label: Accuracy(figures[key]["top1"], count)
-            for label, key in (("raw pixels", "raw_pixels"), ("the untrained encoder", "untrained"))
+    opened = Probe(ProbeConfig(run=run, data=data, **settings))
+    models: dict[str, Any] = {"raw pixels": raw_pixels, "the untrained encoder": opened.untrained()}
+    missing = ""
+    try:
+        if (start := starting_encoder(run)) is not None:
+            models["the starting weights"] = opened.pooled(start)
+    except UserError as error:
+        missing = str(error)
+    mine = opened.features()
+    neighbours = min(NEIGHBOURS, len(mine.train))
+    floors = {name: opened.features(model) for name, model in models.items()}
+
+    def judged(name: Literal["k-NN", "linear"], method: Literal["knn", "linear"]) -> Judged:
+        accuracies = {
+            each: Accuracy(opened.classify(features, method, k=neighbours)[0] == features.val_labels)
+            for each, features in {"": mine, **floors}.items()
         }
-        judged = Judged(name, Accuracy(figures["top1"], count), floors, figures["classes"], figures["train_images"])
-        found.append(judged)
-    return found
+        own = accuracies.pop("")
+        return Judged(name, own, accuracies, mine.num_classes, len(mine.train), mine.val_images, missing)
+
+    return [judged("k-NN", "knn"), judged("linear", "linear")]

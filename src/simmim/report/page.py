@@ -20,7 +20,7 @@ from simmim.report.charts import Chart, chart
 from simmim.report.evaluation import FIGURE_NAMES, Evaluation, compare_classes, read_evaluation
 from simmim.report.facts import Facts, Point, part_mean
 from simmim.report.gallery import Gallery, make_gallery
-from simmim.report.labels import Judged, judge_by_labels
+from simmim.report.labels import Difference, Judged, difference, judge_by_labels
 from simmim.report.pictures import Panel, panels
 from simmim.report.resources import taken
 from simmim.report.verdict import Finding, judge
@@ -193,6 +193,7 @@ def comparison(sections: Sequence[Section], names: Sequence[str]) -> dict[str, A
         for title, names_, log in _CHARTS
     ]  # fmt: skip
     return {
+        "differences": differences(sections, names),
         "differing": differing,
         "figures": [(_NAMES.get(name, name), [each.facts.figure(name) for each in sections]) for name in shared],
         "kept": any(each.facts.kept for each in sections),
@@ -200,6 +201,23 @@ def comparison(sections: Sequence[Section], names: Sequence[str]) -> dict[str, A
         "order": _order(sections, shared),
         "charts": [each for each in drawn if each],
     }
+
+
+def differences(
+    sections: Sequence[Section], names: Sequence[str]
+) -> tuple[str, list[tuple[str, list[tuple[str, Difference | None]]]]] | None:
+    """Return the first run that was judged by labels, and how each other one differs from it by each method.
+
+    `None` where fewer than two were judged.
+    """
+    (first, base), *others = [(i, each.judged) for i, each in enumerate(sections) if each.judged] or [(0, [])]
+    if not others:
+        return None
+    rows = [
+        (names[i], [(mine.method, mine.against(other)) for mine, other in zip(judged, base, strict=True)])
+        for i, judged in others
+    ]
+    return names[first], rows
 
 
 def _first(names: Sequence[str], sections: Sequence[Section]) -> str:
@@ -231,6 +249,7 @@ def render(sections: Sequence[Section], names: Sequence[str]) -> str:
     return environment.get_template("page.html").render(
         sections=sections,
         names=names,
+        difference=difference,
         comparison=comparison(sections, names) if len(sections) > 1 else None,
         style=(files / "page.css").read_text(encoding="utf-8"),
         script=(files / "page.js").read_text(encoding="utf-8"),

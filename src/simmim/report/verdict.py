@@ -6,7 +6,7 @@ from typing import Literal
 
 from simmim.method.collapse import LEAST_RANK, LEAST_STD, collapsed
 from simmim.report.facts import Facts, Point, best, part_mean
-from simmim.report.labels import Judged
+from simmim.report.labels import Judged, difference
 from simmim.report.resources import input_wait
 
 _NOT_FINITE, _AT_THE_END = 0.1, 5  # of all steps; steps in a row at the end
@@ -124,7 +124,10 @@ def _features(facts: Facts, judged: Sequence[Judged]) -> Iterator[Finding]:
         )
     for each in judged:
         for name, floor in each.floors.items():
-            yield _against(name, each.features.value, floor.value, each.difference(floor), method=each.method)
+            interval = difference(each.features, floor)[1:]
+            yield _against(name, each.features.value, floor.value, interval, method=each.method)
+    if judged and judged[0].missing:
+        yield Finding("note", "Starting weights not judged", judged[0].missing)
 
 
 def _against(name: str, features: float, floor: float, interval: tuple[float, float], method: str) -> Finding:

@@ -103,7 +103,7 @@ def hold_out(labels: Labels, fraction: float, seed: int) -> NDArray[np.bool_]:
 
 
 def _split(source: ImageSource, names: Sequence[str], val_fraction: float, seed: int) -> LabelledImages:
-    classes, labels = _number(names)
+    classes, labels = number_classes(names)
     counts = np.bincount(labels)
     if counts.min(initial=2) < 2:
         raise UserError(f"class {classes[counts.argmin()]} has 1 image; give two, to train on and to evaluate on")
@@ -112,13 +112,14 @@ def _split(source: ImageSource, names: Sequence[str], val_fraction: float, seed:
     return LabelledImages(Subset(source, train), labels[train], Subset(source, val), labels[val], classes)
 
 
-def _number(names: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+def number_classes(names: Sequence[str]) -> tuple[tuple[str, ...], Labels]:
+    """Number class names (N,) in their order: the names (K,), and the number of each image (N,)."""
     classes, labels = np.unique(np.asarray(names, dtype=np.str_), return_inverse=True)
     return tuple(classes.tolist()), labels.astype(np.int64)
 
 
 def _pair(train: ImageSource, train_names: Sequence[str], val: ImageSource, val_names: Sequence[str]) -> LabelledImages:
-    classes, labels = _number([*train_names, *val_names])
+    classes, labels = number_classes([*train_names, *val_names])
     return LabelledImages(train, labels[: len(train)], val, labels[len(train) :], classes)
 
 
@@ -180,24 +181,31 @@ def _packed_classes(packed: PackedImages, names: list[str], folder: str, data: s
     return Subset(packed, np.array([index for _, _, index in found])), [label for label, _, _ in found]
 
 
-def _open_csv(path: Path, val_fraction: float, seed: int) -> LabelledImages:
+def read_csv(path: Path) -> list[tuple[str, str, str]]:
+    """Read a CSV of path,label[,split]: split (train, val or test), path and label of each row. Raises `UserError`."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not {"path", "label"} <= set(rows[0]):
         raise UserError(
             f"{path} has no rows with the columns path and label; write a header path,label or path,label,split"
         )
-    splits: dict[str, tuple[list[str], list[str]]] = {"train": ([], []), "val": ([], []), "test": ([], [])}
+    found = []
     for number, row in enumerate(rows, 2):
         split = row.get("split") or "train"
-        if not row["path"] or not row["label"] or split not in splits:
+        if not row["path"] or not row["label"] or split not in ("train", "val", "test"):
             raise UserError(
                 f"row {number} of {path} is {','.join(map(str, row.values()))}; "
                 "give a path, a label and, where there is a column split, train, val or test"
             )
-        files, names = splits[split]
-        files.append(row["path"])
-        names.append(row["label"])
+        found.append((split, row["path"], row["label"]))
+    return found
+
+
+def _open_csv(path: Path, val_fraction: float, seed: int) -> LabelledImages:
+    splits: dict[str, tuple[list[str], list[str]]] = {"train": ([], []), "val": ([], []), "test": ([], [])}
+    for split, file, name in read_csv(path):
+        splits[split][0].append(file)
+        splits[split][1].append(name)
     (train, train_names), (val, val_names) = splits["train"], splits["val" if splits["val"][0] else "test"]
     source = PathList(train, root=path.parent)
     if not val:
@@ -234,14 +242,14 @@ def _open_npz(path: Path) -> LabelledImages:
 def _open_hugging_face(name: str, val_fraction: float, seed: int) -> LabelledImages:
     loaded = load_hugging_face(name)
     val = next((split for split in ("validation", "val", "test") if split in loaded), None)
-    train, train_names = _columns(loaded["train" if "train" in loaded else next(iter(loaded))], name)
+    train, train_names = hugging_face_columns(loaded["train" if "train" in loaded else next(iter(loaded))], name)
     if val is None:
         return _split(train, train_names, val_fraction, seed)
-    return _pair(train, train_names, *_columns(loaded[val], name))
+    return _pair(train, train_names, *hugging_face_columns(loaded[val], name))
 
 
-def _columns(dataset: Any, name: str) -> tuple[ImageSource, list[str]]:
-    """Return the images of a Hugging Face split and their class names."""
+def hugging_face_columns(dataset: Any, name: str) -> tuple[ImageSource, list[str]]:
+    """Return the images of a Hugging Face split and their class names. Raises `UserError`."""
     named = [column for column, feature in dataset.features.items() if type(feature).__name__ == "ClassLabel"]
     column = next(iter(named or ("label",)))
     if column not in dataset.features:

@@ -1,6 +1,7 @@
 """Encoders by their timm names. The facts of each family are in `families/`."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,6 +18,27 @@ def default_image_size(model: str) -> tuple[int, int]:
     find_family(model)
     _, height, width = timm.get_pretrained_cfg(model).input_size  # type: ignore[union-attr]
     return height, width
+
+
+def is_timms(source: str) -> bool:
+    """Tell whether a source of an encoder names a model as timm describes it, and not a run or a file of ours."""
+    return source.startswith(("timm:", "local-dir:"))
+
+
+def load_timm(source: str, *, option: str = "", weights: bool = True) -> nn.Module:
+    """Create the timm module without classifier that `timm:NAME` or `local-dir:PATH` names, in evaluation mode.
+
+    Weights are those that timm has for it, on this machine or to download; without `weights` they are random. Raises
+    `UserError`, which begins with `option`, where there are none.
+    """
+    given = f"{option} {source}".strip()
+    if source.startswith("local-dir:") and not Path(source.removeprefix("local-dir:"), "config.json").is_file():
+        raise UserError(f"{given} has no config.json; give a directory that timm or save_pretrained wrote")
+    try:
+        return timm.create_model(source.removeprefix("timm:"), pretrained=weights, num_classes=0).eval()
+    except Exception as error:  # the hub passes on the errors of its back ends
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{given} has no weights here: {reason}") from error
 
 
 def create_backbone(

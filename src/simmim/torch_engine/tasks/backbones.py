@@ -15,7 +15,7 @@ from simmim.config.tasks import FinetuneConfig
 from simmim.data.sources import ImageSource, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
-from simmim.torch_engine.models.encoders import default_image_size
+from simmim.torch_engine.models.encoders import default_image_size, load_timm
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
 from simmim.training.plan import measured_once
@@ -83,11 +83,7 @@ def _read_origin(config: FinetuneConfig) -> Origin:
 
 def _from_timm(name: str, config: FinetuneConfig) -> Origin:
     find_family(name)
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # the hub passes on the errors of its back ends
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--from timm:{name} has no weights here: {reason}") from error
+    model = load_timm(f"timm:{name}", option="--from")
     cfg: Any = model.pretrained_cfg
     _, height, width = cfg["input_size"]
     return Origin(name, config.model_args, (height, width), 3, cfg["mean"], cfg["std"], model.state_dict())

@@ -23,13 +23,14 @@ from tyro.conf import Positional, arg
 from simmim.config.field_types import Count, Device, Positive, Word
 from simmim.config.validation import from_settings
 from simmim.data.bad_images import BadImages, count_listed
-from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.data.labelled.every import open_with_labels
+from simmim.data.sources import ImageSource, Subset, open_source
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.torch_engine.accelerators import choose_device, choose_precision
-from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.models.encoders import is_timms
 from simmim.torch_engine.tasks.feature_files import FeatureFile, Part, check_format
-from simmim.torch_engine.tasks.features import FeatureReader, PatchFeatures, Pool, PooledFeatures
+from simmim.torch_engine.tasks.features import FeatureReader, PatchFeatures, Pool, PooledFeatures, choose_pool
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.storage import load_encoder
 from simmim.training.tracking import progress
@@ -46,15 +47,18 @@ class EmbedConfig:
 
     command: ClassVar[str] = "embed"
     run: Positional[Annotated[str, arg(metavar="RUN")]]
-    """The --out directory of a run, or an encoder directory."""
+    """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
     """Images as simmim pretrain takes them: a folder, a list of paths, packed shards, .npz, hf:NAME or demo."""
+    labels: bool = False
+    """Write each image's label too: its class folder, or that of .csv (path,label), .npz (y_train), hf:NAME or demo."""
     out: Word = None
     """File to write: .parquet, .npz or .csv. The same command again resumes where it was killed."""
     layer: int = -1
     """Block of a ViT, or stage of another net, to take features from; negative numbers count from the end."""
-    pool: Pool = "avg"
-    """Mean over the image (avg) or a ViT's class token, which SimMIM does not train."""
+    pool: Pool = "auto"
+    """Mean over the image (avg), a ViT's class token, which SimMIM does not train, or the model's own (own: as timm's
+    model(images); auto: that of timm: and local-dir:, else avg)."""
     patches: bool = False
     """Write a vector for each feature-map cell, row by row, in place of one for the image."""
     dtype: Literal["float32", "float16"] = "float32"
@@ -71,11 +75,13 @@ class EmbedConfig:
     """Share of images that may be unreadable."""
 
 
-def embed(config: EmbedConfig) -> tuple[list[str], NDArray[Any]]:
+def embed(config: EmbedConfig) -> tuple[Any, ...]:
     """Return the features of images, and write them if there is an `out`; see `simmim.embed`."""
 
-    def read(file: FeatureFile, world: distributed.World) -> tuple[list[str], NDArray[Any]]:
-        return [name for names in file.names() for name in names], np.concatenate(list(file.features()))
+    def read(file: FeatureFile, world: distributed.World) -> tuple[Any, ...]:
+        columns = [file.names()] if file.labels is None else [file.names(), file.label_names()]
+        names, *labels = [[each for part in column for each in part] for column in columns]
+        return names, np.concatenate(list(file.features())), *labels
 
     with tempfile.TemporaryDirectory() as folder:
         return _embed(config, Path(config.out or f"{folder}/features.npz"), read)
@@ -96,19 +102,22 @@ def embed_to_file(config: EmbedConfig) -> list[str]:
 def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distributed.World], Result]) -> Result:
     """Write the parts of a file, and join them; returns what `read` finds in the parts."""
     config = from_settings(EmbedConfig, vars(config))
+    pool = choose_pool(config.pool, config.run, layer=config.layer, patches=config.patches)
+    config = replace(config, pool=pool)
     if config.patches and config.pool != "avg":
         raise UserError(f"--pool {config.pool} makes one vector an image, and --patches many; leave one of them out")
     check_format(str(out), patches=config.patches)
     device = choose_device(config.device)
     config = replace(config, precision=choose_precision(config.precision, device))
-    source = open_source(config.data)
-    file = FeatureFile(out, source, PART_IMAGES_OF_PATCHES if config.patches else PART_IMAGES)
+    source, labels = open_with_labels(config.data) if config.labels else (open_source(config.data), None)
+    file = FeatureFile(out, source, PART_IMAGES_OF_PATCHES if config.patches else PART_IMAGES, labels)
     with distributed.join(device, config.precision) as world:
         if config.out is None and world.size > 1:
             raise UserError(f"without --out features stay in one process, and there are {world.size}; give a file")
         backbone = load_encoder(config.run)
-        settings = _settings(config, source, backbone) if world.is_main else {}
+        digest = encoder_digest(backbone)
         read_features = _reader(config, source, backbone, world.device)
+        settings = _settings(config, source, digest) if world.is_main else {}
         if world.is_main and (done := file.begin(settings)):
             print(f"resumes after {done} of {len(file)} parts", file=sys.stderr)
         world.main_says(0)  # no process goes on before the directory is there
@@ -128,10 +137,12 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
     return found
 
 
-def embed_some(run: str, source: ImageSource, *, device: str = "auto") -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def embed_some(
+    run: str, source: ImageSource, *, device: str = "auto", layer: int = -1, pool: Pool = "auto"
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return the features (N, D) of a source's readable images, and the images' numbers (N,): for a few thousand."""
-    config = EmbedConfig(run=run, data="", max_bad_fraction=1.0)
-    chosen = choose_device(device)
+    chosen, pool = choose_device(device), choose_pool(pool, run, layer=layer)
+    config = EmbedConfig(run=run, data="", max_bad_fraction=1.0, layer=layer, pool=pool)
     config = replace(config, precision=choose_precision(config.precision, chosen))
     return _reader(config, source, load_encoder(run), torch.device(chosen))(source)
 
@@ -142,36 +153,40 @@ def input_channels(run: str) -> int:
 
 
 def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: torch.device) -> FeatureReader:
-    facts = backbone.pretrained_cfg
-    channels, height, width = facts["input_size"]
     model = (PatchFeatures if config.patches else PooledFeatures)(backbone, layer=config.layer, pool=config.pool)
-    pixels = PixelStep(facts["mean"], facts["std"])
-    for module in (model, pixels):
-        distributed.place(module, device)
-    return FeatureReader(
-        model=model,
-        pixels=pixels,
-        size=(height, width),
-        channels=channels,
-        dtype=sniff(source, channels=channels),
+    distributed.place(model, device)
+    reader = FeatureReader.of_encoder(
+        config.run,
+        backbone,
+        model,
+        source,
         precision=config.precision,
         batch_size=config.batch_size,
         workers=config.workers or reading_cores(),
         max_bad_fraction=config.max_bad_fraction,
     )
+    distributed.place(reader.pixels, device)
+    return reader
 
 
-def _settings(config: EmbedConfig, source: ImageSource, backbone: nn.Module) -> dict[str, Any]:
-    """Return what the numbers depend on: parts of different settings do not belong together."""
-    images, encoder = hashlib.sha256(), hashlib.sha256(repr(backbone.pretrained_cfg).encode())
-    for index in range(len(source)):
-        images.update(source.name(index).encode(errors="surrogateescape") + b"\0")
+def encoder_digest(backbone: nn.Module) -> str:
+    """Return a digest of an encoder on the CPU: of its weights, and of how it wants its images."""
+    encoder = hashlib.sha256(repr(backbone.pretrained_cfg).encode())
     for name, tensor in backbone.state_dict().items():
         encoder.update(name.encode())
         encoder.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return f"sha256 {encoder.hexdigest()[:16]}"
+
+
+def _settings(config: EmbedConfig, source: ImageSource, digest: str) -> dict[str, Any]:
+    """Return what the numbers depend on: parts of different settings do not belong together."""
+    images = hashlib.sha256()
+    for index in range(len(source)):
+        images.update(source.name(index).encode(errors="surrogateescape") + b"\0")
     options = ("layer", "pool", "patches", "dtype", "batch_size", "precision")
     return {
-        "encoder": f"sha256 {encoder.hexdigest()[:16]}",
+        "encoder": digest,
+        "view": "timm" if is_timms(config.run) else "middle",
         "images": f"{len(source)} (names' sha256 {images.hexdigest()[:16]})",
         **{name: getattr(config, name) for name in options},
     }
@@ -222,7 +237,8 @@ def _describe(file: FeatureFile, world: distributed.World) -> list[str]:
         return []
     count, first = sum(map(len, file.names())), next(file.features())
     shape = ", ".join(map(str, (count, *first.shape[1:])))
-    lines = [f"{count} images, features ({shape}) {first.dtype}, are in {file.out}"]
+    labels = "" if file.labels is None else f" and labels of {len(file.labels.classes)} classes"
+    lines = [f"{count} images, features ({shape}) {first.dtype}{labels}, are in {file.out}"]
     if bad := count_listed(file.bad_images):
         lines.append(f"{bad} image{'s' * (bad > 1)} could not be read; {file.bad_images} lists them")
     return lines

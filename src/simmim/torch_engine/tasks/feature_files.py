@@ -4,11 +4,13 @@ Shapes: `N` images, `n` images of a part, `h w` feature-map cells, `D` features.
 """
 
 import importlib.util
+import json
 import math
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.bad_images import BadImages
+from simmim.data.labelled.every import ClassLabels
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError
 from simmim.training.run_directory import read_json, write_json, written_whole
+
+_FACTS = "simmim"  # of a file: the settings that its features depend on, as JSON
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class FeatureFile:
     out: Path
     source: ImageSource
     part_size: int
+    labels: ClassLabels | None = None
+    """Label of each image of the source, if they are written."""
 
     @property
     def directory(self) -> Path:
@@ -94,6 +101,20 @@ class FeatureFile:
         for indices in self._arrays("indices"):
             yield [self.source.name(index) for index in indices.tolist()]
 
+    def label_names(self) -> Iterator[list[str]]:
+        """Yield the labels of the readable images, part by part."""
+        assert self.labels is not None
+        for indices in self._arrays("indices"):
+            yield self.labels.names(indices)
+
+    def columns(self) -> Iterator[tuple[list[str], list[str] | None, NDArray[Any]]]:
+        """Yield names, labels (`None` where there are none) and features, part by part."""
+        return zip(self.names(), self.label_names() if self.labels else repeat(None), self.features())  # noqa: B905
+
+    def facts(self) -> str:
+        """Return what the features depend on, as JSON: the settings that the parts were begun with."""
+        return json.dumps(read_json(self.directory / "settings.json"), sort_keys=True)
+
     def features(self) -> Iterator[NDArray[Any]]:
         """Yield features (n, D) or (n, h·w, D), part by part."""
         return self._arrays("features")
@@ -138,16 +159,18 @@ def check_format(out: str, *, patches: bool) -> None:
 
 
 def write_parquet(path: Path, file: FeatureFile) -> None:
-    """Write a row group for each part: `name`, and `features` as a list (of lists) of fixed size."""
+    """Write a row group for each part: `name`, `label`, and `features` as a list (of lists) of fixed size."""
     import pyarrow
     from pyarrow import parquet
 
     writer = None
-    for names, features in zip(file.names(), file.features(), strict=True):
+    for names, labels, features in file.columns():
         column = pyarrow.array(features.reshape(-1))
         for size in reversed(features.shape[1:]):
             column = pyarrow.FixedSizeListArray.from_arrays(column, size)
-        table = pyarrow.table({"name": pyarrow.array(map(as_text, names), pyarrow.string()), "features": column})
+        texts = {"name": names} if labels is None else {"name": names, "label": labels}
+        columns = {name: pyarrow.array(map(as_text, values), pyarrow.string()) for name, values in texts.items()}
+        table = pyarrow.table({**columns, "features": column}).replace_schema_metadata({_FACTS: file.facts()})
         writer = writer or parquet.ParquetWriter(path, table.schema, use_dictionary=False)  # numbers do not repeat
         writer.write_table(table, row_group_size=len(names))
     assert writer is not None
@@ -155,14 +178,17 @@ def write_parquet(path: Path, file: FeatureFile) -> None:
 
 
 def write_npz(path: Path, file: FeatureFile) -> None:
-    """Write the arrays `names` (N,) and `features` (N, D) or (N, h·w, D)."""
-    lengths = [len(name) for names in file.names() for name in names]
-    kind, first = np.dtype((np.str_, max(lengths))), next(file.features())
+    """Write the arrays `names` (N,), `labels` (N,) and `features` (N, D) or (N, h·w, D), and `simmim` (), JSON."""
+    texts = {"names": file.names} | ({"labels": file.label_names} if file.labels else {})
+    count, first, facts = sum(map(len, file.names())), next(file.features()), np.array(file.facts())
     with zipfile.ZipFile(path, "w") as archive:
-        names = (np.array(names, kind) for names in file.names())
-        _append(archive, "names", (len(lengths),), kind, names, zipfile.ZIP_DEFLATED)  # mostly padding
-        shape = (len(lengths), *first.shape[1:])
+        for name, pieces in texts.items():
+            kind = np.dtype((np.str_, max(len(text) for piece in pieces() for text in piece)))
+            arrays = (np.array(piece, kind) for piece in pieces())
+            _append(archive, name, (count,), kind, arrays, zipfile.ZIP_DEFLATED)  # mostly padding
+        shape = (count, *first.shape[1:])
         _append(archive, "features", shape, first.dtype, file.features(), zipfile.ZIP_STORED)
+        _append(archive, _FACTS, (), facts.dtype, [facts.reshape(1)], zipfile.ZIP_STORED)
 
 
 def _append(
@@ -184,15 +210,17 @@ def _append(
 
 
 def write_csv(path: Path, file: FeatureFile) -> None:
-    """Write the columns name, f0, f1, …; numbers have the digits that tell them apart in their precision."""
+    """Write the columns name, label, f0, f1, …; numbers have the digits that tell them apart in their precision."""
     first = next(file.features())
     row = ",".join(["%.9g" if first.dtype == np.float32 else "%.5g"] * first.shape[1])
     with path.open("w", encoding="utf-8", newline="") as out:
-        out.write(",".join(["name", *(f"f{number}" for number in range(first.shape[1]))]) + "\n")
-        for names, features in zip(file.names(), file.features(), strict=True):
-            for name, vector in zip(names, features.tolist(), strict=True):
-                quoted = as_text(name).replace('"', '""')
-                out.write(f'"{quoted}",{row % tuple(vector)}\n')
+        texts = ["name"] if file.labels is None else ["name", "label"]
+        out.write(",".join([*texts, *(f"f{number}" for number in range(first.shape[1]))]) + "\n")
+        for names, labels, features in file.columns():
+            for number, vector in enumerate(features.tolist()):
+                texts = [names[number]] if labels is None else [names[number], labels[number]]
+                quoted = ",".join('"' + as_text(text).replace('"', '""') + '"' for text in texts)
+                out.write(f"{quoted},{row % tuple(vector)}\n")
 
 
 def as_text(name: str) -> str:
@@ -200,12 +228,16 @@ def as_text(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
-def read_features(path: Path) -> tuple[list[str], NDArray[Any]]:
-    """Read the names, as text, and the features of an .npz or .parquet file that `simmim embed` wrote."""
+def read_features(path: Path) -> tuple[list[str], NDArray[Any], dict[str, Any]]:
+    """Read the names, as text, the features, and what they depend on, of an .npz or .parquet that `simmim embed` wrote.
+
+    The last is empty where a version of simmim before 0.2 wrote the file.
+    """
     try:
         if path.suffix.lower() == ".npz":
             with np.load(path) as arrays:
-                return [as_text(name) for name in arrays["names"].tolist()], arrays["features"]
+                facts = json.loads(arrays[_FACTS].item()) if _FACTS in arrays else {}
+                return [as_text(name) for name in arrays["names"].tolist()], arrays["features"], facts
         if path.suffix.lower() == ".parquet":
             from pyarrow import parquet
 
@@ -215,7 +247,8 @@ def read_features(path: Path) -> tuple[list[str], NDArray[Any]]:
             while hasattr(column.type, "list_size"):  # a list of D numbers, or of h·w such lists
                 shape.append(column.type.list_size)
                 column = column.flatten()
-            return table["name"].to_pylist(), column.to_numpy().reshape(shape)
+            facts = json.loads((table.schema.metadata or {}).get(_FACTS.encode(), b"{}"))
+            return table["name"].to_pylist(), column.to_numpy().reshape(shape), facts
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as features: {error}; give what simmim embed wrote") from None
     raise UserError(f"{path} is no .npz or .parquet file; give what simmim embed wrote")

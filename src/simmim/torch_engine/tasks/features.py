@@ -6,22 +6,31 @@ Shapes: `B` images of a batch, `N` images, `C` channels, `H W` pixels, `h w` fea
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from simmim.data.augment import CentreCrop
+from simmim.data.augment import CentreCrop, load
 from simmim.data.bad_images import BadImages
-from simmim.data.evaluation import eval_batches
-from simmim.data.sources import ImageSource
+from simmim.data.decode import Raw, decode
+from simmim.data.evaluation import readable_batches
+from simmim.data.sources import ImageSource, sniff
 from simmim.errors import UserError
+from simmim.torch_engine.models.encoders import is_timms
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.train.update import DTYPES
 
-Pool = Literal["avg", "token"]
+Pool = Literal["auto", "avg", "token", "own"]
+
+
+def choose_pool(pool: Pool, run: str, *, layer: int = -1, patches: bool = False) -> Pool:
+    """Resolve auto: the model's own pooling for one that timm describes, else the mean."""
+    if pool != "auto":
+        return pool
+    return "own" if is_timms(run) and layer == -1 and not patches else "avg"
 
 
 class PooledFeatures(nn.Module):
@@ -29,21 +38,30 @@ class PooledFeatures(nn.Module):
 
     `layer` is a block of a ViT or BEiT, or a stage of a Swin or a convolutional net (a ResNet's stem counts), from 0 on
     or, if negative, from the end. A ViT's final norm acts on whichever block is taken. `pool` takes the mean over the
-    feature map without class and register tokens, or the class token. Raises `UserError` for what the encoder has not.
+    feature map without class and register tokens, the class token, or what the model itself returns (own). Raises
+    `UserError` for what the encoder has not.
     """
 
     def __init__(self, backbone: nn.Module, *, layer: int = -1, pool: Pool = "avg"):
         super().__init__()
         self.backbone: Any = backbone
+        self.layer = layer
+        self.pool = pool
+        if pool == "own":
+            if layer != -1:
+                raise UserError(f"pool own is that of the last layer, and layer is {layer}; use avg")
+            return
+        if not hasattr(backbone, "forward_intermediates"):
+            raise UserError(f"{type(backbone).__name__} of timm does not show its feature maps; use --pool own")
         layers = len(self.backbone.feature_info)
         if not -layers <= layer < layers:
             raise UserError(f"layer {layer} is not among the encoder's {layers} layers; use {-layers} to {layers - 1}")
         if pool == "token" and getattr(backbone, "cls_token", None) is None:
             raise UserError(f"pool token needs a class token, and {type(backbone).__name__} has none; use avg")
-        self.layer = layer
-        self.pool = pool
 
     def forward(self, images: Tensor) -> Tensor:
+        if self.pool == "own":
+            return self.backbone(images)
         wanted: dict[str, Any] = {"indices": [self.layer], "norm": True, "stop_early": True, "intermediates_only": True}
         if self.pool == "token":
             [(_, prefix)] = self.backbone.forward_intermediates(images, return_prefix_tokens=True, **wanted)
@@ -64,13 +82,36 @@ class PatchFeatures(PooledFeatures):
         return cells.flatten(2).transpose(1, 2)
 
 
+def timms_view(backbone: nn.Module) -> Callable[[Raw], NDArray[np.uint8]]:
+    """Return timm's own way to read an image for a model: its size, crop and interpolation; pixels (H, W, C).
+
+    Pixels are those of timm's transform, but for EXIF rotations, which are undone, and transparency, which is laid on
+    white. Raises `UserError` for a model that does not take grey or colour images.
+    """
+    from PIL import Image
+    from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
+
+    facts = resolve_model_data_config(backbone)
+    channels = facts["input_size"][0]
+    if channels not in (1, 3):
+        raise UserError(f"timm reads images of 1 or 3 channels, and this model takes {channels}; train a run on yours")
+    transform: Any = create_transform(**facts, normalize=False)
+
+    def read(raw: Raw) -> NDArray[np.uint8]:
+        pixels = decode(raw, channels=channels, dtype=np.uint8)
+        return transform(Image.fromarray(pixels[..., 0] if channels == 1 else pixels)).permute(1, 2, 0).numpy()
+
+    return read
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureReader:
     """Read the images of a source in evaluation's crops, and compute their features.
 
     `model` turns normalised images (B, C, H, W) into features (B, D) or (B, h·w, D); it is in evaluation mode, like
-    `pixels` (which normalises) on the device. `size` is (H, W); images are read as `dtype` in `workers` threads.
-    Unreadable ones are listed in the file `listed_in`, if there is one.
+    `pixels` (which normalises) on the device. `size` is (H, W); images are read as `dtype` in `workers` threads, by
+    `view` if there is one. Unreadable ones are listed in the file `listed_in`, if there is one.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -83,6 +124,23 @@ class FeatureReader:
     workers: int
     max_bad_fraction: float
     listed_in: Path | None = None
+    view: Callable[[Raw], NDArray[np.uint8]] | None = None
+
+    @classmethod
+    def of_encoder(cls, run: str, backbone: Any, model: nn.Module, images: ImageSource, **machine: Any) -> Self:
+        """Return a reader of images such as `images` for the encoder that `run` names, on the encoder's device."""
+        facts = backbone.pretrained_cfg
+        channels, height, width = facts["input_size"]
+        device = next(backbone.parameters()).device
+        return cls(
+            model=model,
+            pixels=PixelStep(facts["mean"], facts["std"]).to(device),
+            size=(height, width),
+            channels=channels,
+            dtype=sniff(images, channels=channels),
+            view=timms_view(backbone) if is_timms(run) else None,
+            **machine,
+        )
 
     def __call__(self, source: ImageSource, part: str = "val") -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the indices (N,) of the readable images, and their features (N, D).
@@ -98,16 +156,15 @@ class FeatureReader:
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
         """Yield the same in batches: indices (B,) and features (B, D). Unreadable images are listed in `bad_images`."""
         device, dtype = self.pixels.mean.device, DTYPES[self.precision]
-        for index, image in eval_batches(
-            source,
-            crop=CentreCrop(size=self.size),
-            channels=self.channels,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-            threads=self.workers,
-            bad_images=bad_images,
+        crop = CentreCrop(size=self.size)
+
+        def read(raw: Raw) -> NDArray[Any]:
+            return load(raw, crop.box, size=self.size, channels=self.channels, dtype=self.dtype)
+
+        for index, pixels in readable_batches(
+            source, self.view or read, batch_size=self.batch_size, threads=self.workers, bad_images=bad_images
         ):
-            images = self.pixels.normalize(torch.from_numpy(image).to(device))
+            images = self.pixels.normalize(torch.from_numpy(np.stack(pixels)).to(device))
             with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 features = self.model(images).float().cpu().numpy()
-            yield index, features
+            yield np.array(index, np.int64), features

@@ -3,6 +3,7 @@
 Shapes: `N` images, `D` features, `K` classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,23 +12,25 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import Count, Device, Positive, PositiveReal
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
-from simmim.data.labelled.classes import LabelledImages, hold_out, open_labelled
+from simmim.data.labelled.classes import LabelledImages, Labels, hold_out, open_labelled
 from simmim.data.sources import sniff
 from simmim.hardware.host import cpu_cores
 from simmim.metrics.classification import balanced_accuracy, knn_predict, top1
 from simmim.torch_engine.accelerators import choose_device, choose_precision
 from simmim.torch_engine.models.evaluating import evaluating
-from simmim.torch_engine.models.masked_image_model import PixelStep, PretrainStep
-from simmim.torch_engine.tasks.features import FeatureReader, Pool, PooledFeatures
+from simmim.torch_engine.models.masked_image_model import PretrainStep
+from simmim.torch_engine.tasks.features import FeatureReader, Pool, PooledFeatures, choose_pool
 from simmim.torch_engine.train.storage import load_encoder, untrained_encoder
 from simmim.training.run_directory import Run
+
+Method = Literal["knn", "linear"]
 
 NEIGHBOURS = 20
 # Strengths of the linear probe's L2 penalty that are tried, from strong to weak.
@@ -41,15 +44,16 @@ class ProbeConfig:
 
     command: ClassVar[str] = "probe"
     run: Positional[Annotated[str, arg(metavar="RUN")]]
-    """The --out directory of a run, or an encoder directory."""
+    """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
     """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, .csv, .npz, hf:NAME or demo."""
-    method: Literal["knn", "linear"] = "knn"
+    method: Method = "knn"
     """A vote of the nearest training images, or a linear classifier."""
     layer: int = -1
     """Block of a ViT, or stage of another net, to take features from; negative numbers count from the end."""
-    pool: Pool = "avg"
-    """Mean over the image (avg) or a ViT's class token, which SimMIM does not train."""
+    pool: Pool = "auto"
+    """Mean over the image (avg), a ViT's class token, which SimMIM does not train, or the model's own (own: as timm's
+    model(images); auto: that of timm: and local-dir:, else avg)."""
     k: Positive = NEIGHBOURS
     """Neighbours that vote."""
     temperature: PositiveReal = 0.07
@@ -79,48 +83,65 @@ class ProbeConfig:
 def probe(config: ProbeConfig) -> dict[str, Any]:
     """Measure the accuracy of a classifier on frozen features; see `simmim.probe` for the figures."""
     config = from_settings(ProbeConfig, vars(config))
-    device = choose_device(config.device)
-    backbone: Any = load_encoder(config.run).to(device)
-    facts = backbone.pretrained_cfg
-    channels, height, width = facts["input_size"]
-    model = PooledFeatures(backbone, layer=config.layer, pool=config.pool)
-    images = open_labelled(
-        config.data,
-        val_fraction=config.val_fraction,
-        seed=config.seed,
-        labels_per_class=config.labels_per_class,
-        label_seed=config.label_seed,
-    )
-    read = FeatureReader(
-        model=model,
-        pixels=PixelStep(facts["mean"], facts["std"]).to(device),
-        size=(height, width),
-        channels=channels,
-        dtype=sniff(images.train, channels=channels),
-        precision=choose_precision(config.precision, device),
-        batch_size=config.batch_size,
-        workers=config.workers or cpu_cores(),
-        max_bad_fraction=config.max_bad_fraction,
-    )
-    features = Features.read(images, read)
-    found, setting = _classify(features, config, device)
+    opened = Probe(config)
+    features = opened.features()
+    predictions, setting = opened.classify(features, config.method)
     baselines = {}
     if config.baselines:
-        torch.manual_seed(config.seed)
-        untrained = PooledFeatures(untrained_encoder(config.run).to(device), layer=config.layer, pool=config.pool)
-        for name, baseline in (("raw_pixels", raw_pixels), ("untrained", untrained)):
-            baselines[name] = _classify(Features.read(images, replace(read, model=baseline)), config, device)[0]
-    return {"method": config.method, **setting, **found, **baselines, **features.counts(images)}
+        for name, model in (("raw_pixels", raw_pixels), ("untrained", opened.untrained())):
+            baseline = opened.features(model)
+            baselines[name] = baseline.judge(opened.classify(baseline, config.method)[0])
+    return {
+        "method": config.method, **setting, **features.judge(predictions), **baselines,
+        **features.counts(opened.images),
+    }  # fmt: skip
 
 
-def _classify(
-    features: "Features", config: ProbeConfig, device: str
-) -> tuple[dict[str, float], dict[str, int] | dict[str, float]]:
-    """Return the accuracy of the classifier that is asked for, and its setting."""
-    if config.method == "knn":
-        return features.judge(features.vote(config.k, config.temperature)), {"k": config.k}
-    predictions, penalty = linear_predict(features, seed=config.seed, device=torch.device(device))
-    return features.judge(predictions), {"l2": penalty}
+class Probe:
+    """An encoder with labelled images to judge it by, and with other features on these in the same way."""
+
+    def __init__(self, config: ProbeConfig):
+        """Raise `UserError` for a run without encoder, images that do not fit, and settings that do not."""
+        self.config, self.device = config, choose_device(config.device)
+        self.images = open_labelled(
+            config.data,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+            labels_per_class=config.labels_per_class,
+            label_seed=config.label_seed,
+        )
+        backbone = load_encoder(config.run)
+        self._read = FeatureReader.of_encoder(
+            config.run,
+            backbone.to(self.device),
+            self.pooled(backbone),
+            self.images.train,
+            precision=choose_precision(config.precision, self.device),
+            batch_size=config.batch_size,
+            workers=config.workers or cpu_cores(),
+            max_bad_fraction=config.max_bad_fraction,
+        )
+
+    def pooled(self, backbone: nn.Module) -> PooledFeatures:
+        """Return a model of the features that are asked for, of this encoder with any weights."""
+        pool = choose_pool(self.config.pool, self.config.run, layer=self.config.layer)
+        return PooledFeatures(backbone.to(self.device), layer=self.config.layer, pool=pool)
+
+    def untrained(self) -> PooledFeatures:
+        torch.manual_seed(self.config.seed)
+        return self.pooled(untrained_encoder(self.config.run))
+
+    def features(self, model: Callable[[Tensor], Tensor] | None = None) -> "Features":
+        """Read the images' features: those of the encoder, or of another model."""
+        return Features.read(self.images, replace(self._read, model=model) if model else self._read)
+
+    def classify(self, features: "Features", method: Method, k: int | None = None) -> tuple[Labels, dict[str, float]]:
+        """Return the class of each evaluation image, and the setting of the classifier; `k` neighbours may be given."""
+        config, k = self.config, k or self.config.k
+        if method == "knn":
+            return features.vote(k, config.temperature), {"k": k}
+        predictions, penalty = linear_predict(features, seed=config.seed, device=torch.device(self.device))
+        return predictions, {"l2": penalty}
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -138,14 +159,15 @@ class Features:
     val: NDArray[np.float32]
     val_labels: NDArray[np.int64]
     num_classes: int
+    val_images: NDArray[np.int64]
+    """Numbers of the evaluation images that could be read."""
 
     @classmethod
     def read(cls, images: LabelledImages, read: FeatureReader) -> "Features":
         train, train_features = read(images.train, "probe train")
         val, val_features = read(images.val, "probe val")
-        return cls(
-            train_features, images.train_labels[train], val_features, images.val_labels[val], len(images.classes)
-        )
+        labels, val_labels = images.train_labels[train], images.val_labels[val]
+        return cls(train_features, labels, val_features, val_labels, len(images.classes), val)
 
     def vote(self, k: int, temperature: float = 0.07) -> NDArray[np.int64]:
         return knn_predict(

@@ -20,6 +20,7 @@ from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
 from simmim.method.objectives import PixelReconstruction
+from simmim.torch_engine.models.encoders import is_timms, load_timm
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.mask_guides import create_guide
@@ -92,7 +93,8 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
 def load_encoder(run: str | Path) -> nn.Module:
     """Load the encoder of a run or an encoder directory: a timm module without classifier, in evaluation mode.
 
-    Raises `UserError` where `run` has no saved encoder.
+    `timm:NAME` is a model of timm with its weights, `local-dir:PATH` one that timm saved. Raises `UserError` where
+    there is no saved encoder.
     """
     return _encoder_of(run, pretrained=True)
 
@@ -103,12 +105,32 @@ def untrained_encoder(run: str | Path) -> nn.Module:
 
 
 def _encoder_of(run: str | Path, *, pretrained: bool) -> nn.Module:
+    if is_timms(str(run)):
+        return load_timm(str(run), weights=pretrained)
     directory = Run(Path(run)).encoder
     if not directory.is_dir():
         directory = Path(run)
     if not (directory / "config.json").is_file():
-        raise UserError(f"{run} has no encoder directory; give the --out directory of a run that has saved")
+        raise UserError(
+            f"{run} has no encoder directory; give the --out directory of a run that has saved, timm:NAME or "
+            "local-dir:PATH"
+        )
     return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval()
+
+
+def starting_encoder(run: str | Path) -> nn.Module | None:
+    """Build the encoder of a run with the weights that its training began from; `None` if those were random.
+
+    Raises `UserError` where what `--init-from` named is not there any more.
+    """
+    config = Run(Path(run)).read_config(PretrainConfig)
+    source = config.init_from
+    if source is None:
+        return None
+    step = build_step(config, PLAIN, begin=lambda model: initialize(model, source, config.model) and None, trains=False)
+    backbone = untrained_encoder(run)
+    backbone.load_state_dict(step.model.encoder.backbone.state_dict())
+    return backbone
 
 
 def load_model(run: str | Path) -> MaskedImageModel:

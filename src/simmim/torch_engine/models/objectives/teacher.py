@@ -16,7 +16,7 @@ from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE
 from simmim.method.objectives import FrozenTeacher
-from simmim.torch_engine.models.encoders import create_backbone, default_image_size
+from simmim.torch_engine.models.encoders import create_backbone, default_image_size, load_timm
 from simmim.torch_engine.models.heads import create_head
 from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule, create_objective
 from simmim.torch_engine.models.resize import fit_backbone
@@ -135,7 +135,7 @@ def load_teacher(source: str, *, weights: bool = True) -> nn.Module:
     if not source:
         raise UserError("objective teacher needs a teacher; add --teacher RUN, timm:NAME or a checkpoint file")
     if source.startswith("timm:"):
-        return _from_timm(source.removeprefix("timm:"), weights=weights)
+        return load_timm(source, option="--teacher", weights=weights)
     path = Path(source)
     if not path.exists():
         raise UserError(f"--teacher {source} is not there; give a run, timm:NAME or a checkpoint file")
@@ -145,14 +145,6 @@ def load_teacher(source: str, *, weights: bool = True) -> nn.Module:
         return _from_checkpoint(path, weights=weights)
     except UserError as error:
         raise UserError(f"--teacher {error}") from None
-
-
-def _from_timm(name: str, *, weights: bool) -> nn.Module:
-    try:
-        return timm.create_model(name, pretrained=weights, num_classes=0)
-    except Exception as error:  # the hub passes on the errors of its back ends
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--teacher timm:{name} has no weights here: {reason}") from error
 
 
 def _from_checkpoint(path: Path, *, weights: bool) -> nn.Module:
