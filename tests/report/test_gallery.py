@@ -10,7 +10,8 @@ from PIL import Image, ImageFilter
 
 import simmim
 from simmim.errors import UserError
-from simmim.report.gallery import duplicates, laplacian, make_gallery, nearest, principal
+from simmim.report.copies import duplicates, is_blank, small_copies
+from simmim.report.gallery import laplacian, make_gallery, nearest, principal
 from simmim.report.page import ReportConfig, report
 
 from .test_report import TINY
@@ -123,8 +124,23 @@ def test_colour_tells_duplicates_apart_and_sharpness_is_a_laplacian() -> None:
     picture = rng.integers(0, 256, (64, 64, 1), np.uint8) // 2
     red, green = picture * np.uint8([2, 0, 0]), picture * np.uint8([0, 2, 0])
     pictures = np.stack([red, green, red])
-    assert [pair[:2] for pair in duplicates(pictures)] == [(0, 2)]
-    assert duplicates(np.full((2, 64, 64, 3), 90, np.uint8)) == []
+    assert [pair[:2] for pair in duplicates(small_copies(pictures), is_blank(pictures))] == [(0, 2)]
+    grey = np.full((2, 64, 64, 3), 90, np.uint8)
+    assert duplicates(small_copies(grey), is_blank(grey)) == []
     ramp = np.arange(25, dtype=np.float32).reshape(1, 5, 5)
     assert not laplacian(ramp).any()
     np.testing.assert_allclose(laplacian(ramp**2)[0, 1, 1], 2 + 2 * 25)
+
+
+def test_duplicates_are_those_of_all_correlations() -> None:
+    """On 3,000 smooth pictures, some near copies of others, in several blocks."""
+    rng = np.random.default_rng(0)
+    axes = rng.normal(size=(40, 768)) * 0.85 ** np.arange(40)[:, None] * 20
+    small = rng.normal(size=(3000, 40)) @ axes
+    small[2000:] = small[:1000] + rng.normal(size=(1000, 768)) * rng.uniform(0, 30, (1000, 1))
+    small = np.clip(small + 128, 0, 255).astype(np.uint8)
+    correlation = np.corrcoef(small)
+    expected = {(int(i), int(j)) for i, j in zip(*np.nonzero(np.triu(correlation, 1) > 0.98), strict=True)}
+    found = duplicates(small, np.zeros(3000, np.bool_))
+    assert 100 < len(expected) < 1000 and {pair[:2] for pair in found} == expected
+    assert [pair[2] for pair in found] == pytest.approx([correlation[i, j] for i, j, _ in found], abs=1e-5)

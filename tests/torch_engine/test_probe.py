@@ -89,7 +89,7 @@ def test_the_linear_probe_predicts_as_scikit_learn_from_standardised_features():
 def test_one_label_a_class_is_enough_for_a_linear_probe():
     (x, y), (val, val_labels) = clouds(1), clouds(2)
     predictions, penalty = linear_predict(
-        Features(x[:3], y[:3], val, val_labels, 3), seed=0, device=torch.device("cpu")
+        Features(x[:3], y[:3], val, val_labels, 3, np.arange(len(val))), seed=0, device=torch.device("cpu")
     )
     assert penalty == 1e-2
     assert (predictions == val_labels).mean() > 1 / 3

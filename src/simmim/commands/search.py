@@ -17,7 +17,8 @@ from simmim.config.validation import from_settings
 from simmim.data.sources import ImageSource, Subset, open_files, open_source
 from simmim.errors import UserError
 from simmim.metrics.classification import unit_length
-from simmim.report.gallery import duplicates, thumbnails_of
+from simmim.report.copies import duplicates, is_blank, small_copies
+from simmim.report.gallery import thumbnail_batches, thumbnails_of
 from simmim.training.pictures import enlarged, save_png
 
 _PICTURED = 12  # rows
@@ -104,10 +105,15 @@ def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any
 def _pairs(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
     from simmim.torch_engine.tasks.embed import input_channels
 
-    read, pictures = thumbnails_of(source, input_channels(config.run))
-    pairs = duplicates(pictures)
+    channels = input_channels(config.run)
+    batches = thumbnail_batches(source, channels)  # 64 at a time: small copies are kept
+    copies = [(indices, small_copies(pictures), is_blank(pictures)) for indices, pictures in batches]
+    read, small, blank = (np.concatenate(column) for column in zip(*copies, strict=True))
+    del copies
+    pairs = duplicates(small, blank)
     if config.out:
-        save_picture([pictures[list(pair[:2])] for pair in pairs[:_PICTURED]], Path(config.out))
+        shown = [thumbnails_of(Subset(source, read[list(pair[:2])]), channels)[1] for pair in pairs[:_PICTURED]]
+        save_picture(shown, Path(config.out))
     return [
         {"names": [source.name(int(read[place])) for place in (first, second)], "correlation": correlation}
         for first, second, correlation in pairs

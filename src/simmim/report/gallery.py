@@ -5,6 +5,7 @@ Shapes: `N` images, `D` features.
 
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,18 +20,16 @@ from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import sample_keys
 from simmim.metrics.classification import unit_length
+from simmim.report.copies import duplicates, is_blank, small_copies
 from simmim.training.pictures import data_uri, to_rgb
 
 _SIDE = 64  # pixels of a thumbnail among neighbours
 _DOT = 32  # pixels of a thumbnail in the map
 _QUERIES, _NEAREST = 12, 6
 _LISTED = 30
-_BLANK = 4  # of 255
 _BLURRED = 0.1  # of the median sharpness
-_SAME = 0.98  # correlation of two small copies
 _GROUPS = 7
 _FEW = 20  # images, too few for UMAP
-_PAIRS = 10_000
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,15 @@ def make_gallery(run: str, data: str, *, most: int) -> Gallery:
 
 def thumbnails_of(source: ImageSource, channels: int = 3) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
     """Read the middles of images at 64 pixels: numbers of the readable ones (N,), and pixels (N, 64, 64, 3)."""
+    indices, pictures = zip(*thumbnail_batches(source, channels), strict=True)
+    return np.concatenate(indices), np.concatenate(pictures)
+
+
+def thumbnail_batches(source: ImageSource, channels: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    """Yield the same in batches."""
     dtype = sniff(source, channels=channels)
     top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
-    batches = eval_batches(
+    for index, images in eval_batches(
         source,
         crop=CentreCrop(size=(_SIDE, _SIDE)),
         channels=channels,
@@ -107,9 +112,8 @@ def thumbnails_of(source: ImageSource, channels: int = 3) -> tuple[NDArray[np.in
         batch_size=64,
         threads=reading_cores(),
         bad_images=BadImages(None, total=len(source), max_fraction=1.0),
-    )
-    indices, pictures = zip(*((index, to_rgb(images / np.float32(top))) for index, images in batches), strict=True)
-    return np.concatenate(indices), np.concatenate(pictures)
+    ):
+        yield index, to_rgb(images / np.float32(top))
 
 
 def nearest(unit: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -177,10 +181,11 @@ def remarkable(
     near: NDArray[np.int64], unit: NDArray[np.float32], names: list[str], pictures: NDArray[np.uint8]
 ) -> dict[str, list[str]]:
     """List likely duplicates, outliers, blank and blurred images, at most 30 of each."""
+    small = small_copies(pictures)
     grey = pictures.astype(np.float32).mean(axis=-1) / 255  # (N, 64, 64)
     blank = is_blank(pictures)
     found = {
-        "Likely duplicates": [f"{names[i]}\t{names[j]}" for i, j, _ in duplicates(pictures)],
+        "Likely duplicates": [f"{names[i]}\t{names[j]}" for i, j, _ in duplicates(small, blank)],
         "Outliers: far from all others": [],
         "Blank": [names[number] for number in np.flatnonzero(blank)],
         "Blurred": [],
@@ -195,35 +200,6 @@ def remarkable(
     limit = _BLURRED * np.median(sharp)
     found["Blurred"] = [names[number] for number in np.argsort(sharp) if sharp[number] < limit and not blank[number]]
     return {what: listed[:_LISTED] for what, listed in found.items()}
-
-
-def is_blank(pictures: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Tell which pictures (N, H, W, 3) are of one brightness: (N,)."""
-    return pictures.mean(axis=-1, dtype=np.float32).std(axis=(1, 2)) < _BLANK
-
-
-def duplicates(pictures: NDArray[np.uint8]) -> list[tuple[int, int, float]]:
-    """Find pairs of images whose copies of 16 × 16 pixels correlate by over 0.98, the most alike first.
-
-    Returns the numbers of the two and the correlation; blank images are left out. After 10,000 pairs it stops looking.
-    """
-    small = pictures.reshape(-1, 16, 4, 16, 4, 3).mean(axis=(2, 4), dtype=np.float32).reshape(len(pictures), -1)
-    small -= small.mean(axis=1, keepdims=True)
-    small /= np.maximum(np.linalg.norm(small, axis=1, keepdims=True), 1e-6)
-    numbers = np.flatnonzero(~is_blank(pictures))
-    found: list[tuple[int, int, float]] = []
-    small = small[numbers]
-    for first in range(0, len(numbers), 1024):
-        if len(found) > _PAIRS:
-            break
-        correlation = small[first : first + 1024] @ small.T
-        rows, columns = np.nonzero(correlation > _SAME)
-        found += [
-            (int(numbers[first + row]), int(numbers[column]), float(correlation[row, column]))
-            for row, column in zip(rows, columns, strict=True)
-            if first + row < column
-        ]
-    return sorted(found, key=lambda pair: -pair[2])
 
 
 def laplacian(grey: NDArray[np.float32]) -> NDArray[np.float32]:
