@@ -88,4 +88,4 @@ def read_features(
     )
     (_, train), (_, test) = (read(ArrayImages(images[name], name)) for name in ("x_train", "x_test"))
     labels = (images[name].astype(np.int64) for name in ("y_train", "y_test"))
-    return Features(train, next(labels), test, next(labels), len(images["class_names"]))
+    return Features(train, next(labels), test, next(labels), len(images["class_names"]), np.arange(len(test)))

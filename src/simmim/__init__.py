@@ -10,7 +10,7 @@ import importlib
 import signal
 from collections.abc import Sequence
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 if TYPE_CHECKING:
     from numpy import floating
@@ -110,15 +110,26 @@ def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
     return probe(from_settings(ProbeConfig, {"run": run, "data": data, **settings}))
 
 
+@overload
 def embed(
-    run: str | PathLike[str], data: str | PathLike[str], **settings: Any
-) -> "tuple[list[str], NDArray[floating[Any]]]":
-    """Compute the features of images with the frozen encoder of a run.
+    run: str | PathLike[str], data: str | PathLike[str], *, labels: Literal[False] = False, **settings: Any
+) -> "tuple[list[str], NDArray[floating[Any]]]": ...
+
+
+@overload
+def embed(
+    run: str | PathLike[str], data: str | PathLike[str], *, labels: Literal[True], **settings: Any
+) -> "tuple[list[str], NDArray[floating[Any]], list[str]]": ...
+
+
+def embed(run: str | PathLike[str], data: str | PathLike[str], **settings: Any) -> tuple[Any, ...]:
+    """Compute the features of images with the frozen encoder of a run, of "timm:NAME" or "local-dir:PATH".
 
     Settings are the other fields of `EmbedConfig`. Returns the names of the images and their features (N, D), or
-    (N, h·w, D) with `patches`, in the order of the images. Unreadable images are left out. With `out` the features are
-    written to that file too, which a killed call resumes; for more of them than fit in memory use `simmim embed`.
-    Raises `UserError` for a run without encoder, settings that do not fit it, or images that cannot be read.
+    (N, h·w, D) with `patches`, in the order of the images; with `labels` their labels come third. Unreadable images are
+    left out. With `out` the features are written to that file too, which a killed call resumes; for more of them than
+    fit in memory use `simmim embed`. Raises `UserError` for a run without encoder, settings that do not fit it, or
+    images that cannot be read.
     """
     from simmim.config.validation import from_settings
     from simmim.torch_engine.tasks.embed import EmbedConfig, embed

@@ -144,3 +144,16 @@ def test_duplicates_are_those_of_all_correlations() -> None:
     found = duplicates(small, np.zeros(3000, np.bool_))
     assert 100 < len(expected) < 1000 and {pair[:2] for pair in found} == expected
     assert [pair[2] for pair in found] == pytest.approx([correlation[i, j] for i, j, _ in found], abs=1e-5)
+
+
+def test_thumbnails_shrink_to_fit_and_names_that_cannot_are_refused_first(
+    run: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = make_gallery(run, str(folder), most=100)
+    names = [str(path) for path in folder.rglob("*.*")]
+    text = sum(len(name) + 60 for name in names) + 5 * 30 * max(map(len, names))
+    small = make_gallery(run, str(folder), most=100, most_bytes=text + 12 * 30_000 + 3000)
+    assert large.map.side == 32 > small.map.side and len(small.map.uri) < min(3000, len(large.map.uri))
+    monkeypatch.setattr("simmim.torch_engine.tasks.embed.embed_some", lambda *_, **__: 1 / 0)
+    with pytest.raises(UserError, match="a report of 17 images would take over 100,000 bytes for each run; lower"):
+        make_gallery(run, str(folder), most=100, most_bytes=100_000)

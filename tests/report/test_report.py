@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from simmim.errors import UserError
 from simmim.method.objectives import DescriptorRegression, EmaTeacher
 from simmim.report.charts import chart, ticks
 from simmim.report.facts import Facts, thinned
-from simmim.report.labels import Accuracy, Judged, difference
+from simmim.report.labels import Accuracy, Judged, difference, judge_by_labels
 from simmim.report.page import ReportConfig, report, unique_names
 from simmim.report.verdict import judge
 
@@ -243,6 +244,43 @@ def test_labels_add_floors_and_chance(tmp_path: Path) -> None:
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert all(name in page for name in ("k-NN", "linear", "raw pixels", "the untrained encoder", "chance"))
     assert "0.500" in page and "Features not judged" not in page
+
+
+def test_a_run_is_compared_with_its_starting_weights_and_with_another_run(tmp_path: Path) -> None:
+    first = simmim.pretrain(**TINY, out=str(tmp_path / "first"), steps=1)
+    second = simmim.pretrain(**TINY, out=str(tmp_path / "second"), steps=2, lr=0.1, init_from=str(first.path))
+    rng = np.random.default_rng(0)
+    labels = {"y_train": np.arange(40) % 2, "y_test": np.arange(20) % 2}
+    images = {f"x_{part}": rng.integers(0, 256, (len(y), 32, 32, 3), np.uint8) // (1 + y.reshape(-1, 1, 1, 1))
+              for part, y in (("train", labels["y_train"]), ("test", labels["y_test"]))}  # fmt: skip
+    images = {name: values.astype(np.uint8) for name, values in images.items()}
+    np.savez(tmp_path / "set.npz", **images, **labels)
+    data = str(tmp_path / "set.npz")
+    mine, other = judge_by_labels(str(second.path), data), judge_by_labels(str(first.path), data)
+    for each, base in zip(mine, other, strict=True):
+        np.testing.assert_array_equal(each.floors["the starting weights"].right, base.features.right)
+        assert each.against(base) == difference(each.features, base.features)
+        assert "the starting weights" not in base.floors
+    out = tmp_path / "both.html"
+    report(ReportConfig(runs=(str(first.path), str(second.path)), labels=data, out=str(out)))
+    page = out.read_text(encoding="utf-8")
+    assert "Top-1 accuracy against first" in page and "<th>the starting weights</th>" in page
+    shutil.rmtree(first.path)
+    missing = judge_by_labels(str(second.path), data)
+    assert "the starting weights" not in missing[0].floors
+    assert "Starting weights not judged" in titles(Facts.read(second.path), tuple(missing))
+
+
+def test_runs_whose_encoders_read_other_images_are_not_paired() -> None:
+    mine = judged_as(accuracy(0.5, 10), accuracy(0.5, 10))
+    assert mine.against(dataclasses.replace(mine, images=np.arange(1, 11))) is None
+
+
+def test_too_many_runs_for_a_page_are_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = write_run(tmp_path / "run", falling())
+    monkeypatch.setattr("simmim.report.page.section", lambda *_: 1 / 0)
+    with pytest.raises(UserError, match="50 runs are too many for a report of 5,000,000 bytes; give 49 at most"):
+        report(ReportConfig(runs=(str(facts.run.path),) * 50, out=str(tmp_path / "r.html")))
 
 
 def test_runs_are_compared_best_first(tmp_path: Path) -> None:

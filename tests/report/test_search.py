@@ -59,6 +59,41 @@ def test_neighbours_are_those_of_the_greatest_cosine(folder: Path, tmp_path: Pat
     assert Image.open(tmp_path / "a.png").size == (5 * 128 + 4 * 6, 128 + 6)
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_features_of_another_encoder_are_refused(folder: Path, tmp_path: Path, suffix: str) -> None:
+    """Of the same width, which the numbers do not tell."""
+    out, query = tmp_path / "other", (str(folder / "images" / "03.png"),)
+    own = {"data": str(folder / "images"), "out": str(out), "val_images": 0, "max_bad_fraction": 0.5, "seed": 1}
+    simmim.pretrain(**TINY | own, steps=1)
+    file = str(tmp_path / f"a{suffix}")
+    simmim.embed(out, folder / "images", device="cpu", max_bad_fraction=0.5, out=file)
+    assert search(settings(folder, run=str(out), query=query, features=file))
+    with pytest.raises(UserError, match=r"was made by another encoder \(sha256 \w+\) than that of .* \(sha256 \w+\); "):
+        search(settings(folder, query=query, features=file))
+
+
+def test_queries_are_embedded_as_the_file_was(folder: Path, tmp_path: Path) -> None:
+    query, file = (str(folder / "images" / "03.png"),), str(tmp_path / "a.npz")
+    simmim.embed(folder / "run", folder / "images", device="cpu", max_bad_fraction=0.5, out=file, pool="token")
+    [found] = search(settings(folder, query=query, features=file))
+    with np.load(file) as arrays:
+        names, features = arrays["names"].tolist(), arrays["features"]
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    mine = unit[names.index(query[0])]
+    near = found["neighbours"][0]
+    assert near["similarity"] == pytest.approx(float(unit[names.index(near["name"])] @ mine), abs=1e-5)
+
+
+def test_a_file_that_does_not_tell_its_encoder_is_warned_of(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names, features = simmim.embed(folder / "run", folder / "images", device="cpu", max_bad_fraction=0.5)
+    np.savez(tmp_path / "old.npz", names=np.array(names), features=features)
+    query = (str(folder / "images" / "03.png"),)
+    assert search(settings(folder, query=query, features=str(tmp_path / "old.npz")))
+    assert "does not say which encoder made it" in capsys.readouterr().err
+
+
 def test_duplicates_are_copies_and_no_blanks(folder: Path, tmp_path: Path) -> None:
     [pair] = search(settings(folder, duplicates=True, out=str(tmp_path / "pairs.png")))
     assert [Path(name).name for name in pair["names"]] == ["03.png", "copy.jpg"] and pair["correlation"] > 0.98

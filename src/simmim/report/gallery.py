@@ -26,6 +26,7 @@ from simmim.training.pictures import data_uri, to_rgb
 _SIDE = 64  # pixels of a thumbnail among neighbours
 _DOT = 32  # pixels of a thumbnail in the map
 _QUERIES, _NEAREST = 12, 6
+_POINT, _STRIP, _LEAST = 60, 30_000, 150  # bytes in the page: of a dot, a row of neighbours, a small thumbnail
 _LISTED = 30
 _BLURRED = 0.1  # of the median sharpness
 _GROUPS = 7
@@ -52,7 +53,7 @@ class Map:
     groups: list[str]
     uri: str
     columns: int
-    side: int = _DOT
+    side: int
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,24 @@ class Gallery:
     """Names of images by what is remarkable about them; duplicates are pairs, a tab between the names."""
 
 
-def make_gallery(run: str, data: str, *, most: int) -> Gallery:
-    """Embed up to `most` images by a run's encoder. Raises `UserError` where none can be read."""
+def make_gallery(run: str, data: str, *, most: int, most_bytes: int = 5_000_000) -> Gallery:
+    """Embed up to `most` images by a run's encoder; thumbnails shrink so that all takes at most about `most_bytes`.
+
+    Raises `UserError` where none can be read, and, before any is, where names alone would take that.
+    """
     from simmim.torch_engine.tasks.embed import embed_some, input_channels
 
     whole = open_source(data)
     order = np.argsort(sample_keys(0, 0, np.arange(len(whole)), stream="sample"))
     source: ImageSource = Subset(whole, np.sort(order[:most]))
+    text = sum(len(source.name(index)) + _POINT for index in range(len(source)))
+    text += 5 * _LISTED * max(len(source.name(index)) for index in range(len(source)))
+    spare = most_bytes - text - _QUERIES * _STRIP
+    if spare < len(source) * _LEAST:
+        raise UserError(
+            f"a report of {len(source):,} images would take over {most_bytes:,} bytes for each run; "
+            "lower --images, or give fewer runs"
+        )
     read, features = embed_some(run, source)
     kept, thumbnails = thumbnails_of(Subset(source, read), channels=input_channels(run))
     finite = np.isfinite(features[kept]).all(axis=1)
@@ -89,7 +101,7 @@ def make_gallery(run: str, data: str, *, most: int) -> Gallery:
         total=len(whole),
         unreadable=len(source) - len(names),
         strips=strips(near, unit, names, thumbnails),
-        map=draw_map(features, names, thumbnails),
+        map=draw_map(features, names, thumbnails, spare),
         lists=remarkable(near, unit, names, thumbnails),
     )
 
@@ -142,7 +154,7 @@ def strips(
     return found
 
 
-def draw_map(features: NDArray[np.float32], names: list[str], pictures: NDArray[np.uint8]) -> Map:
+def draw_map(features: NDArray[np.float32], names: list[str], pictures: NDArray[np.uint8], most_bytes: int) -> Map:
     """Place images by UMAP (arXiv 1802.03426) where it is installed, else by two principal components."""
     from PIL import Image
 
@@ -159,14 +171,23 @@ def draw_map(features: NDArray[np.float32], names: list[str], pictures: NDArray[
     common = sorted(set(folders), key=lambda folder: (-folders.count(folder), folder))[:_GROUPS]
     groups = common if len(set(folders)) <= _GROUPS else [*common, "others"]
     columns = int(np.ceil(np.sqrt(len(names))))
-    sheet = np.full((columns * columns, _DOT, _DOT, 3), 255, np.uint8)
-    sheet[: len(names)] = pictures.reshape(-1, _DOT, 2, _DOT, 2, 3).mean(axis=(2, 4))
-    sheet = sheet.reshape(columns, columns, _DOT, _DOT, 3).swapaxes(1, 2).reshape(columns * _DOT, columns * _DOT, 3)
+    for side, quality in ((_DOT, 70), (_DOT // 2, 70), (_DOT // 2, 40), (_DOT // 4, 40)):
+        uri = data_uri(Image.fromarray(contact_sheet(pictures, columns, side)), quality=quality)
+        if len(uri) <= most_bytes:
+            break
     points = [
         (round(float(x), 4), round(float(y), 4), groups.index(folder) if folder in groups else len(groups) - 1)
         for (x, y), folder in zip(places, folders, strict=True)
     ]
-    return Map(method, points, names, groups, data_uri(Image.fromarray(sheet), quality=70), columns)
+    return Map(method, points, names, groups, uri, columns, side)
+
+
+def contact_sheet(pictures: NDArray[np.uint8], columns: int, side: int) -> NDArray[np.uint8]:
+    """Lay pictures (N, 64, 64, 3), shrunk to `side`, row by row into one of `columns` by `columns`."""
+    sheet = np.full((columns * columns, side, side, 3), 255, np.uint8)
+    part = _SIDE // side
+    sheet[: len(pictures)] = pictures.reshape(-1, side, part, side, part, 3).mean(axis=(2, 4))
+    return sheet.reshape(columns, columns, side, side, 3).swapaxes(1, 2).reshape(columns * side, columns * side, 3)
 
 
 def principal(features: NDArray[np.float32]) -> NDArray[np.float64]:

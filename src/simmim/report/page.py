@@ -48,6 +48,7 @@ _NAMES = {
     "process_memory_gib": "the process",
 }
 _BYTES = 5_000_000
+_FRAME, _LEAST = 100_000, 100_000  # style and script; curves and settings of a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,11 @@ def report(config: ReportConfig, *, running: bool = False) -> Path:
     out = Path(config.out) if config.out else alone
     if out.suffix.lower() != ".html":
         raise UserError(f"--out {out} is not an .html file; name one")
-    sections = [section(facts, config) for facts in every]
+    budget = (_BYTES - _FRAME) // len(every)
+    if budget < _LEAST:
+        most = (_BYTES - _FRAME) // _LEAST
+        raise UserError(f"{len(every)} runs are too many for a report of {_BYTES:,} bytes; give {most} at most")
+    sections = [section(facts, config, budget) for facts in every]
     text = render(sections, unique_names(every))
     if len(text) > _BYTES:
         raise UserError(
@@ -109,15 +114,19 @@ def report(config: ReportConfig, *, running: bool = False) -> Path:
     return out
 
 
-def section(facts: Facts, config: ReportConfig) -> Section:
+def section(facts: Facts, config: ReportConfig, budget: int) -> Section:
+    """Return what the page shows of a run; pictures take at most `budget` bytes, less what its curves need."""
     run = str(facts.run.path)
     encoder = facts.task == "pretraining"  # a fine-tuned model has no frozen features to judge
     judged = judge_by_labels(run, config.labels) if config.labels and encoder else []
-    gallery = make_gallery(run, config.data, most=config.images) if config.data and encoder else None
-    charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
+    spare = budget - _LEAST
     drawn, features = (
-        panels(path, len(config.runs)) for path in (facts.run.reconstructions, facts.run.feature_pictures)
+        panels(path, len(config.runs), most_bytes=spare // (5 if config.data else 2))
+        for path in (facts.run.reconstructions, facts.run.feature_pictures)
     )
+    spare -= sum(len(panel.uri) for panel in (*drawn, *features))
+    gallery = make_gallery(run, config.data, most=config.images, most_bytes=spare) if config.data and encoder else None
+    charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
     return Section(
         facts=facts,
         findings=judge(facts, judged),

@@ -11,6 +11,8 @@ from simmim.report.resources import input_wait
 
 _NOT_FINITE, _AT_THE_END = 0.1, 5  # of all steps; steps in a row at the end
 _FEWEST = 20  # logged steps
+_START, _END = (0, 0.02), (0.9, 1)  # of the curve
+_DIVERGED, _UNSTABLE = 2, 3  # times the first loss: at the end, in between
 _LEARNT = 0.02  # of the first loss
 _STILL_FALLING = 0.05  # of the whole fall, in the second half
 _OVER = 0.02  # of an accuracy, or of a loss as a share
@@ -41,7 +43,10 @@ def judge(facts: Facts, judged: Sequence[Judged] = ()) -> list[Finding]:
 def _training(facts: Facts) -> Iterator[Finding]:
     loss = facts.series.get("loss", [])
     skipped = facts.not_finite / max(facts.steps, facts.not_finite, 1)
+    first, last = (part_mean(loss, *part) for part in (_START, _END)) if loss else (0.0, 0.0)
+    moving = _moving(facts)
     diverged = skipped > _NOT_FINITE or facts.ends_not_finite >= _AT_THE_END
+    risen = len(loss) >= _FEWEST and not moving and last > _DIVERGED * abs(first)
     unfinished = facts.total_steps is not None and facts.steps < facts.total_steps
     if diverged:
         figure = f"{skipped:.0%} of the steps had a loss or gradient that was not finite"
@@ -49,11 +54,14 @@ def _training(facts: Facts) -> Iterator[Finding]:
             figure += f", the last {facts.ends_not_finite} among them"
         remedy = "start again (--fresh) with a lower --lr, or --precision fp32"
         yield Finding("bad", "Diverged", figure, remedy)
+    elif risen:
+        figure = f"loss {first:.4f} at the start, {last:.4f} in the last tenth"
+        yield Finding("bad", "Diverged", figure, "start again (--fresh) with a lower --lr")
     elif not loss:
         yield Finding("watch", "Nothing is logged yet", "metrics.jsonl holds no loss", "wait for the first steps")
     else:
         yield _of_loss(facts, loss, unfinished)
-    if unfinished and loss and not diverged:
+    if unfinished and loss and not (diverged or risen):
         done = f"step {facts.steps} of {facts.total_steps}"
         if facts.running:
             yield Finding("note", "Not finished", f"{done} when this was written, and the training went on")
@@ -66,6 +74,11 @@ def _training(facts: Facts) -> Iterator[Finding]:
         yield Finding("watch", "Over-trained", figure, f"stop near step {step}, or train on more images")
 
 
+def _moving(facts: Facts) -> list[str]:
+    """Name the objectives whose target moves."""
+    return [each.kind for each in getattr(facts.config, "objectives", ()) if each.kind in _MOVING]
+
+
 def _of_loss(facts: Facts, loss: Sequence[Point], unfinished: bool) -> Finding:
     """Judge the curve of the loss."""
     rates = facts.series.get("lr", [])
@@ -73,11 +86,15 @@ def _of_loss(facts: Facts, loss: Sequence[Point], unfinished: bool) -> Finding:
     if len(loss) < _FEWEST or warming:
         why = "the learning rate still rises" if warming else f"{len(loss)} steps are logged, of {_FEWEST} at least"
         return Finding("watch", "Too early to say", why)
-    if moving := [each.kind for each in getattr(facts.config, "objectives", ()) if each.kind in _MOVING]:
+    if moving := _moving(facts):
         figure = f"the target of {', '.join(moving)} moves with the encoder, so that the loss says little"
         return Finding("note", "Loss not judged", figure, "look at the effective rank, or use --probe")
-    first, middle, last = (part_mean(loss, *part) for part in ((0, 0.02), (0.4, 0.6), (0.9, 1)))
+    first, middle, last = (part_mean(loss, *part) for part in (_START, (0.4, 0.6), _END))
     fall, figure = first - last, f"loss {first:.4f} at the start, {last:.4f} in the last tenth"
+    peak = max(part_mean(loss, part / 50, (part + 1) / 50) for part in range(50))
+    if peak > _UNSTABLE * abs(first):
+        figure += f", {peak:.4f} in between"
+        return Finding("bad", "Unstable", figure, "start again (--fresh) with a lower --lr")
     if last > first * 1.05:
         return Finding("bad", "The loss rose", figure, "start again with a lower --lr")
     if fall < _LEARNT * abs(first):

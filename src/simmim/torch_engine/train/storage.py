@@ -127,7 +127,11 @@ def starting_encoder(run: str | Path) -> nn.Module | None:
     source = config.init_from
     if source is None:
         return None
-    step = build_step(config, PLAIN, begin=lambda model: initialize(model, source, config.model) and None, trains=False)
+
+    def begin(model: MaskedImageModel) -> None:
+        initialize(model, source, config.model)
+
+    step = build_step(config, PLAIN, begin=begin, trains=False)
     backbone = untrained_encoder(run)
     backbone.load_state_dict(step.model.encoder.backbone.state_dict())
     return backbone
