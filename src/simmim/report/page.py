@@ -114,17 +114,17 @@ def report(config: ReportConfig, *, running: bool = False) -> Path:
     return out
 
 
-def section(facts: Facts, config: ReportConfig, budget: int) -> Section:
+def section(facts: Facts, config: ReportConfig, budget: int = _BYTES) -> Section:
     """Return what the page shows of a run; pictures take at most `budget` bytes, less what its curves need."""
     run = str(facts.run.path)
     encoder = facts.task == "pretraining"  # a fine-tuned model has no frozen features to judge
     judged = judge_by_labels(run, config.labels) if config.labels and encoder else []
     spare = budget - _LEAST
-    drawn, features = (
+    pictured, features = (
         panels(path, len(config.runs), most_bytes=spare // (5 if config.data else 2))
         for path in (facts.run.reconstructions, facts.run.feature_pictures)
     )
-    spare -= sum(len(panel.uri) for panel in (*drawn, *features))
+    spare -= sum(len(panel.uri) for panel in (*pictured, *features))
     gallery = make_gallery(run, config.data, most=config.images, most_bytes=spare) if config.data and encoder else None
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
     return Section(
@@ -132,7 +132,7 @@ def section(facts: Facts, config: ReportConfig, budget: int) -> Section:
         findings=judge(facts, judged),
         judged=judged,
         charts=charts,
-        panels=drawn,
+        panels=pictured,
         feature_panels=features,
         gallery=gallery,
         evaluation=read_evaluation(facts),
