@@ -11,6 +11,7 @@ from torch import Tensor
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import validated
 from simmim.data.pipeline import Reading
+from simmim.errors import TrainingFailedError
 from simmim.method.masks import upsample_mask
 from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
@@ -75,9 +76,14 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
         step = build_step(plan.config, begin=begin)  # before the run directory is made, since sizes may not fit
         if not start:
             prepare(step, plan, world)
-        return TorchPretrainSession(
-            plan, world, start, step, check=check, decoder=decoder, origin=origin[0] if origin else None
-        ).train(watch)
+        try:
+            return TorchPretrainSession(
+                plan, world, start, step, check=check, decoder=decoder, origin=origin[0] if origin else None
+            ).train(watch)
+        except torch.OutOfMemoryError as error:
+            from simmim.torch_engine.perf.fit import explain_out_of_memory
+
+            raise TrainingFailedError(explain_out_of_memory(plan.config, world)) from error
 
 
 def prepare(step: PretrainStep, plan: Plan, world: distributed.World) -> None:
