@@ -75,7 +75,7 @@ def slightly_off(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 def test_a_resume_takes_measured_numbers_from_the_run(config: PretrainConfig, slightly_off: Any) -> None:
     begun = complete(config)
-    open_run(begun)
+    (open_run(begun).checkpoints / "step-00000001").mkdir(parents=True)
     slightly_off()
     resumed = complete(config)
     assert resumed == begun
@@ -95,7 +95,8 @@ def test_a_run_that_did_not_measure_is_not_resumed_by_one_that_asks_for_it(tmp_p
     pixels = ArrayImages(np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), np.uint8), "a")
     machine: Any = {"image_size": (32, 32), "device": "cpu", "precision": "fp32", "compile": False}
     images = Images(pixels, pixels, np.dtype(np.uint8))
-    open_run(Plan.complete(config, images, patch=16, **machine).config)
+    run = open_run(Plan.complete(config, images, patch=16, **machine).config)
+    (run.checkpoints / "step-00000001").mkdir(parents=True)
     asked = dataclasses.replace(config, mean="measure", std="measure")
     with pytest.raises(ValueError, match="another configuration"):
         open_run(Plan.complete(asked, images, patch=16, **machine).config)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from simmim.config.pretraining import PretrainConfig
-from simmim.training.run_directory import Run, drop_metrics_after, open_run, written_whole
+from simmim.errors import UserError
+from simmim.training.run_directory import Run, drop_metrics_after, hold_run, open_run, recall, written_whole
 
 
 def config(out: Path, **others: Any) -> PretrainConfig:
@@ -20,6 +21,10 @@ def config(out: Path, **others: Any) -> PretrainConfig:
         "lr": 2e-4,
     }
     return PretrainConfig(data="demo", out=str(out), **(complete | others))
+
+
+def save(run: Path, step: int = 1) -> None:
+    (Run(run).checkpoints / f"step-{step:08d}").mkdir(parents=True)
 
 
 def refusal(config: PretrainConfig) -> str:
@@ -53,6 +58,7 @@ def test_the_same_configuration_is_resumed_and_what_does_not_matter_may_change(t
 
 def test_a_changed_configuration_is_refused_naming_the_fields(tmp_path: Path) -> None:
     open_run(config(tmp_path))
+    save(tmp_path)
     message = refusal(config(tmp_path, lr=1e-3, seed=4, keep=5))
     assert message == (
         f"{tmp_path} holds a run with another configuration (lr 0.0002 → 0.001, seed 0 → 4); "
@@ -63,12 +69,65 @@ def test_a_changed_configuration_is_refused_naming_the_fields(tmp_path: Path) ->
 
 def test_a_longer_run_is_refused_unless_it_is_to_be_extended(tmp_path: Path) -> None:
     open_run(config(tmp_path, steps=50))
+    save(tmp_path)
     assert f"(steps 50 → 100); simmim resume {tmp_path} --steps N extends it, give" in refusal(
         config(tmp_path, steps=100)
     )
     open_run(config(tmp_path, steps=100, extend=True))
     assert Run(tmp_path).read_config(PretrainConfig).steps == 100
     assert "lr 0.0002 → 0.001" in refusal(config(tmp_path, steps=200, lr=1e-3, extend=True))
+
+
+def logged(run: Path, steps: int) -> None:
+    Run(run).metrics.write_text("".join(f'{{"step": {n}, "epoch": {n / 10}}}\n' for n in range(1, steps + 1)))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    first = config(tmp_path, save_every_steps=7)
+    open_run(first)
+    logged(tmp_path, 7)
+    with hold_run(first, is_main=True):
+        open_run(first)
+    assert Run(tmp_path).metrics.read_text() == ""
+    assert recall(first) is None  # what was measured then is measured anew
+
+
+def test_a_run_killed_before_its_first_checkpoint_may_be_repeated_with_other_settings(tmp_path: Path) -> None:
+    first = config(tmp_path / "run", save_every_steps=7)
+    open_run(first)
+    logged(tmp_path / "run", 7)
+    other = dataclasses.replace(first, lr=1e-3)
+    with hold_run(other, is_main=True):
+        assert open_run(other).read_config(PretrainConfig) == other
+    (aside,) = tmp_path.glob("run.old-*")
+    assert Run(aside).read_config(PretrainConfig) == first
+    assert not Run(tmp_path / "run").metrics.exists()
+
+
+@pytest.mark.parametrize(("steps", "weights"), [(8, None), (5, "encoder"), (30, "model")])
+def test_a_run_that_lost_its_checkpoints_is_refused_and_left_alone(
+    tmp_path: Path, steps: int, weights: str | None
+) -> None:
+    mine = config(tmp_path, save_every_steps=30 if weights == "model" else 7, steps=30)
+    open_run(mine)
+    logged(tmp_path, steps)
+    if weights:
+        (tmp_path / weights).mkdir()
+    before = Run(tmp_path).metrics.read_bytes()
+    with pytest.raises(UserError) as error, hold_run(mine, is_main=True):
+        pass
+    held, start = "", ""
+    if weights:
+        held = f"{tmp_path / weights} and "
+        start = f" (with --init-from {tmp_path / weights} to start from its weights)"
+    assert str(error.value) == (
+        f"{tmp_path}/checkpoints has no checkpoint, and training from step 0 would write over {held}metrics of {steps} "
+        f"steps; bring the checkpoints back, give another --out{start}, or start again with --fresh, which moves the "
+        "old run aside"
+    )
+    assert Run(tmp_path).metrics.read_bytes() == before
+    with hold_run(dataclasses.replace(mine, fresh=True), is_main=True):
+        pass
 
 
 def test_a_run_of_another_kind_is_named(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_a_run_of_version_0_1_resumes_with_its_rules(
     measured["linear"] = {"default": 1.0, "onednn": 1.0}
     monkeypatch.setattr("simmim.torch_engine.models.kernels.cpu_name", lambda: cpu)
     (tmp_path / "config.toml").write_text('model = "vit_tiny_patch16_224"\n')
+    (tmp_path / "checkpoints/step-00000001").mkdir(parents=True)
     assert choose_kernels(tiny.config(out=str(tmp_path)), main_says).linear == linear
 
 

@@ -1,8 +1,6 @@
 """`simmim runs`: the runs below a directory, by what is on disk. Loads neither PyTorch nor a checkpoint."""
 
-import json
 import math
-import mmap
 import os
 import shlex
 import time
@@ -14,6 +12,7 @@ from typing import Any
 from simmim.errors import UserError
 from simmim.training.checkpoint_directory import checkpoint_step
 from simmim.training.run_directory import Run, read_json
+from simmim.training.saved_work import count_steps, last_record, save_interval
 
 _FIGURES = ("top1", "miou", "map")  # of a fine-tuning, in metrics.json
 _PATIENCE = 10  # lines of metrics.jsonl that may fail to come before a run counts as ended
@@ -71,9 +70,11 @@ def _look(run: Run) -> dict[str, Any]:
         config = tomllib.loads(run.config.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not whole, or not TOML
         config = {}
-    last, figure = _read_metrics(run.metrics)
+    last = last_record(run.metrics)
+    knn = last_record(run.metrics, "knn_top1").get("knn_top1")
+    figure = None if knn is None else ("knn_top1", knn)
     step, loss = last.get("step", 0), last.get("loss")
-    steps = _count_steps(config, last)
+    steps = count_steps(config, last)
     if "task" in config:
         best = read_json(run.path / "metrics.json").get("best", {})
         figure = next(((name, best[name]) for name in _FIGURES if name in best), None)
@@ -100,40 +101,6 @@ def _objectives(config: dict[str, Any]) -> str:
     return "+".join(each["kind"] for each in config.get("objectives", [])) or "pixels"
 
 
-def _read_metrics(path: Path) -> tuple[dict[str, Any], tuple[str, float] | None]:
-    """Return the last record, and the last k-NN figure, of a metrics.jsonl of any length; `{}` where there is none."""
-    if not path.is_file() or not path.stat().st_size:
-        return {}, None
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        last = _record(text, text.rfind(b"\n"))
-        at = text.rfind(b'"knn_top1"')
-        checked = _record(text, text.find(b"\n", at)) if at >= 0 else {}
-    return last, ("knn_top1", checked["knn_top1"]) if checked.get("knn_top1") is not None else None
-
-
-def _record(text: mmap.mmap, end: int) -> dict[str, Any]:
-    """Parse the line that ends at `end`; `{}` where it is not whole."""
-    if end < 0:
-        return {}
-    try:
-        record = json.loads(text[text.rfind(b"\n", 0, end) + 1 : end])
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else {}
-
-
-def _steps_per_epoch(last: dict[str, Any]) -> int | None:
-    return round(last["step"] / last["epoch"]) if last.get("epoch") else None
-
-
-def _count_steps(config: dict[str, Any], last: dict[str, Any]) -> int | None:
-    """Return the steps of the whole run; `None` where it has not begun and counts epochs."""
-    per_epoch = _steps_per_epoch(last)
-    if "steps" in config or per_epoch is None:
-        return config.get("steps")
-    return math.ceil(config.get("epochs", 100) * per_epoch)
-
-
 def _state(run: Run, config: dict[str, Any], last: dict[str, Any], steps: int | None) -> str:
     """Tell what became of a run.
 
@@ -150,8 +117,7 @@ def _state(run: Run, config: dict[str, Any], last: dict[str, Any], steps: int | 
         return "running?" if time.time() - run.config.stat().st_mtime < _AT_LEAST else "failed"
     if last["step"] == steps and saved in (steps, None) and (run.encoder.is_dir() or run.model.is_dir()):
         return "finished"
-    every = config.get("save_every_steps") or max(_steps_per_epoch(last) or 0, 100)
-    saved_by_signal = saved == last["step"] and last["step"] % every
+    saved_by_signal = saved == last["step"] and last["step"] % save_interval(config, last)
     changed = run.config.stat().st_mtime, run.metrics.stat().st_mtime  # a resume writes the configuration first
     if saved_by_signal and changed[0] < changed[1]:
         return "stopped"

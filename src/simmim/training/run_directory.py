@@ -16,7 +16,9 @@ from simmim.config.toml import changed_fields, read_toml, to_toml
 from simmim.config.training import TrainingConfig
 from simmim.disk import to_disk, writing
 from simmim.errors import UserError
+from simmim.output import say
 from simmim.training.run_lock import LOCK, locked, move_lock
+from simmim.training.saved_work import check_checkpoints
 
 _V0_1 = {"flip": "horizontal", "crop_scale": (0.67, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
 """Values of version 0.1 for fields that it did not have."""
@@ -92,6 +94,10 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return any(self.checkpoints.glob("step-*"))
 
     @property
     def encoder(self) -> Path:
@@ -199,17 +205,21 @@ def find_model(path: Path) -> Path:
 
 
 def recall(config: Config) -> Config | None:
-    """Return the configuration that the run in `config.out` began with; `None` where training starts anew."""
+    """Return the configuration that the run in `config.out` began with; `None` where training starts anew.
+
+    It does in a run that was killed before its first checkpoint.
+    """
     if config.out is None or config.fresh or not (run := Run(Path(config.out))).config.is_file():
         return None
-    return run.read_config(type(config))
+    begun = run.read_config(type(config))
+    return begun if run.has_checkpoint else None
 
 
 @contextlib.contextmanager
 def hold_run(config: TrainingConfig, *, is_main: bool) -> Iterator[None]:
     """Keep other trainings out of `config.out`; the main process does it for all.
 
-    Raises `UserError` where another training holds it, or it is no place for a run.
+    Raises `UserError` where another training holds it, it is no place for a run, or its checkpoints were deleted.
     """
     assert config.out is not None
     if not is_main:
@@ -222,25 +232,34 @@ def hold_run(config: TrainingConfig, *, is_main: bool) -> Iterator[None]:
             held.enter_context(locked(run.path))
         except OSError as error:
             raise _not_writable(run, error) from None
+        if run.config.is_file() and not config.fresh:
+            old = tomllib.loads(run.config.read_text(encoding="utf-8"))
+            check_checkpoints(run, old, _origin(config))
         yield
 
 
 def open_run(config: TrainingConfig) -> Run:
     """Open the run directory of `config.out`, made if new. A run in it is resumed, or refused if it differs.
 
-    `config` is complete (nothing left to resolve), so that it can be compared. Raises `UserError` that
-    names the fields that differ, or for a directory that holds something else.
+    A run that was killed before its first checkpoint begins anew; if it differs, it is set aside first. `config` is
+    complete (nothing left to resolve), so that it can be compared. Raises `UserError` that names the fields that
+    differ, or for a directory that holds something else.
     """
     assert config.out is not None
     run = Run(Path(config.out))
-    if config.fresh and run.path.exists():
+    if config.fresh and run.config.exists():
         _set_aside(run)
     if run.config.exists():
         old = run.read_config(type(config))
         changed = changed_fields(old, config)
         if config.extend:
             changed = [name for name in changed if name not in ("steps", "epochs")]
-        if changed:
+        if not run.has_checkpoint:
+            if changed:
+                old_path = _set_aside(run)
+                say(f"{run.path} held a run that was killed before its first checkpoint; it is {old_path} now")
+            _forget_attempt(run)
+        elif changed:
             differences = ", ".join(
                 f"{name} {_short(getattr(old, name))} → {_short(getattr(config, name))}" for name in changed
             )
@@ -287,13 +306,19 @@ def _is_empty(run: Run) -> bool:
     return set(run.path.iterdir()) <= {_aside(run.config), run.path / LOCK}
 
 
-def _set_aside(run: Run) -> None:
+def _forget_attempt(run: Run) -> None:
+    """Remove what would mix with the steps of a run that begins anew: figures, and the record of the images."""
+    drop_metrics_after(run.metrics, 0)
+    for path in (run.data, run.path / "metrics.json"):
+        path.unlink(missing_ok=True)
+
+
+def _set_aside(run: Run) -> Path:
     """Move an old run to RUN.old-TIME: `--fresh` never deletes what may have cost days."""
-    if not run.config.exists():
-        return
     old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
     run.path.rename(old)
     move_lock(old, run.path)
+    return old
 
 
 def drop_metrics_after(path: Path, step: int) -> None:
