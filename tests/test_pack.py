@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from simmim.data.bad_images import TooManyBadImages
 from simmim.data.decode import BadImage, decode
 from simmim.data.packed.format import open_packed
 from simmim.data.packed.writer import Jpeg, Original, RawPixels, WebP
+from simmim.errors import UserError
+from simmim.training.run_lock import LOCK, locked
 
 
 def photo(height: int, width: int, mode: str = "RGB", **options) -> bytes:
@@ -192,6 +195,14 @@ def test_a_damaged_shard_is_found_and_written_again(images: Path):
     path.write_bytes(path.read_bytes()[:500] + b"x" + path.read_bytes()[501:])
     assert pack(config(images))[0] == "1 shards were damaged and are written again"
     assert shards_of(out) == whole
+
+
+def test_a_second_packing_into_the_same_directory_is_refused(images: Path):
+    out = Path(config(images).out)
+    with locked(out), pytest.raises(UserError, match=re.escape(f"{out} is in use by process")):
+        pack(config(images))
+    pack(config(images))
+    assert LOCK not in {path.name for path in out.iterdir()}
 
 
 def test_a_shard_that_does_not_read_back_is_an_error(images: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,5 +1,6 @@
 """`simmim convert`: others' checkpoints against the numbers that others compute from them."""
 
+import errno
 import json
 import os
 import re
@@ -438,6 +439,18 @@ def test_a_taken_directory_is_refused(tmp_path: Path) -> None:
     converted(tmp_path / "a.pth", tmp_path / "run", model="vit_tiny_patch16_224", model_args=SMALL)
     with pytest.raises(ValueError, match="holds a run; give a new directory as --out"):
         converted(tmp_path / "a.pth", tmp_path / "run")
+
+
+def test_a_full_disk_leaves_no_part_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"model": mae_state(**SMALL)}, tmp_path / "a.pth")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("simmim.torch_engine.interop.convert.save_checkpoint", full)
+    with pytest.raises(OSError, match=r"run cannot be written: No space left on device; free space"):
+        converted(tmp_path / "a.pth", tmp_path / "run", model="vit_tiny_patch16_224", model_args=SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_a_run_is_not_converted(tmp_path: Path) -> None:

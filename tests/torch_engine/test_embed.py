@@ -18,10 +18,12 @@ from simmim.cli import main
 from simmim.data.evaluation import eval_images
 from simmim.data.files import PathList
 from simmim.data.sources import Subset, open_source
+from simmim.errors import UserError
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.tasks import embed as module
 from simmim.torch_engine.tasks.embed import EmbedConfig, embed_to_file
 from simmim.torch_engine.tasks.features import FeatureReader, PooledFeatures
+from simmim.training.run_lock import locked
 
 from . import tiny, worker
 
@@ -188,6 +190,13 @@ def test_a_process_killed_before_it_removed_the_parts_is_resumed(
     before = out.read_bytes()
     write(here, out)
     assert out.read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_second_command_into_the_same_file_is_refused(here: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "a.npz.parts"), pytest.raises(UserError, match=r"a\.npz\.parts is in use by process"):
+        write(here, tmp_path / "a.npz")
+    write(here, tmp_path / "a.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
 
 

@@ -38,6 +38,7 @@ from simmim.data.sources import ImageSource, open_source, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.training.run_directory import write_json, written_whole
+from simmim.training.run_lock import LOCK, locked
 from simmim.training.tracking import progress
 
 BAD_IMAGES = "bad_images.txt"
@@ -80,8 +81,8 @@ class PackConfig:
 def pack(config: PackConfig) -> list[str]:
     """Write the shards, or those that a killed packing left out, and verify all; says what was done, line by line.
 
-    Raises `UserError` for options that do not fit, no images, an `out` that holds something else, too many broken
-    images, and shards that are damaged.
+    Raises `UserError` for options that do not fit, no images, an `out` that holds something else or is being
+    written, too many broken images, and shards that are damaged.
     """
     config = from_settings(PackConfig, vars(config))
     form, out = config.build_form(), Path(config.out)
@@ -96,15 +97,17 @@ def pack(config: PackConfig) -> list[str]:
         names_sha256=hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest(),
     )
     shards = math.ceil(len(names) / config.shard_size)
-    finished = _begin(out, settings)
-    missing = [number for number in progress(range(shards), shards, "shards looked at") if _problem(out, number)]
-    _write(config, form, source, names, missing)
-    for number in progress(missing, len(missing), "shards verified"):
-        if problem := _problem(out, number):
-            raise UserError(f"{out / shard_name(number)} {problem} though it was just written; check the disk")
-    manifest = _describe(out, settings, shards)
-    write_json(out / MANIFEST, dataclasses.asdict(manifest))
-    (out / UNFINISHED).unlink(missing_ok=True)
+    _find(out)
+    with locked(out):
+        finished = _begin(out, settings)
+        missing = [number for number in progress(range(shards), shards, "shards looked at") if _problem(out, number)]
+        _write(config, form, source, names, missing)
+        for number in progress(missing, len(missing), "shards verified"):
+            if problem := _problem(out, number):
+                raise UserError(f"{out / shard_name(number)} {problem} though it was just written; check the disk")
+        manifest = _describe(out, settings, shards)
+        write_json(out / MANIFEST, dataclasses.asdict(manifest))
+        (out / UNFINISHED).unlink(missing_ok=True)
     decoded = _decode_some(open_packed(str(out)))
     done = "was packed already" if finished and not missing else "is packed"
     lines = [
@@ -127,12 +130,19 @@ def _names(source: ImageSource, data: str) -> list[str]:
     return names
 
 
+def _find(out: Path) -> Path | None:
+    """Find the description of the shards in a directory. Raises `UserError` for one that holds something else."""
+    found = next((path for name in (MANIFEST, UNFINISHED) if (path := out / name).is_file()), None)
+    empty = not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {LOCK})
+    if found is None and not empty:
+        raise UserError(f"{out} exists and holds no packed images; give a new directory as --out")
+    return found
+
+
 def _begin(out: Path, settings: PackSettings) -> bool:
     """Make or recognise the directory; return whether it is finished. Raises `UserError` for another directory."""
-    found = next((path for name in (MANIFEST, UNFINISHED) if (path := out / name).is_file()), None)
+    found = _find(out)
     if found is None:
-        if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-            raise UserError(f"{out} exists and holds no packed images; give a new directory as --out")
         write_json(out / UNFINISHED, dataclasses.asdict(settings))
         return False
     try:

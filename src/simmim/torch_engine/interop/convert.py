@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from simmim.config.field_types import Count, ImageSize, ModelArgs, Word
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.strategies import parse_strategy
+from simmim.config.toml import to_toml
 from simmim.config.validation import from_settings
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.errors import UserError
@@ -27,7 +28,7 @@ from simmim.torch_engine.models.masked import Encoder, SwinEncoder
 from simmim.torch_engine.train.checkpoint import save_checkpoint
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import adopt, as_tensors, build_step, save_hub
-from simmim.training.run_directory import Run, open_run
+from simmim.training.run_directory import Run, new_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +72,13 @@ def convert(config: ConvertConfig) -> list[str]:
         raise UserError(
             f"{config.checkpoint} does not fit {plan.model}: {error}; give the --model and --model-args that it is of"
         ) from None
-    run = open_run(plan)
     backbone = step.model.encoder.backbone
-    save_hub(run.encoder, backbone, backbone.state_dict(), plan)
-    save_checkpoint(run.checkpoints, 0, step, None, {}, world=World(device=torch.device("cpu")), keep=1)
-    return [*_report(checkpoint, plan, resized, fresh), f"wrote       {run.path}"]
+    with new_directory(config.out) as directory:
+        run = Run(directory)
+        run.config.write_text(to_toml(plan), encoding="utf-8")
+        save_hub(run.encoder, backbone, backbone.state_dict(), plan)
+        save_checkpoint(run.checkpoints, 0, step, None, {}, world=World(device=torch.device("cpu")), keep=1)
+    return [*_report(checkpoint, plan, resized, fresh), f"wrote       {Path(config.out)}"]
 
 
 def configure(checkpoint: Checkpoint, wanted: ConvertConfig) -> PretrainConfig:

@@ -111,7 +111,7 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
     config = replace(config, precision=choose_precision(config.precision, device))
     source, labels = open_with_labels(config.data) if config.labels else (open_source(config.data), None)
     file = FeatureFile(out, source, PART_IMAGES_OF_PATCHES if config.patches else PART_IMAGES, labels)
-    with distributed.join(device, config.precision) as world:
+    with distributed.join(device, config.precision) as world, file.hold(is_main=world.is_main):
         if config.out is None and world.size > 1:
             raise UserError(f"without --out features stay in one process, and there are {world.size}; give a file")
         backbone = load_encoder(config.run)

@@ -3,6 +3,7 @@
 Shapes: `N` images, `n` images of a part, `h w` feature-map cells, `D` features. Features are (N, D) or (N, h·w, D).
 """
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -22,6 +23,7 @@ from simmim.data.labelled.every import ClassLabels
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError
 from simmim.training.run_directory import read_json, write_json, written_whole
+from simmim.training.run_lock import locked
 
 _FACTS = "simmim"  # of a file: the settings that its features depend on, as JSON
 
@@ -69,6 +71,20 @@ class FeatureFile:
     def has(self, number: int) -> bool:
         return self._path(number).is_file()
 
+    @contextlib.contextmanager
+    def hold(self, *, is_main: bool) -> Iterator[None]:
+        """Keep other commands out of the parts; the main process does it for all.
+
+        Raises `UserError` where another has them.
+        """
+        with contextlib.ExitStack() as held:
+            if is_main:
+                try:
+                    held.enter_context(locked(self.directory))
+                except OSError as error:
+                    raise self._not_writable(error) from None
+            yield
+
     def begin(self, settings: dict[str, Any]) -> int:
         """Make the directory of parts, or find the one that a killed process left; returns the number of parts there.
 
@@ -88,8 +104,11 @@ class FeatureFile:
             write_json(self.directory / "settings.json", settings)
             self._list_bad_images()
         except OSError as error:
-            raise UserError(f"{self.directory} cannot be written: {error.strerror}; give another --out") from None
+            raise self._not_writable(error) from None
         return finished
+
+    def _not_writable(self, error: OSError) -> UserError:
+        return UserError(f"{self.directory} cannot be written: {error.strerror}; give another --out")
 
     def write(self, number: int, part: Part) -> None:
         bad = np.array([*part.bad.items()], np.str_).reshape(-1, 2)
