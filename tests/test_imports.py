@@ -30,8 +30,9 @@ def test_no_heavy_library_loads(code):
     assert not loaded_by(code) & set(HEAVY)
 
 
-def test_the_options_of_pretrain_are_shown_without_torch():
-    code = "from simmim.cli import main\ntry: main(['pretrain', '--help'])\nexcept SystemExit: pass"
+@pytest.mark.parametrize("options", ["--help", "--data nowhere --out run", "--recipe no-such", "--config nowhere.toml"])
+def test_the_options_of_pretrain_are_shown_and_judged_without_torch(options: str):
+    code = f"from simmim.cli import main\ntry: main('pretrain {options}'.split())\nexcept SystemExit: pass"
     assert not loaded_by(code) & {"torch", "timm", "grain", "cv2", "tensorboardX", "transformers"}
 
 

@@ -38,8 +38,11 @@ def pretrain(argv: list[str]) -> int:
 
 def _pretrain(config: "PretrainConfig") -> int:
     from simmim.config.validation import validated
+    from simmim.data.sources import check_there
 
     config = validated(config)  # before PyTorch is loaded, which takes seconds
+    assert config.data is not None
+    check_there(config.data)
     from simmim.engines import pretrain
 
     _, outcome = pretrain(config)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simmim.cli import main
 from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.torch_engine.train.pretrain import pretrain
@@ -101,6 +102,26 @@ def test_a_finished_training_says_so_and_changes_nothing(whole: Finished, tmp_pa
     assert worker.run(whole.config, tmp_path / "log") == 0
     assert f"finished already: {whole.config.out} holds all {STEPS} steps" in (tmp_path / "log").read_text()
     tiny.assert_same(weights(whole.config), before)
+
+
+def test_simmim_resume_goes_on_with_a_run_says_when_it_is_finished_and_extends_it(
+    whole: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"))
+    worker.break_off(config, 8, monkeypatch)
+    command = ["resume", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "resumes    after step 6" in capsys.readouterr().err
+    assert_same_training(config, whole.config)
+    assert main(command) == 0
+    assert f"finished already: {config.out} holds all {STEPS} steps" in capsys.readouterr().err
+    assert_same_training(config, whole.config)
+    before = rows(config)
+    assert main([*command, "--steps", str(STEPS + 2)]) == 0
+    assert f"the cosine schedule now spans {STEPS + 2} steps" in capsys.readouterr().err
+    assert rows(config)[:STEPS] == before
+    assert [row["step"] for row in rows(config)] == [*range(1, STEPS + 3)]
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(whole: Finished, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def open_source(data: str) -> ImageSource:
     That is a registered scheme (`demo`, `hf:NAME_OR_PATH[:SPLIT]`), a folder, a .txt or .lst of paths, an .npz, or a
     directory that `simmim pack` wrote, also by a URL of object storage. Raises `UserError` if there is nothing to read.
     """
+    check_there(data)
     scheme, _, rest = data.partition(":")
     if open_scheme := _find_scheme(scheme):
         return open_scheme(rest)
@@ -146,10 +147,16 @@ def open_source(data: str) -> ImageSource:
     if path.is_dir():
         return open_folder(path)
     suffix = path.suffix.lower()
-    if path.is_file() and suffix not in _LISTS:
+    if not path.is_file() or suffix not in _LISTS:
         raise UserError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
-    if path.is_file():
-        return _open_arrays(path) if suffix == ".npz" else open_list(path)
+    return _open_arrays(path) if suffix == ".npz" else open_list(path)
+
+
+def check_there(data: str) -> None:
+    """Raise `UserError` if `--data` names neither a scheme, nor a URL, nor a path that is there. Opens nothing."""
+    scheme, _, rest = data.partition(":")
+    if _find_scheme(scheme) or "://" in data or Path(data).expanduser().exists():
+        return
     if rest and scheme.isidentifier():
         raise UserError(
             f"scheme {scheme} of {data} is not known; use one of {', '.join(_SCHEMES)}, or simmim.register_source"
