@@ -81,7 +81,7 @@ class Estimator:
         yield from (n for n in counts if n <= row.linked and self.batch_size % n == 0)
 
     def usable_gib(self, row: Accelerator) -> float:
-        return row.memory_gb * (1 - self.facts.reached["memory_kept_free"])
+        return self.facts.usable_gib(row.memory_gb)
 
     def rates(self, row: Accelerator) -> Rates:
         if self.own and row.name == OWN:

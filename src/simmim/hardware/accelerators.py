@@ -43,6 +43,10 @@ class Facts:
     reached: dict[str, Any]
     input: dict[str, float]
 
+    def usable_gib(self, memory: float) -> float:
+        """Return how many GiB of a device's memory a step may use."""
+        return memory * (1 - self.reached["memory_kept_free"]) - self.reached["memory_kept_free_gib"]
+
 
 def read_facts(own: str | os.PathLike[str] | None = None) -> Facts:
     """Read the package's facts; rows of a user's own file of the same form replace them.

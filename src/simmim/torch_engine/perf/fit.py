@@ -8,9 +8,6 @@ from simmim.torch_engine.accelerators import describe_device, find_accelerator
 from simmim.torch_engine.perf.cost import measure_work
 from simmim.torch_engine.train.distributed import World
 
-_FIXED_GIB = 0.25
-"""Workspaces and rounding, which are not counted; 0.2 GiB in a ViT-Ti (benchmarks/results/gpu_memory.json)."""
-
 
 def explain_out_of_memory(config: PretrainConfig, world: World) -> str:
     """Return one line: what the step needs, what the device has, and the option by which it fits.
@@ -22,7 +19,7 @@ def explain_out_of_memory(config: PretrainConfig, world: World) -> str:
     if total is None:
         return "out of memory: lower --batch-size, split it with --accumulate-steps, or use --checkpoint-activations"
     has = total(world.device) / 2**30
-    usable = has * (1 - read_facts().reached["memory_kept_free"]) - _FIXED_GIB
+    usable = read_facts().usable_gib(has)
     share = config.batch_size // world.size
     needs, ways = 0.0, []
     for checkpoint in dict.fromkeys((config.checkpoint_activations, True)):
