@@ -15,7 +15,7 @@ import pytest
 from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.training.run_directory import Run, hold_run, open_run
-from simmim.training.run_lock import LOCK, locked
+from simmim.training.run_lock import LOCK, is_locked, locked
 
 _fork = multiprocessing.get_context("fork")
 
@@ -44,6 +44,14 @@ def test_a_second_training_is_refused_and_told_who_holds_the_run(tmp_path: Path,
     who = f"process {holder.pid} on {socket.gethostname()}, since 20..-..-.. ..:..:.."
     rest = "; wait for it or stop it, or give another --out"
     assert re.fullmatch(re.escape(f"{tmp_path}/run is in use by ") + who + rest, str(error.value))
+
+
+def test_a_reader_sees_whether_a_process_holds_the_run(tmp_path: Path, holder) -> None:
+    assert is_locked(tmp_path / "run")
+    holder.kill()
+    holder.join()
+    assert not is_locked(tmp_path / "run")
+    assert not is_locked(tmp_path / "none")
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path: Path, holder) -> None:

@@ -37,6 +37,10 @@ def _reported(run: Run, outcome: Outcome) -> tuple[Run, Outcome]:
     """Write RUN/report.html and say so. A training never fails for its report, whatever is wrong with that."""
     if not outcome.is_main:
         return run, outcome
+    page = run.path / "report.html"
+    if outcome.step == outcome.start and page.is_file():  # nothing was done: it may hold what took minutes
+        say(f"the report is {page}")
+        return run, outcome
     try:
         from simmim.report.page import ReportConfig, report
 

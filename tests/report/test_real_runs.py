@@ -1,5 +1,6 @@
 """Verdicts on real short trainings that were made to converge, diverge, collapse and overfit."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 import simmim
+from simmim.data.sources import DemoImages
 from simmim.errors import TrainingDivergedError
 from simmim.method.objectives import EmaTeacher, LatentClusters
 from simmim.report.facts import Facts
@@ -26,8 +28,16 @@ def verdict(out: Path, **settings: Any) -> list[str]:
 
 
 def test_a_run_that_converges(tmp_path: Path) -> None:
-    found = verdict(tmp_path / "run", steps=150, lr=RATE, val_images=16)
+    """After 25 passes over 96 emoji."""
+    files = DemoImages()
+    pictures = [Image.open(io.BytesIO(files.read(number))).convert("RGB") for number in range(0, 1008, 9)]
+    np.savez(tmp_path / "some.npz", images=np.stack([np.asarray(picture) for picture in pictures]))
+    found = verdict(tmp_path / "run", data=str(tmp_path / "some.npz"), steps=150, lr=RATE, val_images=16)
     assert found == ["Converged", "Features not judged"]
+
+
+def test_a_run_of_two_passes_has_only_levelled_off_with_its_rate(tmp_path: Path) -> None:
+    assert verdict(tmp_path / "run", steps=150, lr=RATE)[0] == "Levelled off early"
 
 
 def test_a_run_that_is_too_short_still_falls(tmp_path: Path) -> None:

@@ -221,6 +221,20 @@ def test_a_fine_tuning_ends_with_a_report(tmp_path: Path) -> None:
     assert "finetune classify" in page and "top-1" in page
 
 
+def test_a_finished_run_that_is_started_again_keeps_its_page(tmp_path: Path) -> None:
+    """It may hold what labels and images took minutes to show."""
+    simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=1)
+    (tmp_path / "run" / "report.html").write_text("with labels")
+    simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=1)
+    assert (tmp_path / "run" / "report.html").read_text() == "with labels"
+
+
+def test_labels_and_images_are_looked_for_before_any_work(tmp_path: Path) -> None:
+    simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=1)
+    with pytest.raises(UserError, match="nosuch does not exist"):
+        report(ReportConfig(runs=(str(tmp_path / "run"),), labels="demo", data="nosuch"))
+
+
 def test_a_report_that_cannot_be_written_ends_no_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     simmim.pretrain(**TINY, out=str(run), steps=1)

@@ -74,7 +74,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     assert newest is not None
     step = int(newest.name.removeprefix("step-"))
     assert 2 <= step < STEPS
-    assert f"stopped at step {step} of {STEPS}; run the same command again to resume" in (tmp_path / "log").read_text()
+    assert f"stopped at step {step} of {STEPS}; simmim resume {config.out} goes on" in (tmp_path / "log").read_text()
     assert worker.run(config, tmp_path / "log") == 0
     tiny.assert_same(weights(config), weights(whole.config))
     assert [row["step"] for row in rows(config)] == [*range(1, STEPS + 1)]

@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 
 from simmim.config.field_types import HINT, PositiveReal, Word, one_word
 from simmim.config.validation import from_settings
+from simmim.data.sources import open_source
 from simmim.errors import UserError
 from simmim.report.charts import Chart, chart
 from simmim.report.evaluation import FIGURE_NAMES, Evaluation, compare_classes, read_evaluation
@@ -25,6 +26,7 @@ from simmim.report.pictures import Panel, panels
 from simmim.report.resources import taken
 from simmim.report.verdict import Finding, judge
 from simmim.training.run_directory import written_whole
+from simmim.training.run_lock import is_locked
 
 _CHARTS = (
     ("Loss", ("loss",), True),
@@ -47,6 +49,8 @@ _NAMES = {
     "device_memory_gib": "tensors on the device",
     "process_memory_gib": "the process",
 }
+_JUDGED_BY = ("objectives", "target", "loss", "mask", "data")
+"""Settings without which figures of two runs are not of the same thing."""
 _BYTES = 5_000_000
 _FRAME, _LEAST = 100_000, 100_000  # style and script; curves and settings of a run
 
@@ -94,7 +98,8 @@ def report(config: ReportConfig, *, running: bool = False) -> Path:
     config = from_settings(ReportConfig, vars(config))
     if not config.runs:
         raise UserError("report names no run; give the --out directory of a training")
-    every = [Facts.read(Path(run), running=running) for run in config.runs]
+    every = [Facts.read(Path(run), running=running or is_locked(Path(run))) for run in config.runs]
+    _check(config, every)
     alone = every[0].run.path / "report.html" if len(every) == 1 else Path("report.html")
     out = Path(config.out) if config.out else alone
     if out.suffix.lower() != ".html":
@@ -105,13 +110,23 @@ def report(config: ReportConfig, *, running: bool = False) -> Path:
         raise UserError(f"{len(every)} runs are too many for a report of {_BYTES:,} bytes; give {most} at most")
     sections = [section(facts, config, budget) for facts in every]
     text = render(sections, unique_names(every))
-    if len(text) > _BYTES:
+    size = len(text.encode(errors="backslashreplace"))
+    if size > _BYTES:
         raise UserError(
-            f"a report of {len(text):,} bytes is over the limit of {_BYTES:,}; lower --images, or give fewer runs"
+            f"a report of {size:,} bytes is over the limit of {_BYTES:,}; lower --images, or give fewer runs"
         )
     with written_whole(out) as aside:
         aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
     return out
+
+
+def _check(config: ReportConfig, every: Sequence[Facts]) -> None:
+    """Raise `UserError` for images or labels that cannot be read or used, before any work."""
+    for option, given in (("--labels", config.labels), ("--data", config.data)):
+        if given and not any(facts.task == "pretraining" for facts in every):
+            raise UserError(f"{option} is for pretrainings; a fine-tuning's page has figures of its own: leave it out")
+    if config.data:
+        open_source(config.data)
 
 
 def section(facts: Facts, config: ReportConfig, budget: int = _BYTES) -> Section:
@@ -237,7 +252,9 @@ def _first(names: Sequence[str], sections: Sequence[Section]) -> str:
 def _order(sections: Sequence[Section], shared: Sequence[str]) -> list[int]:
     """Return the runs' numbers, the best first where all were trained for the same; else as they were given."""
     numbers = list(range(len(sections)))
-    trained_for = {(each.facts.task, str(getattr(each.facts.config, "objectives", ""))) for each in sections}
+    trained_for = {
+        (each.facts.task, *(str(getattr(each.facts.config, name, "")) for name in _JUDGED_BY)) for each in sections
+    }
     name = next((name for name in shared if all(each.facts.figure(name) is not None for each in sections)), None)
     if len(trained_for) > 1 or name is None:
         return numbers

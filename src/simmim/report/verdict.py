@@ -14,6 +14,7 @@ _FEWEST = 20  # logged steps
 _START, _END = (0, 0.02), (0.9, 1)  # of the curve
 _DIVERGED, _UNSTABLE = 2, 3  # times the first loss: at the end, in between
 _LEARNT = 0.02  # of the first loss
+_ENDED, _FEW_PASSES = 0.05, 20  # of the peak rate; passes over the images
 _STILL_FALLING = 0.05  # of the whole fall, in the second half
 _OVER = 0.02  # of an accuracy, or of a loss as a share
 _WAITS = 0.2  # of the time
@@ -97,12 +98,18 @@ def _of_loss(facts: Facts, loss: Sequence[Point], unfinished: bool) -> Finding:
         return Finding("bad", "Unstable", figure, "start again (--fresh) with a lower --lr")
     if last > first * 1.05:
         return Finding("bad", "The loss rose", figure, "start again with a lower --lr")
-    if fall < _LEARNT * abs(first):
+    if fall <= _LEARNT * abs(first):
         return Finding("bad", "Learnt nothing", figure, "raise --lr or the number of steps; look at the data")
     share = f"its second half brought {max(middle - last, 0) / fall:.0%} of the fall"
     if middle - last > _STILL_FALLING * fall:
         remedy = "" if unfinished else "train longer: more --epochs, in a new --out"
         return Finding("watch", "Still falling", f"{figure}; {share}", remedy)
+    # A rate that falls to 0 flattens any curve: of a short run that says nothing.
+    if facts.task == "pretraining" and rates and rates[-1][1] < _ENDED * best(rates, max)[1]:
+        passes = facts.last("epoch") or 0.0
+        if passes < _FEW_PASSES:
+            why = f"{figure}; it levelled off as the learning rate fell to 0, after {passes:.3g} passes over the images"
+            return Finding("watch", "Levelled off early", why, "try more --epochs, in a new --out")
     return Finding("good", "Converged", f"{figure}; {share}")
 
 

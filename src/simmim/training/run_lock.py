@@ -42,6 +42,21 @@ def locked(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_locked(directory: Path) -> bool:
+    """Tell whether a process holds the lock of a directory, as far as its file system says; changes nothing."""
+    try:
+        descriptor = os.open(directory / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _NO_LOCKS
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def move_lock(old: Path, new: Path) -> None:
     """Take a held lock along from a directory that was moved to `old` to the new one in its place."""
     if (old / LOCK).exists():
@@ -52,7 +67,11 @@ def move_lock(old: Path, new: Path) -> None:
 def _acquire(directory: Path) -> int:
     path = directory / LOCK
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        directory.mkdir(parents=True, exist_ok=True)  # its holder may have removed it
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -1,6 +1,7 @@
 """A training from its complete plan to its end, the same for every engine and task."""
 
 import dataclasses
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -114,7 +115,8 @@ class Session(ABC):
         if bad_images:
             yield f"{bad_images} image{'s' * (bad_images > 1)} could not be read; {self.run.bad_images} lists them"
         if outcome.stopped_by is not None:
-            yield f"stopped at step {outcome.step} of {total}; run the same command again to resume"
+            why = ", as its time was up" if outcome.stopped_by == signal.SIGUSR1 else ""
+            yield f"stopped at step {outcome.step} of {total}{why}; simmim resume {self.run.path} goes on"
             return
         if outcome.start >= total:
             yield f"finished already: {self.run.path} holds all {total} steps; --fresh starts again"
