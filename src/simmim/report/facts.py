@@ -115,7 +115,9 @@ class Facts:
             return {}
 
     def figure(self, name: str) -> float | None:
-        """Return a figure of the model that is kept, or as it was logged last."""
+        """Return a figure of the model that is kept, or as it was logged last; of the loss its last tenth's mean."""
+        if name == "loss" and self.series.get(name):
+            return part_mean(self.series[name], 0.9, 1)
         return self.kept.get(name, self.last(name))
 
     def seconds(self) -> float | None:

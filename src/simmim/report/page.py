@@ -19,7 +19,7 @@ from simmim.data.sources import open_source
 from simmim.errors import UserError
 from simmim.report.charts import Chart, chart
 from simmim.report.evaluation import FIGURE_NAMES, Evaluation, compare_classes, read_evaluation
-from simmim.report.facts import Facts, Point, part_mean
+from simmim.report.facts import Facts, Point
 from simmim.report.gallery import Gallery, make_gallery
 from simmim.report.labels import Difference, Judged, difference, judge_by_labels
 from simmim.report.pictures import Panel, panels
@@ -49,6 +49,7 @@ _NAMES = {
     "device_memory_gib": "tensors on the device",
     "process_memory_gib": "the process",
 }
+_FIGURES = {"loss": "training loss (last tenth)", "val_loss": "loss of images kept aside"}
 _JUDGED_BY = ("objectives", "target", "loss", "mask", "data")
 """Settings without which figures of two runs are not of the same thing."""
 _BYTES = 5_000_000
@@ -219,7 +220,10 @@ def comparison(sections: Sequence[Section], names: Sequence[str]) -> dict[str, A
     return {
         "differences": differences(sections, names),
         "differing": differing,
-        "figures": [(_NAMES.get(name, name), [each.facts.figure(name) for each in sections]) for name in shared],
+        "figures": [
+            (_FIGURES.get(name) or _NAMES.get(name, name), [each.facts.figure(name) for each in sections])
+            for name in shared
+        ],
         "kept": any(each.facts.kept for each in sections),
         "classes": compare_classes([each.evaluation for each in sections]),
         "order": _order(sections, shared),
@@ -258,10 +262,8 @@ def _order(sections: Sequence[Section], shared: Sequence[str]) -> list[int]:
     name = next((name for name in shared if all(each.facts.figure(name) is not None for each in sections)), None)
     if len(trained_for) > 1 or name is None:
         return numbers
-    if name != "loss":
-        sign = 1 if name == "val_loss" else -1
-        return sorted(numbers, key=lambda i: sign * (sections[i].facts.figure(name) or 0))
-    return sorted(numbers, key=lambda i: part_mean(sections[i].facts.series["loss"], 0.9, 1))
+    sign = 1 if name.endswith("loss") else -1
+    return sorted(numbers, key=lambda i: sign * (sections[i].facts.figure(name) or 0))
 
 
 def render(sections: Sequence[Section], names: Sequence[str]) -> str:
