@@ -309,6 +309,7 @@ def test_the_compiler_is_not_asked_where_no_option_is_a_tpu():
         compile_for_tpus(answer(accelerator=("l4",)))
 
 
+@pytest.mark.slow
 def test_advise_reads_what_bench_saved(tmp_path, capsys):
     file = str(tmp_path / "mine.json")
     for model in ("resnet10t", "convnext_atto"):

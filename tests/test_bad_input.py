@@ -292,6 +292,7 @@ def test_cuda_without_a_gpu_is_refused(capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torch_tpu") is not None, reason="TorchTPU is installed")
 def test_a_tpu_without_its_library_is_refused(capsys):
     assert error_of(tiny("--device tpu"), capsys) == (

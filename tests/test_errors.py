@@ -17,10 +17,10 @@ from simmim.errors import TrainingDivergedError, UserError
 
 # A command line of each command, and the function that does its work.
 WORK = {
-    "pretrain": "simmim.engines.pretrain",
+    "pretrain --data demo --out RUN": "simmim.engines.pretrain",
     "reconstruct RUN IMAGE": "simmim.commands.reconstruct.reconstruct",
     "probe RUN --data demo": "simmim.torch_engine.tasks.probe.probe",
-    "finetune classify": "simmim.torch_engine.train.finetune.finetune",
+    "finetune classify --data demo --from scratch --out RUN": "simmim.torch_engine.train.finetune.finetune",
     "predict RUN IMAGE": "simmim.torch_engine.tasks.predict.predict",
     "embed RUN --data demo --out FILE": "simmim.torch_engine.tasks.embed.embed_to_file",
     "convert FILE --out RUN": "simmim.torch_engine.interop.convert.convert",

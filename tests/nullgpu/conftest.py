@@ -65,7 +65,7 @@ def on_null_gpu(library: Path) -> Callable[..., subprocess.CompletedProcess[str]
             env={**os.environ, **known, **environment},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=550,
         )
 
     return run

@@ -11,6 +11,7 @@ import pytest
 
 from . import commands
 
+pytestmark = pytest.mark.timeout(600)  # of a first test that runs all cases
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from . import steps
 
+pytestmark = pytest.mark.timeout(600)  # of a first test that runs all cases
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
