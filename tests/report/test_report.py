@@ -18,7 +18,7 @@ from simmim.config.toml import to_toml
 from simmim.errors import UserError
 from simmim.method.objectives import DescriptorRegression, EmaTeacher
 from simmim.report.charts import chart, ticks
-from simmim.report.facts import Facts, thinned
+from simmim.report.facts import Facts, as_text, thinned
 from simmim.report.labels import Accuracy, Judged, difference, judge_by_labels
 from simmim.report.page import ReportConfig, report, unique_names
 from simmim.report.verdict import judge
@@ -219,6 +219,21 @@ def test_a_fine_tuning_ends_with_a_report(tmp_path: Path) -> None:
     )  # fmt: skip
     page = (tuned.path / "report.html").read_text(encoding="utf-8")
     assert "finetune classify" in page and "top-1" in page
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ((DescriptorRegression(),), "descriptor"),
+        ((DescriptorRegression(see="whole", weight=0.5), EmaTeacher()), "descriptor weight=0.5 see=whole, ema"),
+        (0.030169889330626032, "0.0301699"),
+        ((0.6, 1.0), "0.6, 1"),
+        ({"depth": 2}, "depth=2"),
+        (None, "None"),
+    ],
+)
+def test_settings_are_written_as_a_user_reads_them(value: Any, text: str) -> None:
+    assert as_text(value) == text
 
 
 def test_a_finished_run_that_is_started_again_keeps_its_page(tmp_path: Path) -> None:

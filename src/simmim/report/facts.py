@@ -16,6 +16,7 @@ from simmim.config.toml import OPERATIONAL
 from simmim.config.training import TrainingConfig
 from simmim.data.bad_images import count_listed
 from simmim.errors import UserError
+from simmim.method.strategy import Strategy
 from simmim.training.run_directory import Run, find_task_of, read_json
 
 Point = tuple[int, float]
@@ -128,10 +129,28 @@ class Facts:
     def settings(self) -> dict[str, str]:
         """Return the settings that shape the training, as text."""
         return {
-            field.name: str(getattr(self.config, field.name))
+            _LABELS.get(field.name, field.name): as_text(getattr(self.config, field.name))
             for field in dataclasses.fields(self.config)
             if field.name not in OPERATIONAL
         }
+
+
+_LABELS = {name: f"{name} (for 512 images)" for name in ("lr", "warmup_lr", "min_lr")}
+
+
+def as_text(value: Any) -> str:
+    """Write a setting as a user reads it: a strategy by its kind and what it has other than usual."""
+    if isinstance(value, Strategy):
+        try:
+            usual = type(value)().settings()
+        except TypeError:  # one of the user's own, which has no defaults
+            usual = {}
+        return " ".join([value.kind, *(f"{k}={as_text(v)}" for k, v in value.settings().items() if usual.get(k) != v)])
+    if isinstance(value, dict):
+        return " ".join(f"{key}={as_text(each)}" for key, each in value.items())
+    if isinstance(value, tuple | list):
+        return ", ".join(map(as_text, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from simmim.config.field_types import HINT, PositiveReal, Word, one_word
 from simmim.config.validation import from_settings
 from simmim.data.sources import open_source
 from simmim.errors import UserError
+from simmim.output import say
 from simmim.report.charts import Chart, chart
 from simmim.report.evaluation import FIGURE_NAMES, Evaluation, compare_classes, read_evaluation
 from simmim.report.facts import Facts, Point
@@ -46,6 +47,13 @@ _NAMES = {
     "knn_balanced_accuracy": "k-NN, balanced over classes",
     "knn_raw_pixels": "k-NN of raw pixels",
     **{name: FIGURE_NAMES[name] for name in ("top1", "balanced_accuracy", "miou", "pixel_accuracy", "map", "map50")},
+    "val_loss": "images kept aside",
+    "lr": "of the step",
+    "grad_norm": "before clipping",
+    "images_per_second": "images per second",
+    "input_wait": "share",
+    "effective_rank": "effective rank",
+    "feature_std": "deviation",
     "device_memory_gib": "tensors on the device",
     "process_memory_gib": "the process",
 }
@@ -134,6 +142,8 @@ def section(facts: Facts, config: ReportConfig, budget: int = _BYTES) -> Section
     """Return what the page shows of a run; pictures take at most `budget` bytes, less what its curves need."""
     run = str(facts.run.path)
     encoder = facts.task == "pretraining"  # a fine-tuned model has no frozen features to judge
+    if config.labels and encoder:
+        say(f"judging {run} by {config.labels}")
     judged = judge_by_labels(run, config.labels) if config.labels and encoder else []
     spare = budget - _LEAST
     pictured, features = (
@@ -141,6 +151,8 @@ def section(facts: Facts, config: ReportConfig, budget: int = _BYTES) -> Section
         for path in (facts.run.reconstructions, facts.run.feature_pictures)
     )
     spare -= sum(len(panel.uri) for panel in (*pictured, *features))
+    if config.data and encoder:
+        say(f"comparing images of {config.data} by {run}")
     gallery = make_gallery(run, config.data, most=config.images, most_bytes=spare) if config.data and encoder else None
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
     return Section(
