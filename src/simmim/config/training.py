@@ -123,7 +123,7 @@ class TrainingConfig:
     keep: Positive = 2
     """Number of latest checkpoints to keep."""
     max_hours: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
-    """Hours of training after which the run saves and exits with code 75, to be started again (default: no limit)."""
+    """Hours from the first step, after which the run saves and ends with code 75, to be resumed (default: no limit)."""
     extend: bool = False
     """Resume with other --steps or --epochs: the schedule then spans them, and the rate jumps where a run had ended."""
     fresh: bool = False
