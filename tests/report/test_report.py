@@ -16,12 +16,14 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import TASK_CONFIGS
 from simmim.config.toml import to_toml
 from simmim.errors import UserError
+from simmim.method.losses import MSELoss
 from simmim.method.objectives import DescriptorRegression, EmaTeacher
 from simmim.report.charts import chart, ticks
 from simmim.report.facts import Facts, as_text, thinned
 from simmim.report.labels import Accuracy, Judged, difference, judge_by_labels
 from simmim.report.page import ReportConfig, report, unique_names
 from simmim.report.verdict import judge
+from simmim.training.run_lock import locked
 
 TINY: dict[str, Any] = {
     "data": "demo",
@@ -236,6 +238,40 @@ def test_settings_are_written_as_a_user_reads_them(value: Any, text: str) -> Non
     assert as_text(value) == text
 
 
+def table_of(path: Path, *runs: Path) -> list[list[str]]:
+    """The rows of the table side by side."""
+    text = report(ReportConfig(runs=tuple(map(str, runs)), out=str(path))).read_text()
+    table = text[text.index("<h2>Side by side") : text.index("</table>")]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)
+    return [[re.sub("<.*?>", "", cell) for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row)] for row in rows]
+
+
+def test_runs_are_sorted_by_the_loss_that_the_table_shows(tmp_path: Path) -> None:
+    """The mean of the last tenth, whatever the last step gave."""
+    worse = [{"loss": 1.0}] * 99 + [{"loss": 0.1}]
+    better = [{"loss": 0.6}] * 99 + [{"loss": 2.0}]
+    for name, rows in (("worse", worse), ("better", better)):
+        write_run(tmp_path / name, rows)
+    found = table_of(tmp_path / "page.html", tmp_path / "worse", tmp_path / "better")
+    assert [row[:2] for row in found[1:]] == [["better", "0.7400"], ["worse", "0.9100"]]
+
+
+def test_runs_with_other_losses_are_not_ranked(tmp_path: Path) -> None:
+    write_run(tmp_path / "first", [{"loss": 1.0}] * 100, loss=MSELoss())
+    write_run(tmp_path / "second", [{"loss": 0.6}] * 100)
+    found = table_of(tmp_path / "page.html", tmp_path / "first", tmp_path / "second")
+    assert [row[0] for row in found[1:]] == ["first", "second"]
+
+
+def test_a_run_that_is_locked_goes_on(tmp_path: Path) -> None:
+    facts = write_run(tmp_path / "run", falling()[:50])
+    text = (facts.run.path / "config.toml").read_text().replace("steps = 50", "steps = 100")
+    (facts.run.path / "config.toml").write_text(text)
+    with locked(facts.run.path):
+        assert "the training went on" in report(ReportConfig(runs=(str(facts.run.path),))).read_text()
+    assert "simmim resume" in report(ReportConfig(runs=(str(facts.run.path),))).read_text()
+
+
 def test_a_finished_run_that_is_started_again_keeps_its_page(tmp_path: Path) -> None:
     """It may hold what labels and images took minutes to show."""
     simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=1)
@@ -244,8 +280,9 @@ def test_a_finished_run_that_is_started_again_keeps_its_page(tmp_path: Path) -> 
     assert (tmp_path / "run" / "report.html").read_text() == "with labels"
 
 
-def test_labels_and_images_are_looked_for_before_any_work(tmp_path: Path) -> None:
+def test_images_are_looked_for_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simmim.pretrain(**TINY, out=str(tmp_path / "run"), steps=1)
+    monkeypatch.setattr("simmim.report.page.judge_by_labels", lambda *_: pytest.fail("labels were judged first"))
     with pytest.raises(UserError, match="nosuch does not exist"):
         report(ReportConfig(runs=(str(tmp_path / "run"),), labels="demo", data="nosuch"))
 

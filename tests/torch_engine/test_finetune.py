@@ -106,7 +106,9 @@ def test_a_run_whose_classes_got_other_names_is_not_resumed(
     (tmp_path / "images" / "cat").rename(tmp_path / "images" / "zebra")
     capsys.readouterr()
     assert main(again) == 2
-    assert "(classes ('cat', 'dog') → ('dog', 'zebra')); repeat its command" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "(classes ('cat', 'dog') → ('dog', 'zebra')); repeat its command" in said
+    assert f"(with --from {tmp_path / 'run' / 'model'} to start from its weights)" in said
 
 
 def test_the_average_of_the_weights_leaves_out_a_step_that_was_skipped() -> None:

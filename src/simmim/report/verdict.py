@@ -1,5 +1,6 @@
 """Judge a run by stated rules: each finding has the figure that it stands on, and the remedy."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -67,7 +68,7 @@ def _training(facts: Facts) -> Iterator[Finding]:
         if facts.running:
             yield Finding("note", "Not finished", f"{done} when this was written, and the training went on")
         else:
-            yield Finding("watch", "Not finished", done, "repeat its command to resume")
+            yield Finding("watch", "Not finished", done, f"go on by simmim resume {shlex.quote(str(facts.run.path))}")
     held = facts.series.get("val_loss") if facts.task == "pretraining" else None  # a classifier's may rise
     if held and held[-1][1] > best(held, min)[1] * (1 + _OVER):
         step, least = best(held, min)

@@ -265,8 +265,9 @@ def open_run(config: TrainingConfig) -> Run:
             )
             raise UserError(
                 f"{run.path} holds a run with another configuration ({differences}); "
-                f"{_remedy(run, changed)}, give another --out (with {_origin(config)} {run.path} to start from its "
-                "weights), or start again with --fresh"
+                f"{_remedy(run, changed)}, give another --out (with {_origin(config)} "
+                f"{run.model if hasattr(config, 'task') else run.path} to start from its weights), or start again with "
+                "--fresh"
             )
     _check_place(run)
     try:

@@ -9,15 +9,15 @@ from simmim.torch_engine.perf.cost import measure_work
 from simmim.torch_engine.train.distributed import World
 
 
-def explain_out_of_memory(config: PretrainConfig, world: World) -> str:
+def explain_out_of_memory(config: PretrainConfig, world: World) -> str | None:
     """Return one line: what the step needs, what the device has, and the option by which it fits.
 
-    `config` is complete. Memory is counted as `simmim advise` does; of a device that does not tell how much it has,
-    nothing is said but the options.
+    `config` is complete. Memory is counted as `simmim advise` does. `None` for a device that does not tell how much it
+    has.
     """
     total = find_accelerator(world.device).total_memory
     if total is None:
-        return "out of memory: lower --batch-size, split it with --accumulate-steps, or use --checkpoint-activations"
+        return None
     has = total(world.device) / 2**30
     usable = read_facts().usable_gib(has)
     share = config.batch_size // world.size

@@ -83,7 +83,9 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
         except torch.OutOfMemoryError as error:
             from simmim.torch_engine.perf.fit import explain_out_of_memory
 
-            raise TrainingFailedError(explain_out_of_memory(plan.config, world)) from error
+            if line := explain_out_of_memory(plan.config, world):
+                raise TrainingFailedError(line) from error
+            raise
 
 
 def prepare(step: PretrainStep, plan: Plan, world: distributed.World) -> None:
