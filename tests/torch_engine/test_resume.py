@@ -104,6 +104,24 @@ def test_a_finished_training_says_so_and_changes_nothing(whole: Finished, tmp_pa
     tiny.assert_same(weights(whole.config), before)
 
 
+@pytest.mark.parametrize("left", ["none", "that of an earlier step"])
+def test_an_encoder_that_a_kill_kept_from_being_written_is_written_by_a_resume(
+    whole: Finished, tmp_path: Path, left: str
+) -> None:
+    """The last checkpoint is there, so that nothing is left to train."""
+    assert whole.config.out
+    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"))
+    shutil.copytree(whole.config.out, tmp_path / "run")
+    encoder = Run(tmp_path / "run").encoder / "model.safetensors"
+    expected = encoder.read_bytes()
+    if left == "none":
+        shutil.rmtree(encoder.parent)
+    else:
+        encoder.write_bytes(b"earlier")
+    pretrain(config)
+    assert encoder.read_bytes() == expected
+
+
 def test_simmim_resume_goes_on_with_a_run_says_when_it_is_finished_and_extends_it(
     whole: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

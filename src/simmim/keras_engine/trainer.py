@@ -16,7 +16,7 @@ from simmim.training.trainer import Trainer
 
 
 class KerasTrainer(Trainer):
-    """Drive a `Stepper` and its checkpoints. `on_save` is called with each saved state, to write the encoder."""
+    """Drive a `Stepper` and its checkpoints. `on_save` writes the encoder of each state that is saved or loaded."""
 
     def __init__(
         self,
@@ -33,7 +33,10 @@ class KerasTrainer(Trainer):
         self._model, self._stepper, self._schedule, self._on_save = model, stepper, schedule, on_save
 
     def load(self, checkpoint: Path) -> None:
-        self._stepper.write(load_checkpoint(checkpoint, self._model))
+        state = load_checkpoint(checkpoint, self._model)
+        self._stepper.write(state)
+        if self.is_main:
+            self._on_save(state)  # a kill after the checkpoint may have kept the encoder from being written
 
     def update(self, step: int, batch: Batch) -> tuple[float, Any]:
         lr = self._schedule.at_update(step)

@@ -16,7 +16,7 @@ from simmim.training.trainer import Trainer
 
 
 class TorchTrainer(Trainer):
-    """Drive an `Update` and its checkpoints. `on_save` is called after each checkpoint, to write the encoder."""
+    """Drive an `Update` and its checkpoints. `on_save` writes the encoder, after each checkpoint is saved or loaded."""
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class TorchTrainer(Trainer):
     def load(self, checkpoint: Path) -> None:
         update = self._update
         update.load_state(load_checkpoint(checkpoint, update.model, update.optimizer))
+        self._on_save()  # a kill after the checkpoint may have kept the encoder from being written
 
     def update(self, step: int, batch: Batch) -> tuple[float, Tensor]:
         return self._update(step, batch)
