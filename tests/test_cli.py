@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim import cli
+from simmim import subcommands
 from simmim.cli import COMMANDS, main
 from simmim.config.cli_errors import one_line
 from simmim.config.pretrain_recipes import RECIPES
@@ -17,7 +17,7 @@ from simmim.errors import TrainingDivergedError
 def asked(monkeypatch):
     """The configurations that `simmim pretrain` would run."""
     configs: list[PretrainConfig] = []
-    monkeypatch.setattr(cli, "_pretrain", lambda config: configs.append(config) or 0)
+    monkeypatch.setattr(subcommands, "_pretrain", lambda config: configs.append(config) or 0)
     return configs
 
 
@@ -77,7 +77,7 @@ def test_a_failed_training_ends_with_one_line_and_code_1(monkeypatch, capsys):
     def diverge(config):
         raise TrainingDivergedError("the loss was not finite")
 
-    monkeypatch.setattr(cli, "_pretrain", diverge)
+    monkeypatch.setattr(subcommands, "_pretrain", diverge)
     assert run("pretrain") == 1
     assert capsys.readouterr().err == "simmim: the loss was not finite\n"
 
@@ -86,7 +86,7 @@ def test_memory_that_does_not_suffice_gets_a_remedy(monkeypatch, capsys):
     def fill(config):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(cli, "_pretrain", fill)
+    monkeypatch.setattr(subcommands, "_pretrain", fill)
     assert run("pretrain") == 1
     assert capsys.readouterr().err == (
         "simmim: out of memory: lower --batch-size, split it with --accumulate-steps, or use --checkpoint-activations\n"
@@ -97,7 +97,7 @@ def test_an_interruption_ends_with_code_130(monkeypatch, capsys):
     def interrupt(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_pretrain", interrupt)
+    monkeypatch.setattr(subcommands, "_pretrain", interrupt)
     assert run("pretrain") == 130
     assert capsys.readouterr().err == "simmim: interrupted\n"
 

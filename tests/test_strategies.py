@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from simmim import cli
+from simmim import cli, subcommands
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.toml import read_toml, to_toml
 from simmim.config.validation import from_settings
@@ -37,7 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def asked(monkeypatch):
     """Run `simmim pretrain` with options, and return the configuration it would train."""
     configs: list[PretrainConfig] = []
-    monkeypatch.setattr(cli, "_pretrain", lambda config: configs.append(config) or 0)
+    monkeypatch.setattr(subcommands, "_pretrain", lambda config: configs.append(config) or 0)
 
     def ask(options: str) -> PretrainConfig:
         assert cli.main(["pretrain", *shlex.split(options)]) == 0

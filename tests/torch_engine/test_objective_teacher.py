@@ -16,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import simmim
-from simmim.cli import main, parse_with_defaults
+from simmim.arguments import parse_with_defaults
+from simmim.cli import main
 from simmim.config.pretrain_recipes import find_recipe
 from simmim.config.pretraining import PretrainConfig
 from simmim.data.evaluation import eval_images
@@ -272,7 +273,7 @@ def test_teacher_on_the_command_line_is_the_objective(tmp_path: Path, teachers: 
     ],
 )
 def test_teacher_is_short_for_its_source_and_adds_the_objective(words: str, expected: tuple[Any, ...]) -> None:
-    assert parse_with_defaults(PretrainConfig, words.split(), find_recipe).objectives == expected
+    assert parse_with_defaults(PretrainConfig, None, words.split(), find_recipe).objectives == expected
 
 
 def test_what_cannot_teach_is_refused_in_one_line(tmp_path: Path, teachers: dict[str, Path]) -> None:
