@@ -14,7 +14,7 @@ from simmim.report.facts import Facts
 FIGURE_NAMES: dict[str, str] = {
     "top1": "top-1",
     "balanced_accuracy": "balanced accuracy",
-    "val_loss": "loss",
+    "val_loss": "evaluation loss",
     "miou": "mIoU",
     "pixel_accuracy": "pixel accuracy",
     "map": "AP",
