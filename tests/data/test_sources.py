@@ -84,6 +84,7 @@ def test_a_subset_has_the_chosen_images_in_their_order(tmp_path: Path):
         ),
         ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in .avif, .bmp, .gif, "),
         ({"a.jpg": ""}, "a.jpg", "{0}/a.jpg is neither a folder nor a .txt or .lst of image paths; pass one of these"),
+        ({"a.tar.gz": ""}, "a.tar.gz", "{0}/a.tar.gz is an archive; unpack it and give the folder, which simmim pack "),
         ({"a.txt": "\n# b.jpg\n"}, "a.txt", "list {0}/a.txt names no images; write one path a line"),
         (
             {"a.lst": "b.jpg\nc.jpg\n"},

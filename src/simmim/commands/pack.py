@@ -34,6 +34,7 @@ from simmim.data.packed.format import (
     shard_name,
 )
 from simmim.data.packed.writer import Entry, Form, Jpeg, Original, RawPixels, WebP, find_damage, write_shard
+from simmim.data.pages import say_pages
 from simmim.data.sources import ImageSource, open_source, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
@@ -117,6 +118,8 @@ def pack(config: PackConfig) -> list[str]:
     ]
     if finished and missing:
         lines.insert(0, f"{len(missing)} shards were damaged and are written again")
+    if pages := say_pages(source):
+        lines.append(f"warning: {pages}")
     if manifest.bad_images:
         lines.append(f"{manifest.bad_images} images cannot be read; {out / BAD_IMAGES} lists them")
     return lines

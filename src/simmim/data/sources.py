@@ -22,6 +22,8 @@ from simmim.data.packed.format import is_packed, open_packed
 from simmim.errors import UserError
 
 _LISTS = (".txt", ".lst", ".npz")  # files that hold or list many images
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
+_REMEDY = "pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo"
 
 
 class ImageSource(Protocol):
@@ -152,18 +154,31 @@ def open_source(data: str) -> ImageSource:
     return _open_arrays(path) if suffix == ".npz" else open_list(path)
 
 
-def check_there(data: str) -> None:
-    """Raise `UserError` if `--data` names neither a scheme, nor a URL, nor a path that is there. Opens nothing."""
+def check_there(data: str, remedy: str = _REMEDY) -> None:
+    """Raise `UserError` if `--data` names neither a scheme, nor a URL, nor a path that is there, or an archive.
+
+    Opens nothing. `remedy` says what to give.
+    """
     scheme, _, rest = data.partition(":")
-    if _find_scheme(scheme) or "://" in data or Path(data).expanduser().exists():
+    if _find_scheme(scheme) or "://" in data:
+        return
+    refuse_archive(data)
+    if Path(data).expanduser().exists():
         return
     if rest and scheme.isidentifier():
         raise UserError(
             f"scheme {scheme} of {data} is not known; use one of {', '.join(_SCHEMES)}, or simmim.register_source"
         )
-    raise UserError(
-        f"{data} does not exist; pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo"
-    )
+    raise UserError(f"{data} does not exist; {remedy}")
+
+
+def refuse_archive(data: str) -> None:
+    """Raise `UserError` for a file that holds others, by its name."""
+    path = Path(data).expanduser()
+    if path.is_file() and path.name.lower().endswith(_ARCHIVES):
+        raise UserError(
+            f"{data} is an archive; unpack it and give the folder, which simmim pack turns into shards that load faster"
+        )
 
 
 def _find_scheme(name: str) -> Callable[[str], ImageSource] | None:

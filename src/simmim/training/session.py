@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.data.bad_images import count_listed
+from simmim.data.pages import say_pages
 from simmim.data.pipeline import Reading
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError
@@ -45,6 +46,8 @@ class Session(ABC):
         if world.rank == 0:
             if plan.config.extend:
                 self.warnings += _describe_extension(plan, start)
+            if pages := say_pages(data["train"]):
+                self.warnings.append(pages)
             run = open_run(plan.config)
             if change := check_data(run, data, accept=plan.config.accept_changed_data):
                 self.warnings.append(f"the images changed since the run began: {change}")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from simmim.data.files import SUFFIXES, PathList, find_images
 from simmim.data.hugging_face import HuggingFaceImages, image_column, load_hugging_face
 from simmim.data.packed.format import PackedImages, is_packed, open_packed
-from simmim.data.sources import ArrayImages, DemoImages, ImageSource, Subset, read_npz
+from simmim.data.sources import ArrayImages, DemoImages, ImageSource, Subset, check_there, read_npz
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys
 
@@ -67,8 +67,9 @@ def open_labelled(
     elif path.is_dir():
         found = _open_folders(path, val_fraction, seed)
     else:
-        what = "is not labelled data" if path.exists() else "does not exist"
-        raise UserError(f"{data} {what}; give a folder of classes, a .csv, an .npz, hf:NAME or demo")
+        remedy = "give a folder of classes, a .csv, an .npz, hf:NAME or demo"
+        check_there(data, remedy)
+        raise UserError(f"{data} is not labelled data; {remedy}")
     if len(found.classes) < 2:
         raise UserError(f"{data} has {len(found.classes)} class ({', '.join(found.classes)}); give two or more")
     unknown = np.setdiff1d(found.val_labels, found.train_labels)

@@ -17,7 +17,7 @@ from simmim.data.files import PathList
 from simmim.data.labelled.classes import evaluation_folder, hold_out
 from simmim.data.labelled.coco_json import CocoFile, read_coco
 from simmim.data.pipeline import Sample
-from simmim.data.sources import read_raw
+from simmim.data.sources import read_raw, refuse_archive
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys
 
@@ -85,6 +85,7 @@ def open_detection(data: str, *, val_fraction: float = 0.2, seed: int = 0, masks
     Without an evaluation folder, `val_fraction` of the images is held out, drawn by `seed`. With `masks`, each object
     needs one. Raises `UserError` that names the file and the entry.
     """
+    refuse_archive(data)
     root = Path(data).expanduser()
     if not (root / "train").is_dir():
         raise UserError(f"{data} has no folder train; give one with train/images and train/annotations.json")

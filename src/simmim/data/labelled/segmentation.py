@@ -18,7 +18,7 @@ from simmim.data.augment import Box
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.files import SUFFIXES, PathList, find_images
 from simmim.data.labelled.classes import evaluation_folder, hold_out
-from simmim.data.sources import ImageSource, Subset, read_raw
+from simmim.data.sources import ImageSource, Subset, read_raw, refuse_archive
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import uniforms
@@ -51,6 +51,7 @@ def open_segmentation(data: str, *, val_fraction: float = 0.2, seed: int = 0) ->
     training masks determine their number. Without `val` or `test`, `val_fraction` of the images is held out for
     evaluation, drawn by `seed`. Every mask is read once, to find errors before training. Raises `UserError`.
     """
+    refuse_archive(data)
     root = Path(data).expanduser()
     if not (root / "train" / "images").is_dir():
         raise UserError(f"{data} has no folder train/images; put images there and masks of their names in train/masks")

@@ -5,7 +5,6 @@ Shapes: `N` images, `n` images of a part, `h w` feature-map cells, `D` features.
 
 import hashlib
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +23,11 @@ from simmim.config.field_types import Count, Device, Positive, Word
 from simmim.config.validation import from_settings
 from simmim.data.bad_images import BadImages, count_listed
 from simmim.data.labelled.every import open_with_labels
+from simmim.data.pages import say_pages
 from simmim.data.sources import ImageSource, Subset, open_source
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
+from simmim.output import say
 from simmim.torch_engine.accelerators import choose_device, choose_precision
 from simmim.torch_engine.models.encoders import is_timms
 from simmim.torch_engine.tasks.feature_files import FeatureFile, Part, check_format
@@ -119,7 +120,9 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
         read_features = _reader(config, source, backbone, world.device)
         settings = _settings(config, source, digest) if world.is_main else {}
         if world.is_main and (done := file.begin(settings)):
-            print(f"resumes after {done} of {len(file)} parts", file=sys.stderr)
+            say(f"resumes after {done} of {len(file)} parts")
+        if world.is_main and (pages := say_pages(source)):
+            say(f"warning    {pages}")
         world.main_says(0)  # no process goes on before the directory is there
         missing = [number for number in range(world.rank, len(file), world.size) if not file.has(number)]
         batches = _write_parts(config, file, read_features, missing)

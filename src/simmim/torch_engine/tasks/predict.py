@@ -16,10 +16,11 @@ from tyro.conf import Positional, arg
 from simmim.config.field_types import Count, Device, Positive, Word
 from simmim.config.validation import from_settings
 from simmim.data.decode import BadImage, decode
+from simmim.data.pages import say_pages
 from simmim.data.sources import ImageSource, open_files, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
-from simmim.output import printable
+from simmim.output import printable, say
 from simmim.torch_engine.accelerators import choose_device
 from simmim.torch_engine.tasks.base import Predictor, find_spec
 from simmim.training.run_directory import find_model, find_task_of, new_directory
@@ -58,6 +59,8 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     if config.top is not None and task != "classify":
         raise UserError(f"--top is for classifiers, and {config.run} is fine-tuned for {task}; leave it out")
     source = open_files(config.images)
+    if pages := say_pages(source):
+        say(f"warning    {pages}")
     predictor = find_spec(task).load_predictor(directory, choose_device(config.device))
 
     def find(out: Path | None) -> dict[str, Any]:

@@ -1,0 +1,63 @@
+"""Files that hold several images, such as a TIFF of many pages: the first of each is read, and users are told so."""
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simmim.data.decode import BadImage, open_picture
+
+if TYPE_CHECKING:
+    from simmim.data.sources import ImageSource
+
+_SUFFIXES = (".tif", ".tiff", ".gif", ".webp")
+_LOOKED_AT = 16
+
+
+def say_pages(source: "ImageSource") -> str | None:
+    """Say in one line that files hold further pages, or frames, that are not read; `None` if none is found to.
+
+    Some of the files that could are looked at, spread evenly over the source.
+    """
+    able = [index for index in range(len(source)) if source.name(index).lower().endswith(_SUFFIXES)]
+    chosen = np.linspace(0, len(able) - 1, min(len(able), _LOOKED_AT)).round().astype(int)
+    found = {source.name(able[place]): _count(source, able[place]) for place in chosen}
+    several = {name: pages for name, pages in found.items() if pages > 1}
+    if not several:
+        return None
+    name, pages = max(several.items(), key=lambda each: each[1])
+    looked = f"{len(several)} of {len(found)} such files looked at" if len(found) > 1 else "one file"
+    return (
+        f"only the first page of each file is read, and {name} has {pages} ({looked}); to use all, save each page as a "
+        "file of its own"
+    )
+
+
+def _count(source: "ImageSource", index: int) -> int:
+    """Count the pages of a file, without the smaller copies of a TIFF pyramid; 0 for one that cannot be read."""
+    try:
+        raw = source.read(index)
+        return count_pages(raw) if isinstance(raw, bytes) else 1
+    except (OSError, ValueError):
+        return 0
+
+
+def count_pages(raw: bytes) -> int:
+    """Count the images in a file's bytes, without the smaller copies of a TIFF pyramid. Raises `BadImage`."""
+    from PIL import Image
+
+    open_picture(raw)  # not bombs, nor formats that are not read
+    try:
+        image = Image.open(io.BytesIO(raw))
+        pages = int(getattr(image, "n_frames", 1))
+        if image.format == "TIFF" and pages > 1:
+            image.seek(1)
+            return 1 if image.tag_v2.get(254, 0) & 1 else pages  # type: ignore[attr-defined]
+        return pages
+    except Image.UnidentifiedImageError:  # many bands: tifffile has read it
+        import tifffile
+
+        found: Any = tifffile.TiffFile(io.BytesIO(raw)).pages
+        return 1 if len(found) > 1 and found[1].is_reduced else len(found)
+    except Exception as error:
+        raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
