@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import read_toml
 from simmim.errors import UserError
-from simmim.training.run_directory import Run, drop_metrics_after, hold_run, open_run, recall, written_whole
+from simmim.training.run_directory import (
+    Run,
+    asked_precision,
+    drop_metrics_after,
+    hold_run,
+    open_run,
+    recall,
+    written_whole,
+)
 
 
 def config(out: Path, **others: Any) -> PretrainConfig:
@@ -47,7 +56,31 @@ def test_what_a_process_left_that_was_killed_as_it_began_becomes_a_run(tmp_path:
         left.write_text("data = ")
     Run(tmp_path).config.rename(left)  # a killed process does not clean up
     assert open_run(config(tmp_path)).read_config(PretrainConfig) == config(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "machine.json"]
+    Run(tmp_path).config.unlink()  # killed in between
+    assert open_run(config(tmp_path)).config.exists()
+
+
+def test_what_the_machine_decided_is_kept_beside_what_was_asked(tmp_path: Path) -> None:
+    asked = config(tmp_path / "run", workers=None)
+    decided = dataclasses.replace(asked, device="cpu", precision="bf16", compile=False, workers=2)
+    run = open_run(decided, asked)
+    assert read_toml(run.config, PretrainConfig) == asked  # what --config repeats elsewhere
+    assert run.read_config(PretrainConfig) == decided
+    save(run.path)
+    assert open_run(decided, asked).read_config(PretrainConfig) == decided
+    assert "precision bf16 → fp32" in refusal(dataclasses.replace(decided, precision="fp32"))
+
+
+def test_a_resumed_run_keeps_the_precision_that_a_machine_chose(tmp_path: Path) -> None:
+    asked = config(tmp_path / "run")
+    assert asked_precision(asked) == "auto"
+    run = open_run(dataclasses.replace(asked, precision="fp32"), asked)
+    assert asked_precision(asked) == "auto"  # nothing is saved yet: it begins anew
+    save(run.path)
+    assert asked_precision(asked) == "fp32"
+    assert asked_precision(dataclasses.replace(asked, precision="bf16")) == "bf16"
+    assert asked_precision(dataclasses.replace(asked, fresh=True)) == "auto"
 
 
 def test_the_same_configuration_is_resumed_and_what_does_not_matter_may_change(tmp_path: Path) -> None:

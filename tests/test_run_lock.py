@@ -100,7 +100,8 @@ def test_fresh_takes_the_lock_along_to_the_new_run(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="in use"), locked(tmp_path / "run"):
             pass
     (old,) = tmp_path.glob("run.old-*")
-    assert {path.name for path in (*old.iterdir(), *Run(tmp_path / "run").path.iterdir())} == {"config.toml"}
+    files = {path.name for path in (*old.iterdir(), *Run(tmp_path / "run").path.iterdir())}
+    assert files == {"config.toml", "machine.json"}
 
 
 def test_only_the_main_process_holds_a_run(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ import pytest
 
 from simmim.cli import main
 from simmim.config.pretraining import PretrainConfig
+from simmim.config.toml import read_toml
 from simmim.errors import UserError
+from simmim.torch_engine.accelerators import ACCELERATORS
 from simmim.torch_engine.train.pretrain import pretrain
 from simmim.training.checkpoint_directory import checkpoint_path, newest_checkpoint
 from simmim.training.run_directory import Run
@@ -172,6 +174,23 @@ def test_a_training_resumes_without_the_weights_that_it_began_from(
         pretrain(dataclasses.replace(parts, out=str(tmp_path / "other")))
     pretrain(parts)
     tiny.assert_same(weights(parts), weights(whole))
+
+
+def test_a_run_keeps_its_precision_on_a_machine_that_would_choose_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tiny.config(out=str(tmp_path / "run"), steps=1, val_images=0, device="auto", precision="auto", workers=None)
+    has_bf16 = {"cpu": False}
+    rows = {**ACCELERATORS, "cpu": dataclasses.replace(ACCELERATORS["cpu"], has_bf16=lambda: has_bf16["cpu"])}
+    monkeypatch.setattr("simmim.torch_engine.accelerators.ACCELERATORS", rows)
+    run, _ = pretrain(asked)
+    has_bf16["cpu"] = True
+    assert main(["resume", str(run.path), "--steps", "2"]) == 0
+    assert run.read_config(PretrainConfig).precision == "fp32"
+    repeated = read_toml(run.config, PretrainConfig)
+    assert (repeated.device, repeated.precision, repeated.workers) == ("auto", "auto", None)
+    pretrain(dataclasses.replace(repeated, out=str(tmp_path / "repeated")))
+    assert Run(tmp_path / "repeated").read_config(PretrainConfig).precision == "bf16"
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from simmim.training.loop import Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
 from simmim.training.pretrain_plan import Plan, draw_masks, open_images
-from simmim.training.run_directory import Run, hold_run
+from simmim.training.run_directory import Run, asked_precision, hold_run
 from simmim.training.session import PretrainSession, Watch, parts
 from simmim.training.trainer import find_start
 
@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
             backend=backend,
             image_size=config.image_size or architecture.image_size,
             device=machine.device,
-            precision=choose_precision(config.precision, machine.device),
+            precision=choose_precision(asked_precision(config), machine.device),
             compile=True if config.compile is None else config.compile,
         )
         start = find_start(plan.config, machine)
@@ -55,7 +55,7 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
             model = build_model(plan.config)  # before the run directory is made, since sizes may not fit
             # A checkpoint holds all weights, so a resumed run does not need those that it began from.
             origin = initialize(model, config.init_from) if config.init_from and not start else None
-        return KerasPretrainSession(plan, machine, start, model, origin).train(watch)
+        return KerasPretrainSession(plan, machine, start, model, origin, config).train(watch)
 
 
 def open_machine(backend: str, config: PretrainConfig) -> Machine:
@@ -124,8 +124,16 @@ def choose_precision(wanted: str, device: str) -> str:
 class KerasPretrainSession(PretrainSession):
     """A pretraining with Keras."""
 
-    def __init__(self, plan: Plan, machine: Machine, start: int, model: MaskedImageModel, origin: str | None):
-        super().__init__(plan, machine, start, plan.images.parts)
+    def __init__(
+        self,
+        plan: Plan,
+        machine: Machine,
+        start: int,
+        model: MaskedImageModel,
+        origin: str | None,
+        asked: PretrainConfig,
+    ):
+        super().__init__(plan, machine, start, plan.images.parts, asked)
         config = plan.config
         self._machine, self._model, self._origin = machine, model, origin
         self._stepper = machine.start(model, config)

@@ -98,7 +98,7 @@ class Facts:
     def hardware(self) -> list[tuple[str, int]]:
         """Return what the run was trained on, each kind once: its name, and how many devices of it."""
         try:
-            begun = read_json(self.run.machine).get("begun", [])
+            begun = self.run.machine_facts().get("begun", [])
             return list(dict.fromkeys((str(each["device"]), int(each["devices"])) for each in begun))
         except (ValueError, KeyError, TypeError, AttributeError):  # damaged: not known
             return []

@@ -23,6 +23,9 @@ from simmim.training.saved_work import check_checkpoints
 _V0_1 = {"flip": "horizontal", "crop_scale": (0.67, 1.0), "crop_ratio": (3 / 4, 4 / 3)}
 """Values of version 0.1 for fields that it did not have."""
 
+_OF_THE_MACHINE = ("device", "precision", "compile", "workers")
+"""Fields that a machine decides where they are left open. config.toml has them as asked, machine.json as decided."""
+
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
@@ -138,7 +141,7 @@ class Run:
 
     @property
     def machine(self) -> Path:
-        """What the run was trained on, for each process that began or resumed it."""
+        """What the run was trained on, for each process that began or resumed it, and the settings decided by that."""
         return self.path / "machine.json"
 
     @property
@@ -165,9 +168,17 @@ class Run:
         if bool(task) != tuning:
             here = f"a fine-tuning ({task}), not a pretraining" if task else "a pretraining, not a fine-tuning"
             raise UserError(f"{self.path} holds {here}; give another directory")
-        config = read_toml(self.config, kind)
+        config = dataclasses.replace(read_toml(self.config, kind), **self.machine_facts().get("settings", {}))
         missing = {name: value for name, value in _V0_1.items() if getattr(config, name, value) is None}
         return dataclasses.replace(config, **missing)
+
+    def machine_facts(self) -> dict[str, Any]:
+        """Return the object in machine.json; `{}` where there is none, or it is damaged."""
+        try:
+            found = read_json(self.machine)
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
 
 _TASK = "task.json"  # beside a fine-tuned model, so that its directory can be used alone
@@ -215,6 +226,12 @@ def recall(config: Config) -> Config | None:
     return begun if run.has_checkpoint else None
 
 
+def asked_precision(config: TrainingConfig) -> str:
+    """Return the precision that is asked for; for auto, that which the run to be resumed began with."""
+    begun = recall(config) if config.precision == "auto" else None
+    return begun.precision if begun else config.precision
+
+
 @contextlib.contextmanager
 def hold_run(config: TrainingConfig, *, is_main: bool) -> Iterator[None]:
     """Keep other trainings out of `config.out`; the main process does it for all.
@@ -238,12 +255,13 @@ def hold_run(config: TrainingConfig, *, is_main: bool) -> Iterator[None]:
         yield
 
 
-def open_run(config: TrainingConfig) -> Run:
+def open_run(config: TrainingConfig, asked: TrainingConfig | None = None) -> Run:
     """Open the run directory of `config.out`, made if new. A run in it is resumed, or refused if it differs.
 
     A run that was killed before its first checkpoint begins anew; if it differs, it is set aside first. `config` is
-    complete (nothing left to resolve), so that it can be compared. Raises `UserError` that names the fields that
-    differ, or for a directory that holds something else.
+    complete (nothing left to resolve), so that it can be compared; `asked` is what the user gave. config.toml keeps
+    what was asked of the machine, so that another one that repeats the run decides for itself. Raises `UserError` that
+    names the fields that differ, or for a directory that holds something else.
     """
     assert config.out is not None
     run = Run(Path(config.out))
@@ -272,8 +290,11 @@ def open_run(config: TrainingConfig) -> Run:
     _check_place(run)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
+        decided = {name: getattr(config, name) for name in _OF_THE_MACHINE}
+        write_json(run.machine, run.machine_facts() | {"settings": decided})
+        open_ones = {name: getattr(asked or config, name) for name in _OF_THE_MACHINE}
         with written_whole(run.config) as path:
-            path.write_text(to_toml(config), encoding="utf-8")
+            path.write_text(to_toml(dataclasses.replace(config, **open_ones)), encoding="utf-8")
     except OSError as error:
         raise _not_writable(run, error) from None
     return run
@@ -304,7 +325,8 @@ def _short(value: Any) -> str:
 
 def _is_empty(run: Run) -> bool:
     # Left by a process that was killed as it began.
-    return set(run.path.iterdir()) <= {_aside(run.config), run.path / LOCK}
+    left = {run.machine, *map(_aside, (run.machine, run.config)), run.path / LOCK}
+    return set(run.path.iterdir()) <= left
 
 
 def _forget_attempt(run: Run) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.config.training import TrainingConfig
 from simmim.data.bad_images import count_listed
 from simmim.data.pages import say_pages
 from simmim.data.pipeline import Reading
@@ -22,7 +23,7 @@ from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png
 from simmim.training.plan import Batch, TrainingPlan
 from simmim.training.pretrain_plan import Plan
-from simmim.training.run_directory import Run, open_run, read_json, recall, write_json
+from simmim.training.run_directory import Run, open_run, recall, write_json
 from simmim.training.trainer import Trainer, World
 
 Watch = Callable[[Run, Callable[[str], None]], None]
@@ -38,8 +39,17 @@ class Session(ABC):
     trainer: Trainer
     loop: Loop
 
-    def __init__(self, plan: TrainingPlan, world: World, start: int, data: Mapping[str, ImageSource]):
-        """Open the run directory. Raises `UserError` where it holds another run, or one of other images than `data`."""
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        world: World,
+        start: int,
+        data: Mapping[str, ImageSource],
+        asked: TrainingConfig | None = None,
+    ):
+        """Open the run directory, for a plan that completes the configuration `asked`.
+
+        Raises `UserError` where it holds another run, or one of other images than `data`."""
         assert plan.config.out is not None
         self.warnings: list[str] = []
         self.plan, self.config, self.world, self.start = plan, plan.config, world, start
@@ -48,7 +58,7 @@ class Session(ABC):
                 self.warnings += _describe_extension(plan, start)
             if pages := say_pages(data["train"]):
                 self.warnings.append(pages)
-            run = open_run(plan.config)
+            run = open_run(plan.config, asked)
             if change := check_data(run, data, accept=plan.config.accept_changed_data):
                 self.warnings.append(f"the images changed since the run began: {change}")
         world.main_says(0)  # no process goes on before the directory is there
@@ -110,8 +120,10 @@ class Session(ABC):
 
     def _note_hardware(self) -> None:
         name, devices = self.hardware()
-        begun = [each for each in read_json(self.run.machine).get("begun", []) if each["step"] < self.start]
-        write_json(self.run.machine, {"begun": [*begun, {"step": self.start, "device": name, "devices": devices}]})
+        facts = self.run.machine_facts()
+        begun = [each for each in facts.get("begun", []) if each["step"] < self.start]
+        begun.append({"step": self.start, "device": name, "devices": devices})
+        write_json(self.run.machine, facts | {"begun": begun})
 
     def _conclude(self, outcome: Outcome) -> Iterator[str]:
         bad_images, total = count_listed(self.run.bad_images), self.plan.total_steps

@@ -22,17 +22,17 @@ from simmim.torch_engine.train.trainer import TorchTrainer
 from simmim.torch_engine.train.update import Update
 from simmim.training.loop import Event, Outcome
 from simmim.training.plan import Batch
-from simmim.training.run_directory import Run, hold_run, mark_task, read_json, write_json
+from simmim.training.run_directory import Run, asked_precision, hold_run, mark_task, read_json, write_json
 from simmim.training.session import Session, Watch
 from simmim.training.trainer import find_start
 
 
 def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, Outcome]:
     """Fine-tune, or resume; see `simmim.finetune`. Raises `UserError` for settings that cannot work."""
-    config = validated(config)
+    asked = config = validated(config)
     spec = find_spec(config.task)
     device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
+    precision = choose_precision(asked_precision(config), device)
     origin = find_origin(config)
     data = spec.open_data(config)
     with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main):
@@ -54,7 +54,7 @@ def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, O
         torch.manual_seed(plan.config.seed)
         start = find_start(plan.config, world)
         step = task.build()  # before the run directory is made, since sizes may not fit
-        return FinetuneSession(task, plan, world, start, step).train(watch)
+        return FinetuneSession(task, plan, world, start, step, asked).train(watch)
 
 
 class FinetuneSession(Session):
@@ -63,8 +63,16 @@ class FinetuneSession(Session):
     plan: TaskPlan
     world: distributed.World
 
-    def __init__(self, task: Task, plan: TaskPlan, world: distributed.World, start: int, step: TaskStep):
-        super().__init__(plan, world, start, {"train": task.data.train, "val": task.data.val})
+    def __init__(
+        self,
+        task: Task,
+        plan: TaskPlan,
+        world: distributed.World,
+        start: int,
+        step: TaskStep,
+        asked: FinetuneConfig | None = None,
+    ):
+        super().__init__(plan, world, start, {"train": task.data.train, "val": task.data.val}, asked)
         config = plan.config
         self.task, self.step = task, step
         distributed.place(step, world.device)

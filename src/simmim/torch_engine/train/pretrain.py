@@ -34,7 +34,7 @@ from simmim.training.loop import Event, Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
 from simmim.training.pretrain_plan import Plan, draw_masks, open_images
-from simmim.training.run_directory import Run, hold_run
+from simmim.training.run_directory import Run, asked_precision, hold_run
 from simmim.training.session import PretrainSession, Watch, parts
 from simmim.training.trainer import find_start
 
@@ -44,7 +44,7 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
     config = validated(config)
     find_family(config.model)
     device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
+    precision = choose_precision(asked_precision(config), device)
     image_size = config.image_size or default_image_size(config.model)
     encoder = sketch_encoder(config.model, image_size, config.model_args)
     images = open_images(config)
@@ -78,7 +78,14 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
             prepare(step, plan, world)
         try:
             return TorchPretrainSession(
-                plan, world, start, step, check=check, decoder=decoder, origin=origin[0] if origin else None
+                plan,
+                world,
+                start,
+                step,
+                asked=config,
+                check=check,
+                decoder=decoder,
+                origin=origin[0] if origin else None,
             ).train(watch)
         except torch.OutOfMemoryError as error:
             from simmim.torch_engine.perf.fit import explain_out_of_memory
@@ -112,11 +119,12 @@ class TorchPretrainSession(PretrainSession):
         start: int,
         step: PretrainStep,
         *,
+        asked: PretrainConfig,
         check: KnnCheck | None,
         decoder: JpegDecoder | None,
         origin: str | None,
     ):
-        super().__init__(plan, world, start, plan.images.parts)
+        super().__init__(plan, world, start, plan.images.parts, asked)
         config = plan.config
         self.step, self._check, self._decoder, self._origin = step, check, decoder, origin
         if world.is_main:
