@@ -142,7 +142,9 @@ BAD_OPTIONS = {
     "--warmup-epochs 50": "warm-up of 50 epochs is longer than the run of 0.5; use --warmup-epochs 0.05",
     "--schedule multistep": "schedule multistep needs milestones; give the epochs, such as --milestones 700",
     "--schedule multistep --milestones 5 2": "milestones (5.0, 2.0) are not in ascending order; sort them",
-    "--init-from nowhere": "--init-from nowhere is not there; give a run or a checkpoint",
+    "--init-from nowhere": "--init-from nowhere is not there; give a run, a checkpoint, timm:NAME or local-dir:PATH",
+    "--init-from local-dir:images": "--init-from local-dir:images has no config.json; give a directory that timm or "
+    "save_pretrained wrote",
     "--init-from file": "--init-from file is damaged or not a PyTorch checkpoint: unpickling stack underflow",
     "--probe nowhere": "nowhere does not exist; give a folder of classes, a .csv, an .npz, hf:NAME or demo",
     "--probe images": "folder images has no class folders; put each class's images in a folder of its name",

@@ -36,6 +36,47 @@ def test_the_options_of_pretrain_are_shown_and_judged_without_torch(options: str
     assert not loaded_by(code) & {"torch", "timm", "grain", "cv2", "tensorboardX", "transformers"}
 
 
+MISTAKES = """
+finetune classify --data nowhere --from scratch --out a
+finetune classify --data demo --from nowhere --out a
+finetune detect --data images.zip --from scratch --out a
+finetune classify --data demo --from scratch --out a --steps 0
+pretrain --data demo --out a --init-from nowhere
+pretrain --data demo --out a --init-from local-dir:nowhere
+pretrain --data demo --out a --probe nowhere
+probe nowhere --data demo
+probe timm:resnet18 --data nowhere
+probe timm:resnet18 --data demo --k 0
+embed nowhere --data demo --out a.npz
+embed timm:resnet18 --data nowhere --out a.npz
+embed timm:resnet18 --data demo
+search nowhere --data demo --query images.zip
+search timm:resnet18 --data demo --query nowhere.png
+predict nowhere demo
+reconstruct nowhere demo
+reconstruct run nowhere
+convert nowhere.pth --out a
+export nowhere --format timm --out a
+bench --data nowhere
+bench --seconds 0
+report nowhere
+"""
+
+
+def test_mistakes_in_arguments_and_paths_are_told_without_torch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images.zip").write_bytes(b"")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text('model = "resnet18"\n')
+    code = (
+        "from simmim.cli import main\n"
+        f"for words in {MISTAKES.strip().splitlines()}:\n"
+        "    assert main(words.split()) == 2, words\n"
+        "    assert not {'torch', 'timm'} & set(sys.modules), words"
+    )
+    assert not loaded_by(code) & {"torch", "timm", "grain", "cv2", "tensorboardX", "transformers"}
+
+
 def test_runs_are_listed_without_torch(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/config.toml").write_text('model = "resnet18"\n')

@@ -20,7 +20,8 @@ Config = TypeVar("Config", bound="TrainingConfig")
 
 
 def parse_with_json(kind: type[Arguments], command: str, about: str | None, argv: list[str]) -> tuple[Arguments, bool]:
-    """Read the command's arguments, and whether `--json` is among them."""
+    """Read the command's arguments, as `parse_checked`, and whether `--json` is among them."""
+    from simmim.config.validation import from_settings
 
     @dataclass(frozen=True, kw_only=True)
     class Command(kind):  # type: ignore[misc, valid-type]
@@ -29,7 +30,14 @@ def parse_with_json(kind: type[Arguments], command: str, about: str | None, argv
 
     values = vars(cli_errors.parse(Command, command, about, argv))
     as_json = values.pop("json")
-    return kind(**values), as_json
+    return from_settings(kind, values), as_json
+
+
+def parse_checked(kind: type[Arguments], command: str, about: str | None, argv: list[str]) -> Arguments:
+    """Read the command's arguments, and check their types and ranges. Raises `UserError`."""
+    from simmim.config.validation import from_settings
+
+    return from_settings(kind, vars(cli_errors.parse(kind, command, about, argv)))
 
 
 def parse_with_defaults(

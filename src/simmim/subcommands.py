@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from simmim.arguments import parse_with_defaults, parse_with_json
+from simmim.arguments import parse_checked, parse_with_defaults, parse_with_json
 from simmim.config.cli_errors import parse
 from simmim.errors import UserError
 
@@ -30,11 +30,16 @@ def pretrain(argv: list[str]) -> int:
 
 def _pretrain(config: "PretrainConfig") -> int:
     from simmim.config.validation import validated
+    from simmim.data.labelled.classes import CLASSES
     from simmim.data.sources import check_there
+    from simmim.training.origins import check_start
 
     config = validated(config)  # before PyTorch is loaded, which takes seconds
     assert config.data is not None
     check_there(config.data)
+    if config.probe:
+        check_there(config.probe, CLASSES)
+    check_start(config)
     from simmim.engines import pretrain
 
     _, outcome = pretrain(config)
@@ -68,9 +73,19 @@ def reconstruct(argv: list[str]) -> int:
 
 def probe(argv: list[str]) -> int:
     """Evaluate frozen features on labelled images"""
-    from simmim.torch_engine.tasks.probe import ProbeConfig, describe, probe
+    from simmim.config.commands import ProbeConfig
 
     config, as_json = parse_with_json(ProbeConfig, "probe", _about("probe"), argv)
+
+    from simmim.data.labelled.classes import CLASSES
+    from simmim.data.sources import check_there
+    from simmim.training.origins import check_encoder
+
+    check_encoder(config.run)
+    check_there(config.data, CLASSES)
+
+    from simmim.torch_engine.tasks.probe import describe, probe
+
     found = probe(config)
     print(json.dumps(found, indent=1) if as_json else describe(found))
     return 0
@@ -79,7 +94,7 @@ def probe(argv: list[str]) -> int:
 def finetune(argv: list[str]) -> int:
     """Fine-tune a pretrained encoder on labelled images: simmim finetune TASK"""
     from simmim.config.finetune_recipes import find_finetune_recipe
-    from simmim.config.tasks import TASK_CONFIGS, find_task
+    from simmim.config.tasks import OWN_TASKS, TASK_CONFIGS, find_task
 
     if argv[:1] in (["-h"], ["--help"]):
         tasks = "\n".join(f"  {name:10}{kind.__doc__}" for name, kind in TASK_CONFIGS.items())
@@ -90,8 +105,14 @@ def finetune(argv: list[str]) -> int:
     config = parse_with_defaults(kind, _about("finetune"), argv[1:], lambda name: find_finetune_recipe(name, kind))
 
     from simmim.config.validation import validated
+    from simmim.data.sources import check_there
+    from simmim.training.origins import check_start
 
     config = validated(config)
+    if config.task in OWN_TASKS:
+        assert config.data is not None
+        check_there(config.data, f"give {config.data_forms}")
+    check_start(config)
     from simmim.engines import finetune as run
 
     _, outcome = run(config)
@@ -127,9 +148,18 @@ def report(argv: list[str]) -> int:
 
 def predict(argv: list[str]) -> int:
     """Predict labels, masks or boxes of new images with a fine-tuned model"""
-    from simmim.torch_engine.tasks.predict import PredictConfig, describe, predict
+    from simmim.config.commands import PredictConfig
 
     config, as_json = parse_with_json(PredictConfig, "predict", _about("predict"), argv)
+
+    from simmim.data.sources import check_files
+    from simmim.training.run_directory import find_model
+
+    find_model(Path(config.run))
+    check_files(config.images)
+
+    from simmim.torch_engine.tasks.predict import describe, predict
+
     found = predict(config)
     print(json.dumps(found, indent=1) if as_json else describe(found, config.out))
     return 0
@@ -137,9 +167,21 @@ def predict(argv: list[str]) -> int:
 
 def embed(argv: list[str]) -> int:
     """Write an encoder's features of images to a .parquet, .npz or .csv file"""
-    from simmim.torch_engine.tasks.embed import EmbedConfig, embed_to_file
+    from simmim.config.commands import EmbedConfig
 
-    for line in embed_to_file(parse(EmbedConfig, "embed", _about("embed"), argv)):
+    config = parse_checked(EmbedConfig, "embed", _about("embed"), argv)
+    if config.out is None:
+        raise UserError("--out is missing; give a .parquet, .npz or .csv file")
+
+    from simmim.data.sources import check_there
+    from simmim.training.origins import check_encoder
+
+    check_encoder(config.run)
+    check_there(config.data)
+
+    from simmim.torch_engine.tasks.embed import embed_to_file
+
+    for line in embed_to_file(config):
         print(line)
     return 0
 
@@ -204,14 +246,21 @@ def tpu_check(argv: list[str]) -> int:
 
 def bench(argv: list[str]) -> int:
     """Measure step and input speed on this machine, and its share of peak FLOPS"""
-    from simmim.torch_engine.perf.bench import BenchConfig, bench, describe
+    from simmim.config.commands import BenchConfig
 
     @dataclass(frozen=True, kw_only=True)
     class Command(BenchConfig):
         json: bool = False
         """Print JSON only."""
 
-    command = parse(Command, "bench", _about("bench"), argv)
+    command = parse_checked(Command, "bench", _about("bench"), argv)
+
+    from simmim.data.sources import check_there
+
+    check_there(command.data)
+
+    from simmim.torch_engine.perf.bench import bench, describe
+
     figures = bench(command)
     print(json.dumps(figures, indent=1) if command.json else describe(figures))
     return 0
@@ -285,9 +334,15 @@ def recipes(argv: list[str]) -> int:
 
 def convert(argv: list[str]) -> int:
     """Convert a checkpoint of official SimMIM, MAE, Swin or BEiT, Transformers or timm to a run"""
-    from simmim.torch_engine.interop.convert import ConvertConfig, convert
+    from simmim.config.commands import ConvertConfig
 
-    print("\n".join(convert(parse(ConvertConfig, "convert", _about("convert"), argv))))
+    config = parse_checked(ConvertConfig, "convert", _about("convert"), argv)
+    if not Path(config.checkpoint).exists():
+        raise UserError(f"{config.checkpoint} is not there; give a checkpoint file or directory")
+
+    from simmim.torch_engine.interop.convert import convert
+
+    print("\n".join(convert(config)))
     return 0
 
 

@@ -209,7 +209,8 @@ def test_images_and_labels_are_mixed_as_timm_mixes_them(mixup: float, cutmix: fl
         ),
         (
             "finetune classify --data demo --out x --from nowhere",
-            "--from nowhere has no encoder; give the directory of a run, scratch or timm:NAME",
+            "--from nowhere has no encoder; give the --out directory of a run that has saved, scratch, timm:NAME or "
+            "local-dir:PATH",
         ),
         (
             "finetune classify --data demo --out x --from scratch --labels-per-class 5000",

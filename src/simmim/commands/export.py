@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from simmim.errors import UserError
-from simmim.training.run_directory import new_directory
+from simmim.training.run_directory import find_model, find_task_of, new_directory, read_pretraining
 
 FORMATS = ("timm", "transformers", "onnx", "official")
 
@@ -17,10 +17,15 @@ def export(run: str | Path, *, format: str, out: str | Path, allow_loss: bool = 
     """
     if format not in FORMATS:
         raise UserError(f"format {format!r} is not known; choose from {', '.join(FORMATS)}")
+    path = Path(run)
+    if find_task_of(path):
+        find_model(path)
+    else:
+        read_pretraining(path)
     from simmim.torch_engine.interop.export import export_official, export_timm, open_exported
     from simmim.torch_engine.interop.export_onnx import export_onnx
     from simmim.torch_engine.interop.export_transformers import export_transformers
 
     exporters = dict(zip(FORMATS, (export_timm, export_transformers, export_onnx, export_official), strict=True))
     with new_directory(out) as directory:
-        return exporters[format](open_exported(Path(run)), directory, allow_loss)
+        return exporters[format](open_exported(path), directory, allow_loss)

@@ -6,11 +6,12 @@ import numpy as np
 
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.evaluation import eval_images
-from simmim.data.sources import open_files, sniff
+from simmim.data.sources import check_files, open_files, sniff
 from simmim.errors import UserError
 from simmim.method.objectives import PixelReconstruction
 from simmim.training.feature_pictures import panel_of, principal_axes
 from simmim.training.pictures import save_png
+from simmim.training.run_directory import read_pretraining
 
 
 def reconstruct(
@@ -22,17 +23,20 @@ def reconstruct(
     `images` are files, or one thing that `--data` takes. Raises `UserError` for a run without a checkpoint, images that
     cannot be read, or a target that shows no picture.
     """
-    from simmim.torch_engine.tasks.feature_maps import feature_maps
-    from simmim.torch_engine.train.pretrain import judge_and_draw
-    from simmim.torch_engine.train.storage import load_run
-
     if Path(out).suffix.lower() != ".png":
         raise UserError(f"--out {out} is not a .png file; name one")
     if count < 1:
         raise UserError(f"count {count} is less than 1; the default is 8")
+    check_files(images)
+    read_pretraining(run)
     source = open_files(images)
     if len(images) > 1:
         _check(images)
+
+    from simmim.torch_engine.tasks.feature_maps import feature_maps
+    from simmim.torch_engine.train.pretrain import judge_and_draw
+    from simmim.torch_engine.train.storage import load_run
+
     step, config = load_run(run)
     if not features and not any(isinstance(each, PixelReconstruction) for each in config.objectives):
         kinds = ", ".join(each.kind for each in config.objectives)

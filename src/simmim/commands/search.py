@@ -14,11 +14,12 @@ from tyro.conf import Positional, arg
 
 from simmim.config.field_types import Device, Positive, Word
 from simmim.config.validation import from_settings
-from simmim.data.sources import ImageSource, Subset, open_files, open_source
+from simmim.data.sources import ImageSource, Subset, check_files, open_files, open_source
 from simmim.errors import UserError
 from simmim.metrics.classification import unit_length
 from simmim.report.copies import duplicates, is_blank, small_copies
 from simmim.report.gallery import thumbnail_batches, thumbnails_of
+from simmim.training.origins import check_encoder
 from simmim.training.pictures import enlarged, save_png
 
 _PICTURED = 12  # rows
@@ -59,6 +60,9 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
         raise UserError("simmim search needs --query IMAGE or --duplicates, and not both; give one")
     if config.out and Path(config.out).suffix.lower() != ".png":
         raise UserError(f"--out {config.out} is not a .png file; name one")
+    check_encoder(config.run)
+    if config.query:
+        check_files(config.query)
     source = open_source(config.data)
     return _pairs(config, source) if config.duplicates else _neighbours(config, source)
 

@@ -80,7 +80,7 @@ class PretrainConfig(TrainingConfig):
     backend: Annotated[Literal["jax", "tensorflow"] | None, one_word(str, "jax|tensorflow"), HINT] = None
     """Backend of the keras engine (default: jax)."""
     init_from: Word = None
-    """Run or safetensors file to load initial weights from."""
+    """Initial weights: a run, an encoder directory, timm:NAME, local-dir:PATH, or what simmim convert takes."""
     val_images: NotNegative = 8
     """Images held out for pictures and the validation loss."""
     picture_every_steps: Count = None

@@ -37,7 +37,7 @@ class FinetuneConfig(TrainingConfig):
     channels: NotNegative = 0
     """Channels of an image (0: the encoder's, 3 from scratch). The first layer is adapted to another number."""
     init: Annotated[str | None, one_word(str, "RUN|scratch|timm:NAME", nothing="none"), arg(name="from"), HINT] = None
-    """Initial encoder weights: a run, scratch (random), or a timm model. Required."""
+    """Initial weights: a run, an encoder directory, scratch (random), timm:NAME or local-dir:PATH. Required."""
     flip: Flip = "horizontal"
     """Random flips of images and labels; both means left-right and upside down."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -153,6 +153,9 @@ class DetectConfig(_DenseConfig):
 TASK_CONFIGS: dict[str, type[FinetuneConfig]] = {
     kind.task: kind for kind in (ClassifyConfig, SegmentConfig, DetectConfig)
 }
+
+OWN_TASKS = frozenset(TASK_CONFIGS)
+"""Those of this package."""
 
 
 def find_task(name: str | None = None) -> type[FinetuneConfig]:

@@ -190,14 +190,25 @@ def _find_scheme(name: str) -> Callable[[str], ImageSource] | None:
 
 def open_files(images: Sequence[str]) -> ImageSource:
     """Open several image files, or whatever one thing `open_source` takes. Raises `UserError` likewise."""
+    check_files(images)
+    return open_source(images[0]) if _is_set(images) else PathList(images)
+
+
+def check_files(images: Sequence[str]) -> None:
+    """Raise `UserError` where `open_files` would find nothing. Opens nothing."""
     if not images:
         raise UserError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
-    if len(images) == 1 and (not Path(images[0]).is_file() or Path(images[0]).suffix.lower() in _LISTS):
-        return open_source(images[0])
+    if _is_set(images):
+        check_there(images[0])
+        return
     for image in images:
         if not Path(image).is_file():
             raise UserError(f"{image} is not a file; give image files, or one folder, list, hf:NAME or demo")
-    return PathList(images)
+
+
+def _is_set(images: Sequence[str]) -> bool:
+    """Tell whether this is one thing that holds images, and not files."""
+    return len(images) == 1 and (not Path(images[0]).is_file() or Path(images[0]).suffix.lower() in _LISTS)
 
 
 def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:

@@ -83,13 +83,19 @@ def initialize(model: MaskedImageModel, source: str) -> str:
     A run of this engine also provides mask token and head if their shapes fit. Raises `UserError` if
     the encoder's weights do not fit.
     """
-    path = Path(source)
+    if source.startswith("timm:"):
+        raise UserError(
+            f"--init-from {source} needs timm; use --engine torch, or give local-dir:PATH of a model that timm saved"
+        )
+    path = Path(source.removeprefix("local-dir:"))
     if path.is_file():
         encoder, rest = load_file(path), {}
+    elif (path / "model.safetensors").is_file():
+        encoder, rest = load_file(path / "model.safetensors"), {}
     elif (path / "config.toml").is_file():
         encoder, rest = _read_run(Run(path))
     else:
-        raise UserError(f"--init-from {source} is neither a run nor a safetensors file")
+        raise UserError(f"--init-from {source} is neither a run, nor an encoder directory, nor a safetensors file")
     shapes = {weights.torch_name(variable): weights.torch_shape(variable) for variable in model.variables}
     own = {name.removeprefix(_PREFIX): shape for name, shape in shapes.items() if name.startswith(_PREFIX)}
     skipped = ("head.", "fc.")

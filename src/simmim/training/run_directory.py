@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from simmim.config.pretraining import PretrainConfig
 from simmim.config.toml import changed_fields, read_toml, to_toml
 from simmim.config.training import TrainingConfig
 from simmim.disk import to_disk, writing
@@ -213,6 +214,13 @@ def find_model(path: Path) -> Path:
             f"simmim finetune classify --from {path} --data LABELLED --out RUN2"
         )
     raise UserError(f"{path} is not a fine-tuned run; give the --out directory of simmim finetune")
+
+
+def read_pretraining(path: str | Path) -> PretrainConfig:
+    """Return the configuration of a pretraining run. Raises `UserError` for anything else."""
+    if task := find_task_of(Path(path)):
+        raise UserError(f"{path} is fine-tuned for {task}, and reconstructs nothing; give the run that it began from")
+    return Run(Path(path)).read_config(PretrainConfig)
 
 
 def recall(config: Config) -> Config | None:

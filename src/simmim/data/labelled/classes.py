@@ -23,6 +23,9 @@ from simmim.method.random_keys import sample_keys
 
 Labels = NDArray[np.int64]
 
+CLASSES = "give a folder of classes, a .csv, an .npz, hf:NAME or demo"
+"""What to do where there is no labelled data."""
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -67,9 +70,8 @@ def open_labelled(
     elif path.is_dir():
         found = _open_folders(path, val_fraction, seed)
     else:
-        remedy = "give a folder of classes, a .csv, an .npz, hf:NAME or demo"
-        check_there(data, remedy)
-        raise UserError(f"{data} is not labelled data; {remedy}")
+        check_there(data, CLASSES)
+        raise UserError(f"{data} is not labelled data; {CLASSES}")
     if len(found.classes) < 2:
         raise UserError(f"{data} has {len(found.classes)} class ({', '.join(found.classes)}); give two or more")
     unknown = np.setdiff1d(found.val_labels, found.train_labels)

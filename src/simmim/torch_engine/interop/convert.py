@@ -4,15 +4,13 @@ Shapes: `O` outputs, `C` channels, `k` side of a kernel.
 """
 
 import dataclasses
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
 from timm.models.swin_transformer_v2 import SwinTransformerV2
-from tyro.conf import Positional, arg
 
-from simmim.config.field_types import Count, ImageSize, ModelArgs, Word
+from simmim.config.commands import ConvertConfig
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.strategies import parse_strategy
 from simmim.config.toml import to_toml
@@ -29,27 +27,6 @@ from simmim.torch_engine.train.checkpoint import save_checkpoint
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import adopt, as_tensors, build_step, save_hub
 from simmim.training.run_directory import Run, new_directory
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
-    """Settings of a conversion."""
-
-    command: ClassVar[str] = "convert"
-    checkpoint: Positional[Annotated[str, arg(metavar="CHECKPOINT")]]
-    """A file or directory: official SimMIM, MAE, Swin or BEiT, Transformers', or timm's."""
-    out: str
-    """The run directory to write."""
-    image_size: ImageSize = None
-    """Image size of the run in pixels, N or HxW (default: the checkpoint's)."""
-    window: Count = None
-    """Window of a Swin, in cells (default: the checkpoint's)."""
-    channels: Count = None
-    """Channels of the run's images (default: the checkpoint's)."""
-    model: Word = None
-    """timm model of the checkpoint, if it cannot be inferred."""
-    model_args: ModelArgs = field(default_factory=dict)
-    """Arguments of that timm model, such as depth=4 embed_dim=192."""
 
 
 def convert(config: ConvertConfig) -> list[str]:

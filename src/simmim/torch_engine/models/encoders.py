@@ -1,7 +1,6 @@
 """Encoders by their timm names. The facts of each family are in `families/`."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -11,6 +10,7 @@ from torch import nn
 from simmim.errors import UserError
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.masked import Encoder
+from simmim.training.origins import check_encoder
 
 
 def default_image_size(model: str) -> tuple[int, int]:
@@ -20,25 +20,18 @@ def default_image_size(model: str) -> tuple[int, int]:
     return height, width
 
 
-def is_timms(source: str) -> bool:
-    """Tell whether a source of an encoder names a model as timm describes it, and not a run or a file of ours."""
-    return source.startswith(("timm:", "local-dir:"))
-
-
 def load_timm(source: str, *, option: str = "", weights: bool = True) -> nn.Module:
     """Create the timm module without classifier that `timm:NAME` or `local-dir:PATH` names, in evaluation mode.
 
     Weights are those that timm has for it, on this machine or to download; without `weights` they are random. Raises
     `UserError`, which begins with `option`, where there are none.
     """
-    given = f"{option} {source}".strip()
-    if source.startswith("local-dir:") and not Path(source.removeprefix("local-dir:"), "config.json").is_file():
-        raise UserError(f"{given} has no config.json; give a directory that timm or save_pretrained wrote")
+    check_encoder(source, option)
     try:
         return timm.create_model(source.removeprefix("timm:"), pretrained=weights, num_classes=0).eval()
     except Exception as error:  # the hub passes on the errors of its back ends
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{given} has no weights here: {reason}") from error
+        raise UserError(f"{f'{option} {source}'.strip()} has no weights here: {reason}") from error
 
 
 def create_backbone(

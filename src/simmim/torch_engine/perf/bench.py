@@ -3,15 +3,14 @@
 import json
 import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from tyro.conf import arg
 
-from simmim.config.field_types import HINT, Count, Device, ImageSize, Positive, PositiveReal, Word, YesNo
+from simmim.config.commands import BenchConfig
 from simmim.config.pretraining import PretrainConfig, ask_objectives
 from simmim.config.validation import from_settings, validated
 from simmim.data.packed.format import PackedImages
@@ -28,45 +27,6 @@ from simmim.torch_engine.perf.measure import Trial, measure_end_to_end, measure_
 from simmim.torch_engine.train import distributed
 from simmim.training.pretrain_plan import Images, Plan
 from simmim.training.run_directory import write_json
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchConfig:
-    """Settings of a measurement."""
-
-    command: ClassVar[str] = "bench"
-    model: str = "vit_base_patch16_224"
-    """Encoder, by its timm name."""
-    batch_size: Positive = 8
-    """Images of a step."""
-    image_size: ImageSize = None
-    """Pixels, N or HxW (default: the model's own)."""
-    objective: Annotated[tuple[str, ...], arg(metavar="KIND[=WEIGHT] ..."), HINT] = ()
-    """Terms of the loss (default: pixels)."""
-    teacher: Word = None
-    """Teacher of objective teacher: a run, timm:NAME or a file."""
-    data: str = "demo"
-    """Images to read; pass your own to find your run's limit."""
-    workers: Count = None
-    """Threads or processes that read images (default: one a core)."""
-    decode: Literal["cpu", "gpu"] = "cpu"
-    """Decode JPEGs on the CPU, or on the GPU with nvJPEG."""
-    readers: Literal["threads", "processes"] = "threads"
-    """Read images with threads, or with processes."""
-    antialias: bool = True
-    """Blur before shrinking, as Pillow does."""
-    device: Device = "auto"
-    """Accelerator."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the forward pass."""
-    compile: YesNo = None
-    """Compile the step with torch.compile (default: on CUDA and TPU only, as in training)."""
-    seconds: PositiveReal = 10.0
-    """Seconds to measure each figure, after a warm-up."""
-    profile: Word = None
-    """Write a trace of a few steps to this JSON file, for ui.perfetto.dev, and show the costliest operators."""
-    save_calibration: Word = None
-    """Append the figures to this JSON file for simmim advise --calibration."""
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:

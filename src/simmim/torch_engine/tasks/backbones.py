@@ -18,6 +18,7 @@ from simmim.errors import UserError
 from simmim.torch_engine.models.encoders import default_image_size, load_timm
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
+from simmim.training.origins import check_encoder, encoder_directory, is_timms
 from simmim.training.plan import measured_once
 from simmim.training.run_directory import Run, recall
 from simmim.training.trainer import World
@@ -60,33 +61,39 @@ def _read_origin(config: FinetuneConfig) -> Origin:
     if config.init == "scratch":
         model = _SCRATCH if config.model == "auto" else config.model
         return Origin(model, config.model_args, default_image_size(model), config.channels or 3, None, None, None)
-    if config.init.startswith("timm:"):
-        return _from_timm(config.init.removeprefix("timm:"), config)
-    run = Run(Path(config.init))
-    directory = run.encoder if run.encoder.is_dir() else run.path
-    if not (directory / "config.json").is_file():
-        raise UserError(f"--from {config.init} has no encoder; give the directory of a run, scratch or timm:NAME")
-    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    data = settings["pretrained_cfg"]
-    arguments = settings.get("model_args", {})
+    if is_timms(config.init):
+        return _from_timm(config.init)
+    check_encoder(config.init, "--from")
+    directory = encoder_directory(config.init)
+    assert directory is not None
+    name, arguments, data = _read_hub(directory)
     channels, height, width = data["input_size"]
-    return Origin(
-        settings["architecture"],
-        {name: value for name, value in arguments.items() if name not in ("in_chans", "img_size", "num_classes")},
-        (height, width),
-        channels,
-        tuple(data["mean"]),
-        tuple(data["std"]),
-        load_file(directory / "model.safetensors"),
-    )
+    weights = load_file(directory / "model.safetensors")
+    return Origin(name, arguments, (height, width), channels, tuple(data["mean"]), tuple(data["std"]), weights)
 
 
-def _from_timm(name: str, config: FinetuneConfig) -> Origin:
-    find_family(name)
-    model = load_timm(f"timm:{name}", option="--from")
+def _read_hub(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return timm's name of a hub directory's model, its arguments, and how it takes images."""
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    told = settings.get("model_args", {})
+    arguments = {name: value for name, value in told.items() if name not in ("in_chans", "img_size", "num_classes")}
+    return settings["architecture"], arguments, settings.get("pretrained_cfg", settings)
+
+
+def _from_timm(source: str) -> Origin:
+    """Read a model that timm describes; `load_timm` raises for one that is not there."""
+    if source.startswith("timm:"):
+        name, arguments = source.removeprefix("timm:"), {}
+        find_family(name)  # before weights are fetched
+        model = load_timm(source, option="--from")
+    else:
+        model = load_timm(source, option="--from")
+        name, arguments, _ = _read_hub(Path(source.removeprefix("local-dir:")))
+        find_family(name)
     cfg: Any = model.pretrained_cfg
-    _, height, width = cfg["input_size"]
-    return Origin(name, config.model_args, (height, width), 3, cfg["mean"], cfg["std"], model.state_dict())
+    channels, height, width = cfg["input_size"]
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    return Origin(name, arguments, (height, width), channels, mean, std, model.state_dict())
 
 
 def with_encoder_facts(

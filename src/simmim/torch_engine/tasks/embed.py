@@ -8,18 +8,16 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import nn
-from tyro.conf import Positional, arg
 
-from simmim.config.field_types import Count, Device, Positive, Word
+from simmim.config.commands import EmbedConfig, Pool
 from simmim.config.validation import from_settings
 from simmim.data.bad_images import BadImages, count_listed
 from simmim.data.labelled.every import open_with_labels
@@ -29,51 +27,17 @@ from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.output import say
 from simmim.torch_engine.accelerators import choose_device, choose_precision
-from simmim.torch_engine.models.encoders import is_timms
 from simmim.torch_engine.tasks.feature_files import FeatureFile, Part, check_format
-from simmim.torch_engine.tasks.features import FeatureReader, PatchFeatures, Pool, PooledFeatures, choose_pool
+from simmim.torch_engine.tasks.features import FeatureReader, PatchFeatures, PooledFeatures, choose_pool
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.storage import load_encoder
+from simmim.training.origins import is_timms
 from simmim.training.tracking import progress
 
 Result = TypeVar("Result")
 
 PART_IMAGES = 4096
 PART_IMAGES_OF_PATCHES = 256  # as many bytes: each image has some hundred vectors
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbedConfig:
-    """An encoder, images, and which of their features to write."""
-
-    command: ClassVar[str] = "embed"
-    run: Positional[Annotated[str, arg(metavar="RUN")]]
-    """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
-    data: str
-    """Images as simmim pretrain takes them: a folder, a list of paths, packed shards, .npz, hf:NAME or demo."""
-    labels: bool = False
-    """Write each image's label too: its class folder, or that of .csv (path,label), .npz (y_train), hf:NAME or demo."""
-    out: Word = None
-    """File to write: .parquet, .npz or .csv. The same command again resumes where it was killed."""
-    layer: int = -1
-    """Block of a ViT, or stage of another net, to take features from; negative numbers count from the end."""
-    pool: Pool = "auto"
-    """Mean over the image (avg), a ViT's class token, which SimMIM does not train, or the model's own (own: as timm's
-    model(images); auto: that of timm: and local-dir:, else avg)."""
-    patches: bool = False
-    """Write a vector for each feature-map cell, row by row, in place of one for the image."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """Precision of the numbers that are written."""
-    batch_size: Positive = 64
-    """Images that are encoded at a time."""
-    device: Device = "auto"
-    """Accelerator."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the encoder (auto: bf16 where the hardware has it, else fp32)."""
-    workers: Count = None
-    """Threads that decode images (default: one a core)."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of images that may be unreadable."""
 
 
 def embed(config: EmbedConfig) -> tuple[Any, ...]:

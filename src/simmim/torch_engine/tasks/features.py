@@ -6,24 +6,23 @@ Shapes: `B` images of a batch, `N` images, `C` channels, `H W` pixels, `h w` fea
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from simmim.config.commands import Pool
 from simmim.data.augment import CentreCrop, load
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw, decode
 from simmim.data.evaluation import readable_batches
 from simmim.data.sources import ImageSource, sniff
 from simmim.errors import UserError
-from simmim.torch_engine.models.encoders import is_timms
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.train.update import DTYPES
-
-Pool = Literal["auto", "avg", "token", "own"]
+from simmim.training.origins import is_timms
 
 
 def choose_pool(pool: Pool, run: str, *, layer: int = -1, patches: bool = False) -> Pool:

@@ -8,12 +8,11 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 from numpy.typing import NDArray
-from tyro.conf import Positional, arg
 
-from simmim.config.field_types import Count, Device, Positive, Word
+from simmim.config.commands import PredictConfig
 from simmim.config.validation import from_settings
 from simmim.data.decode import BadImage, decode
 from simmim.data.pages import say_pages
@@ -27,27 +26,6 @@ from simmim.training.run_directory import find_model, find_task_of, new_director
 from simmim.training.tracking import progress
 
 _TOP = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """A fine-tuned model and new images."""
-
-    command: ClassVar[str] = "predict"
-    run: Positional[Annotated[str, arg(metavar="RUN")]]
-    """The --out directory of a fine-tuning, or its model directory."""
-    images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE...")]]
-    """Image files, or one folder, list, .npz, hf:NAME or demo."""
-    out: Word = None
-    """A new directory for predictions.json and a picture of each image."""
-    batch_size: Positive = 64
-    """Images in one forward pass."""
-    device: Device = "auto"
-    """Accelerator."""
-    top: Count = None
-    """Classes that a classifier names for each image (default: 5)."""
-    workers: Count = None
-    """Threads that decode images (default: one a core)."""
 
 
 def predict(config: PredictConfig) -> dict[str, Any]:

@@ -6,17 +6,15 @@ Shapes: `N` images, `D` features, `K` classes.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
-from tyro.conf import Positional, arg
 
-from simmim.config.field_types import Count, Device, Positive, PositiveReal
+from simmim.config.commands import NEIGHBOURS, Method, ProbeConfig
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
 from simmim.data.labelled.classes import LabelledImages, Labels, hold_out, open_labelled
@@ -26,58 +24,13 @@ from simmim.metrics.classification import balanced_accuracy, knn_predict, top1
 from simmim.torch_engine.accelerators import choose_device, choose_precision
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PretrainStep
-from simmim.torch_engine.tasks.features import FeatureReader, Pool, PooledFeatures, choose_pool
+from simmim.torch_engine.tasks.features import FeatureReader, PooledFeatures, choose_pool
 from simmim.torch_engine.train.storage import load_encoder, untrained_encoder
 from simmim.training.run_directory import Run
 
-Method = Literal["knn", "linear"]
-
-NEIGHBOURS = 20
 # Strengths of the linear probe's L2 penalty that are tried, from strong to weak.
 _PENALTIES = tuple(10.0**-power for power in range(7))
 _USUAL_PENALTY = 1e-2  # where there are too few labels to try
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
-    """A probe of an encoder's frozen features."""
-
-    command: ClassVar[str] = "probe"
-    run: Positional[Annotated[str, arg(metavar="RUN")]]
-    """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
-    data: str
-    """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, .csv, .npz, hf:NAME or demo."""
-    method: Method = "knn"
-    """A vote of the nearest training images, or a linear classifier."""
-    layer: int = -1
-    """Block of a ViT, or stage of another net, to take features from; negative numbers count from the end."""
-    pool: Pool = "auto"
-    """Mean over the image (avg), a ViT's class token, which SimMIM does not train, or the model's own (own: as timm's
-    model(images); auto: that of timm: and local-dir:, else avg)."""
-    k: Positive = NEIGHBOURS
-    """Neighbours that vote."""
-    temperature: PositiveReal = 0.07
-    """A neighbour's vote weighs exp(cosine / temperature)."""
-    labels_per_class: Count = None
-    """Learn from so many images of each class only."""
-    label_seed: int = 0
-    """Seed of the choice of those images."""
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """Share of the images to judge by, where the data has no val or test part."""
-    seed: int = 0
-    """Seed of that split, and of what the linear probe holds out to choose its penalty."""
-    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Share of images that may be unreadable."""
-    batch_size: Positive = 64
-    """Images that are encoded at a time."""
-    device: Device = "auto"
-    """Accelerator."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the encoder (auto: bf16 where the hardware has it, else fp32)."""
-    workers: Count = None
-    """Threads that decode images (default: one a core)."""
-    baselines: bool = True
-    """Also judge raw pixels and the same encoder with random weights, which useful features must beat."""
 
 
 def probe(config: ProbeConfig) -> dict[str, Any]:

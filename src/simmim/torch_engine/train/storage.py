@@ -18,9 +18,9 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
-from simmim.interop.weight_names import BACKBONE, MASK_TOKEN
+from simmim.interop.weight_names import BACKBONE, MASK_TOKEN, from_timm
 from simmim.method.objectives import PixelReconstruction
-from simmim.torch_engine.models.encoders import is_timms, load_timm
+from simmim.torch_engine.models.encoders import load_timm
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.mask_guides import create_guide
@@ -30,7 +30,8 @@ from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbon
 from simmim.torch_engine.models.savings import PLAIN, Counts, Savings, count
 from simmim.torch_engine.train.checkpoint import load_model_state
 from simmim.training.checkpoint_directory import newest_checkpoint
-from simmim.training.run_directory import Run, find_task_of, written_whole
+from simmim.training.origins import check_encoder, encoder_directory, is_timms
+from simmim.training.run_directory import Run, read_pretraining, written_whole
 
 
 def full_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:
@@ -107,14 +108,8 @@ def untrained_encoder(run: str | Path) -> nn.Module:
 def _encoder_of(run: str | Path, *, pretrained: bool) -> nn.Module:
     if is_timms(str(run)):
         return load_timm(str(run), weights=pretrained)
-    directory = Run(Path(run)).encoder
-    if not directory.is_dir():
-        directory = Path(run)
-    if not (directory / "config.json").is_file():
-        raise UserError(
-            f"{run} has no encoder directory; give the --out directory of a run that has saved, timm:NAME or "
-            "local-dir:PATH"
-        )
+    check_encoder(str(run))
+    directory = encoder_directory(run)
     return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval()
 
 
@@ -150,11 +145,8 @@ def load_run(run: str | Path, *, objectives: bool = False) -> tuple[PretrainStep
 
     Its objectives (a teacher, clusters) and its mask guide, which are for training, come only if asked for.
     """
-    directory = Run(Path(run))
-    if task := find_task_of(directory.path):
-        raise UserError(f"{run} is fine-tuned for {task}, and reconstructs nothing; give the run that it began from")
-    config = directory.read_config(PretrainConfig)
-    checkpoint = newest_checkpoint(directory.checkpoints)
+    config = read_pretraining(run)
+    checkpoint = newest_checkpoint(Run(Path(run)).checkpoints)
     if checkpoint is None:
         raise UserError(f"{run} has no checkpoint yet; wait for its first --save-every-steps")
     # A run's features are those of anyone who loads its encoder, to the bit: products by the usual library.
@@ -211,13 +203,17 @@ def _check_passes(objectives: dict[str, ObjectiveModule]) -> None:
 
 
 def initialize(model: MaskedImageModel, source: str, name: str) -> str:
-    """Load the weights of `--init-from`: a run, or whatever `simmim convert` takes if it is of the timm model `name`.
+    """Load the weights of `--init-from`: a run, a model of timm's (`timm:NAME`, `local-dir:PATH`), or whatever
+    `simmim convert` takes if it is of the timm model `name`.
 
     Position tables and channels are resized; mask token and head come too, where there are such. Says what was loaded.
     Raises `UserError` where the encoder's weights do not fit.
     """
     path = Path(source)
-    if (path / "config.toml").is_file():
+    if is_timms(source):
+        state = as_tensors(from_timm(load_timm(source, option="--init-from").state_dict()).state)
+        target = model.target.kind
+    elif (path / "config.toml").is_file():
         other = load_model(path)
         state, target = other.state_dict(), other.target.kind
     elif path.exists():
@@ -227,7 +223,7 @@ def initialize(model: MaskedImageModel, source: str, name: str) -> str:
             raise UserError(f"--init-from {error}") from None
         state, target = as_tensors(checkpoint.mapped.state), checkpoint.settings.get("target", "pixels")
     else:
-        raise UserError(f"--init-from {source} is not there; give a run or a checkpoint")
+        raise UserError(f"--init-from {source} is not there; give a run, a checkpoint, timm:NAME or local-dir:PATH")
     if target != model.target.kind:  # a head for something else
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     try:
@@ -239,8 +235,8 @@ def initialize(model: MaskedImageModel, source: str, name: str) -> str:
 
 
 def as_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copy NumPy arrays to tensors."""
-    return {name: torch.tensor(array) for name, array in state.items()}
+    """Copy NumPy arrays, or tensors, to tensors."""
+    return {name: torch.as_tensor(array).clone() for name, array in state.items()}
 
 
 def adopt(model: MaskedImageModel, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:

@@ -21,6 +21,7 @@ from simmim.torch_engine.models.heads import create_head
 from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule, create_objective
 from simmim.torch_engine.models.resize import fit_backbone
 from simmim.torch_engine.models.views import cut_view
+from simmim.training.origins import is_timms
 from simmim.training.run_directory import Run, read_json, recall
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def load_teacher(source: str, *, weights: bool = True) -> nn.Module:
 
     if not source:
         raise UserError("objective teacher needs a teacher; add --teacher RUN, timm:NAME or a checkpoint file")
-    if source.startswith("timm:"):
+    if is_timms(source):
         return load_timm(source, option="--teacher", weights=weights)
     path = Path(source)
     if not path.exists():
