@@ -90,7 +90,7 @@ def test_a_fine_tuning_resumes_after_its_pretraining_was_deleted(
 
     shutil.rmtree(run.checkpoints)
     assert main(command(source, run.path, "--keep", "9")) == 2
-    assert "has no encoder; give the directory of a run" in capsys.readouterr().err
+    assert "has no encoder; give the --out directory of a run" in capsys.readouterr().err
 
 
 def test_a_run_whose_classes_got_other_names_is_not_resumed(

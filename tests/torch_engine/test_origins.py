@@ -9,6 +9,7 @@ import torch
 from timm.models import save_for_hf
 
 import simmim
+from simmim.cli import main
 from simmim.errors import UserError
 from simmim.torch_engine.tasks.base import find_spec
 from simmim.torch_engine.train.storage import load_encoder
@@ -66,7 +67,7 @@ def test_a_pretraining_begins_from_timms_weights(has_weights: str, tmp_path: Pat
 
 
 def test_weights_of_another_model_are_refused(has_weights: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"--init-from {has_weights} does not fit the encoder: .*; use the same --model"):
+    with pytest.raises(UserError, match=f"{has_weights} does not fit the encoder: .*; use the same --model"):
         simmim.pretrain(**MASKED | {"model_args": {}}, **TRAINING, out=str(tmp_path / "run"), init_from=has_weights)
 
 
@@ -86,6 +87,4 @@ def test_what_a_run_resumes_with_needs_the_weights_no_more(saved: Path, tmp_path
         (gone / name).write_bytes(content)
     run = simmim.pretrain(**MASKED, **TRAINING, out=str(tmp_path / "run"), init_from=f"local-dir:{gone}")
     (gone / "config.json").unlink()
-    from simmim.cli import main
-
     assert main(["resume", str(run.path), "--steps", "2"]) == 0

@@ -194,7 +194,7 @@ def test_the_figure_of_raw_pixels_is_a_vote_on_the_images_themselves(run: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere", "--data", "demo"], "nowhere has no encoder directory; give the --out directory of a run"),
+        (["nowhere", "--data", "demo"], "nowhere has no encoder; give the --out directory of a run"),
         (["RUN", "--data", "demo", "--layer", "7"], "layer 7 is not among the encoder's 2 layers; use -2 to 1"),
         (
             ["RUN", "--data", "demo", "--labels-per-class", "2"],

@@ -28,4 +28,4 @@ def export(run: str | Path, *, format: str, out: str | Path, allow_loss: bool = 
 
     exporters = dict(zip(FORMATS, (export_timm, export_transformers, export_onnx, export_official), strict=True))
     with new_directory(out) as directory:
-        return exporters[format](open_exported(path), directory, allow_loss)
+        return exporters[format](open_exported(path, format), directory, allow_loss)

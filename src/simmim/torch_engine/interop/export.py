@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.data.augment import CentreCrop
 from simmim.errors import UserError
 from simmim.interop.weight_names import State, from_official_simmim, to_official_simmim
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, build_model
+from simmim.torch_engine.tasks.segment import load_predictor
 from simmim.torch_engine.train.storage import load_run, save_hub
 from simmim.training.pretrain_plan import draw_masks
 from simmim.training.run_directory import find_model, find_task_of
@@ -29,14 +31,19 @@ _TOLERANCE = 1e-4  # relative to the largest value; allows for other kernels and
 
 @dataclass(frozen=True)
 class Source:
-    """Model to export: a run's backbone with its classifier, or with the whole pretraining model."""
+    """Model to export: a run's backbone with its classifier, or with the whole pretraining model, or a segmenter."""
 
     run: Path
-    backbone: Any  # a timm module
+    backbone: Any  # a timm module, or a `Segmenter`
     input_size: tuple[int, int, int]  # C, H, W
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...] = ()
+    task: str = "encoder"
+    crop: float | None = CentreCrop.fraction
+    """Share of the largest centre box of the input's shape that evaluation sees; `None`: the whole image, squashed."""
+    dtype: str = "uint8"
+    """Type of the pixels that evaluation decodes."""
     model: MaskedImageModel | None = None
     config: PretrainConfig | None = None
 
@@ -50,12 +57,15 @@ class Source:
         return self.model, self.config
 
 
-def open_exported(path: Path) -> Source:
-    """Open the model of a run. Raises `UserError` if there is none."""
+def open_exported(path: Path, format: str = "timm") -> Source:
+    """Open the model of a run. Raises `UserError` if there is none, or the format has no place for it."""
     if task := find_task_of(path):
+        if task == "segment" and format == "onnx":
+            return _open_segmenter(path)
         if task != "classify":
+            also = " (and ONNX of segmentation)" if task == "segment" else ""
             raise UserError(
-                f"{path} is fine-tuned for {task}, and exports are of encoders and classifiers; "
+                f"{path} is fine-tuned for {task}, and exports are of encoders and classifiers{also}; "
                 "use it with simmim predict, or export the run that it began from"
             )
         hub = find_model(path)
@@ -68,6 +78,9 @@ def open_exported(path: Path) -> Source:
             tuple(data["mean"]),
             tuple(data["std"]),
             classes=tuple(settings.get("label_names", ())),
+            task="classify",
+            crop=data["crop_pct"],
+            dtype=settings.get("pixel_dtype", "uint8"),
         )
     step, config = load_run(path)
     assert config.image_size is not None
@@ -76,6 +89,29 @@ def open_exported(path: Path) -> Source:
     size = (config.channels, *config.image_size)
     backbone = step.model.encoder.backbone
     return Source(path, backbone, size, config.mean, config.std, model=step.model, config=config)
+
+
+def _open_segmenter(path: Path) -> Source:
+    predictor = load_predictor(find_model(path), "cpu")
+    config = predictor.config
+    if config.evaluation == "slide":
+        raise UserError(
+            f"{path} is evaluated by sliding windows, and an ONNX file sees one image; use simmim predict, or "
+            "fine-tune with --evaluation resize"
+        )
+    assert config.image_size is not None and isinstance(config.mean, tuple) and isinstance(config.std, tuple)
+    size = (config.channels, *config.image_size)
+    return Source(
+        path,
+        predictor.step.model.eval(),
+        size,
+        config.mean,
+        config.std,
+        classes=predictor.classes,
+        task="segment",
+        crop=None,
+        dtype=predictor.dtype.name,
+    )
 
 
 def export_timm(source: Source, out: Path, _allow_loss: bool) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from simmim.errors import UserError
 from simmim.torch_engine.interop.export import Outputs, Source, compare
@@ -22,19 +23,20 @@ _ONE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GB, larger weights 
 def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
     """Export `model.onnx`: normalised images (B, C, H, W) → timm's `forward_features` and an embedding (B, D).
 
-    A fine-tuned classifier outputs logits (B, K) instead.
+    A fine-tuned classifier outputs logits (B, K) instead, and a segmenter logits (B, K, H, W). The file's metadata say
+    how to prepare an image.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"--format onnx needs {package}: pip install 'simmim[onnx]'")
     import onnxruntime
 
-    names = ("logits",) if source.classes else ("features", "embedding")
+    names = ("features", "embedding") if source.task == "encoder" else ("logits",)
     file = out / "model.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
-            _Outputs(_without_fused_attention(source.backbone), classify=bool(source.classes)),
+            _Outputs(_without_fused_attention(source.backbone), source.task),
             (source.images(),),
             dynamo=True,
             input_names=["images"],
@@ -45,7 +47,7 @@ def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
     program.model.metadata_props.update(_description(source))
     program.save(str(file), external_data=sum(weight.nbytes for weight in source.backbone.parameters()) > _ONE_FILE)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    module = _Outputs(source.backbone, classify=bool(source.classes))
+    module = _Outputs(source.backbone, source.task)
 
     def pair(number: int) -> tuple[str, Outputs, Outputs]:
         def reloaded(images: Tensor) -> Tensor:
@@ -61,13 +63,16 @@ def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
 class _Outputs(nn.Module):
     """Outputs of the exported graph."""
 
-    def __init__(self, backbone: Any, *, classify: bool):
+    def __init__(self, backbone: Any, task: str):
         super().__init__()
-        self.backbone, self.classify = backbone, classify
+        self.backbone, self.task = backbone, task
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if self.classify:
+        if self.task == "classify":
             return (self.backbone(images),)
+        if self.task == "segment":
+            size = (images.shape[2], images.shape[3])
+            return (functional.interpolate(self.backbone(images), size=size, mode="bilinear", align_corners=False),)
         features = self.backbone.forward_features(images)
         return features, self.backbone.forward_head(features)
 
@@ -82,8 +87,26 @@ def _without_fused_attention(backbone: nn.Module) -> nn.Module:
 
 
 def _description(source: Source) -> dict[str, str]:
-    """Describe the preprocessing, (pixel / 255 - mean) / std, in the file's metadata."""
-    facts = {"mean": source.mean, "std": source.std, "input_size": source.input_size}
+    """Describe in the file's metadata all that preparing an image takes, as JSON values, and in words."""
+    channels, height, width = source.input_size
+    crop = {"crop": "whole"} if source.crop is None else {"crop": "centre", "crop_fraction": source.crop}
+    facts: dict[str, Any] = {
+        "task": source.task, "input_size": source.input_size, "channels": channels, **crop,
+        "interpolation": "bilinear", "antialias": True, "mean": source.mean, "std": source.std,
+    }  # fmt: skip
     if source.classes:
         facts["classes"] = source.classes
+    box = (
+        "the whole image"
+        if source.crop is None
+        else f"the box in the middle with {source.crop:g} of the sides of the largest one of shape {height}:{width}"
+    )
+    values = "8-bit values, or 16-bit values / 257" if source.dtype == "float32" else "8-bit values"
+    facts["preparation"] = (
+        f"Turn the image upright (EXIF), lay transparency on white, convert it to {channels} channels. Take {box} and "
+        f"resize it to {height}x{width} (H x W) by bilinear interpolation with antialiasing, as Pillow's BILINEAR. "
+        f"Then ({values} / 255 - mean) / std, in the order B, C, H, W."
+    )
+    if source.task == "segment":
+        facts["preparation"] += " Resize the logits to the image's size by bilinear interpolation; the largest decides."
     return {name: json.dumps(value) for name, value in facts.items()}
