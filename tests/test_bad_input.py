@@ -48,6 +48,7 @@ def here(tmp_path_factory):
         (folder / f"renamed/{number}.jpg").write_text("no image")
     (folder / "foreign/thesis.tex").write_text("mine")
     (folder / "file").write_text("a file")
+    (folder / "nothing.pth").touch()
     (folder / "empty.txt").write_text("# no path\n")
     (folder / "astray.txt").write_text("nowhere/1.png\n")
     (folder / "broken.toml").write_text("a = [1")
@@ -145,6 +146,7 @@ BAD_OPTIONS = {
     "--init-from nowhere": "--init-from nowhere is not there; give a run, a checkpoint, timm:NAME or local-dir:PATH",
     "--init-from local-dir:images": "--init-from local-dir:images has no config.json; give a directory that timm or "
     "save_pretrained wrote",
+    "--init-from nothing.pth": "--init-from nothing.pth is empty; copy or download it again",
     "--init-from file": "--init-from file is damaged or not a PyTorch checkpoint: unpickling stack underflow",
     "--probe nowhere": "nowhere does not exist; give a folder of classes, a .csv, an .npz, hf:NAME or demo",
     "--probe images": "folder images has no class folders; put each class's images in a folder of its name",
@@ -174,6 +176,7 @@ BAD_OPTIONS = {
     "--config nowhere.toml": "configuration nowhere.toml cannot be read: No such file or directory; give a TOML file",
     "--config broken.toml": "configuration broken.toml is not TOML: Unclosed array (at end of document); compare it "
     "with a RUN/config.toml",
+    "--config images/0.png": "configuration images/0.png is not text; give a TOML file, such as a RUN/config.toml",
     "--config unknown.toml": "unknown.toml: setting 'mask_rato' is not known; did you mean mask?",
     "--config type.toml": "type.toml: batch size 'many' is not a whole number; the default is 64",
     "--config unknown.toml --recipe demo": "--recipe and --config both set the defaults; use one of them",
@@ -223,6 +226,17 @@ def test_a_bad_command_gets_its_line(argv, line, capsys):
     assert error_of(argv.split(), capsys) == line
 
 
+def test_a_long_name_is_shortened(capsys):
+    line = error_of(tiny(f"--model {'x' * 5000} --model-args"), capsys)
+    assert line.startswith(f"model '{'x' * 99}…") and len(line) < 300
+
+
+def test_a_damaged_configuration_of_a_run_is_told(here, capsys):
+    (here / "damaged").mkdir()
+    (here / "damaged/config.toml").write_bytes(b"\xff\xfe")
+    assert error_of(["reconstruct", "damaged", "images"], capsys).startswith("damaged/config.toml is damaged (")
+
+
 @pytest.fixture(scope="module")
 def run(here):
     """A finished pretraining of one step."""
@@ -254,7 +268,7 @@ def test_reconstructing_what_is_no_image_is_refused(run, capsys):
 
 def test_reconstructing_a_missing_image_is_refused(run, capsys):
     assert error_of(["reconstruct", "finished", "images/1.png", "nowhere.png"], capsys) == (
-        "nowhere.png is not a file; give image files, or one folder, list, hf:NAME or demo"
+        "nowhere.png does not exist; give image files, or one folder, list, hf:NAME or demo"
     )
 
 

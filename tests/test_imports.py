@@ -94,6 +94,12 @@ def test_every_public_name_can_be_had():
     assert all(getattr(simmim, name) is not None for name in simmim.__all__)
 
 
+def test_a_listing_shows_the_public_names_alone():
+    import simmim
+
+    assert dir(simmim) == sorted(simmim.__all__)
+
+
 def test_an_unknown_name_is_an_attribute_error():
     import simmim
 

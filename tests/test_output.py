@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from simmim.cli import COMMANDS, main
-from simmim.output import SafeStream, printable, say
+from simmim.output import SafeStream, printable, say, show
+from simmim.training.tracking import Console
 
 SIMMIM = [sys.executable, "-m", "simmim"]
 
@@ -96,3 +98,37 @@ def test_files_do_not_take_the_place_of_a_closed_output(tmp_path: Path) -> None:
     )
     closed = f'exec {sys.executable} -c "$0" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", closed, script], check=False).returncode == 0
+
+
+NAME = "a\x1b[2J\nb.png"
+SAFE = r"a\x1b[2J\nb.png"
+
+
+def test_names_in_results_and_messages_cannot_control_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    say(f"looking at {NAME}")
+    show([f"{NAME} is packed", Path(NAME)])
+    found = capsys.readouterr()
+    assert (found.out, found.err) == (f"{SAFE} is packed\n{SAFE}\n", f"looking at {SAFE}\n")
+
+
+def test_a_training_s_lines_cannot_either(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal in (False, True):
+        monkeypatch.setattr(SafeStream, "isatty", lambda _stream, terminal=terminal: terminal)
+        console = Console(total=1, start=0, enabled=True)
+        console.say(f"writes {NAME}")
+        console.close()
+        assert f"writes {SAFE}" in capsys.readouterr().err
+
+
+def test_commands_show_names_safely(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / NAME.partition(".")[0]
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    (folder / "run").mkdir()
+    (folder / "run/config.toml").write_text('model = "resnet18"\n')
+    assert main(["pack", str(folder), "--out", f"{folder}/shards"]) == 0
+    assert main(["runs", str(folder)]) == 0
+    assert main(["probe", str(folder), "--data", "demo"]) == 2
+    found = capsys.readouterr()
+    text = found.out + found.err
+    assert "\x1b" not in text and text.count(r"a\x1b[2J\nb") >= 4

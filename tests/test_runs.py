@@ -139,7 +139,7 @@ def test_a_directory_without_runs_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_name_that_is_no_text_is_shown(tmp_path: Path) -> None:
     make(tmp_path / os.fsdecode(b"\xff"))
-    assert r"\udcff" in describe(find_runs(tmp_path))
+    assert r"\udcff" in "\n".join(describe(find_runs(tmp_path)))
 
 
 def test_the_command_resumes_a_killed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from simmim.disk import WriteError
 from simmim.errors import TrainingFailedError, UserError
-from simmim.output import printable, safe_output
+from simmim.output import printable, safe_output, shortened
 from simmim.subcommands import COMMANDS
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             line = explain(error)
             if debug or line is None:
                 raise
-            print(f"simmim: {printable(line)}", file=sys.stderr)
+            print(f"simmim: {shortened(printable(line))}", file=sys.stderr)
             return 2 if isinstance(error, (UserError, OSError)) else 1
 
 
@@ -74,6 +74,8 @@ def explain(error: Exception) -> str | None:
     """Describe an error in one line for the user; `None` for a bug."""
     if isinstance(error, OSError) and error.strerror and not isinstance(error, WriteError):
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (UserError, TrainingFailedError)) and str(error):
+        return str(error).strip()  # a line end is one of a name
     if isinstance(error, (UserError, OSError, TrainingFailedError)):
         return str(error).strip().splitlines()[0] if str(error) else repr(error)
     if "out of memory" in str(error) or "can't allocate memory" in str(error):  # CUDA's and the CPU's messages

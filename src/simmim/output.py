@@ -3,8 +3,9 @@
 import contextlib
 import errno
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,25 @@ class SafeStream:
 
 
 def say(text: str) -> None:
-    """Print a line on standard error, if there is one."""
+    """Print a line on standard error, if there is one, with escapes for what would control a terminal."""
     stream = sys.stderr if isinstance(sys.stderr, SafeStream) else SafeStream(sys.stderr)
-    stream.write(f"{text}\n")
+    stream.write(f"{printable(text)}\n")
     stream.flush()
 
 
 def printable(text: str) -> str:
     """Escape what would control a terminal, such as an escape byte or a line end in the name of a file."""
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def show(lines: Iterable[object]) -> None:
+    """Print results on standard output, one a line: names of files in them cannot control a terminal."""
+    print("\n".join(printable(str(line)) for line in lines))
+
+
+def shortened(text: str) -> str:
+    """Shorten words that are too long to read, such as a name that was repeated by mistake."""
+    return re.sub(r"\S{300,}", lambda word: f"{word[0][:100]}…{word[0][-50:]}", text)
 
 
 @contextlib.contextmanager

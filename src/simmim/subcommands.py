@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from simmim.arguments import parse_checked, parse_with_defaults, parse_with_json
 from simmim.config.cli_errors import parse
 from simmim.errors import UserError
+from simmim.output import show
 
 if TYPE_CHECKING:
     from simmim.config.pretraining import PretrainConfig
@@ -67,7 +68,7 @@ def reconstruct(argv: list[str]) -> int:
         features: bool = False
         """Draw features as colours (three principal axes) instead; for a run of any objective."""
 
-    print(reconstruct(**vars(parse(Command, "reconstruct", _about("reconstruct"), argv))))
+    show([reconstruct(**vars(parse(Command, "reconstruct", _about("reconstruct"), argv)))])
     return 0
 
 
@@ -142,7 +143,7 @@ def report(argv: list[str]) -> int:
     """Write what a run did and what it is worth as one HTML page; several runs side by side"""
     from simmim.report.page import ReportConfig, report
 
-    print(report(parse(ReportConfig, "report", _about("report"), argv)))
+    show([report(parse(ReportConfig, "report", _about("report"), argv))])
     return 0
 
 
@@ -161,7 +162,10 @@ def predict(argv: list[str]) -> int:
     from simmim.torch_engine.tasks.predict import describe, predict
 
     found = predict(config)
-    print(json.dumps(found, indent=1) if as_json else describe(found, config.out))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(describe(found, config.out))
     return 0
 
 
@@ -181,8 +185,7 @@ def embed(argv: list[str]) -> int:
 
     from simmim.torch_engine.tasks.embed import embed_to_file
 
-    for line in embed_to_file(config):
-        print(line)
+    show(embed_to_file(config))
     return 0
 
 
@@ -192,7 +195,10 @@ def search(argv: list[str]) -> int:
 
     config, as_json = parse_with_json(SearchConfig, "search", _about("search"), argv)
     found = search(config)
-    print(json.dumps(found, indent=1) if as_json else describe(found))
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(describe(found))
     return 0
 
 
@@ -200,7 +206,7 @@ def pack(argv: list[str]) -> int:
     """Convert images to shards that load faster"""
     from simmim.commands.pack import PackConfig, pack
 
-    print("\n".join(pack(parse(PackConfig, "pack", _about("pack"), argv))))
+    show(pack(parse(PackConfig, "pack", _about("pack"), argv)))
     return 0
 
 
@@ -281,7 +287,10 @@ def runs(argv: list[str]) -> int:
 
     command = parse(Command, "runs", _about("runs"), argv)
     found = find_runs(command.directory)
-    print(json.dumps({"runs": found}, indent=1) if command.json else describe(found))
+    if command.json:
+        print(json.dumps({"runs": found}, indent=1))
+    else:
+        show(describe(found))
     return 0
 
 
@@ -342,7 +351,7 @@ def convert(argv: list[str]) -> int:
 
     from simmim.torch_engine.interop.convert import convert
 
-    print("\n".join(convert(config)))
+    show(convert(config))
     return 0
 
 
@@ -363,7 +372,7 @@ def export(argv: list[str]) -> int:
         allow_loss: bool = False
         """Export even if the format cannot hold everything."""
 
-    print("\n".join(export(**vars(parse(Command, "export", _about("export"), argv)))))
+    show(export(**vars(parse(Command, "export", _about("export"), argv))))
     return 0
 
 

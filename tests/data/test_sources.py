@@ -10,6 +10,7 @@ from PIL import Image
 
 from simmim.data.decode import decode
 from simmim.data.files import PathList
+from simmim.data.packed.format import is_packed
 from simmim.data.sources import Subset, open_source, register_source, sniff
 
 
@@ -109,6 +110,14 @@ def test_a_folder_that_may_not_be_listed_is_refused(tmp_path: Path):
     (tmp_path / "a").chmod(0)
     with pytest.raises(ValueError, match="a cannot be listed: Permission denied; check its permissions"):
         open_source(str(tmp_path))
+
+
+def test_a_folder_that_may_not_be_looked_into_is_no_set_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def closed(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", closed)  # for anyone but root
+    assert not is_packed(tmp_path)
 
 
 def test_the_demo_images_are_small_and_in_colour():

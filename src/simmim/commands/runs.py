@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.errors import UserError
+from simmim.output import printable
 from simmim.training.checkpoint_directory import checkpoint_step
 from simmim.training.run_directory import Run, read_json
 from simmim.training.saved_work import count_steps, last_record, save_interval
@@ -33,20 +34,20 @@ def find_runs(directory: str | Path) -> list[dict[str, Any]]:
     return found
 
 
-def describe(runs: list[dict[str, Any]]) -> str:
-    """Format runs as a table, and the commands that resume them."""
+def describe(runs: list[dict[str, Any]]) -> list[str]:
+    """Format runs as lines of a table, and the commands that resume them."""
     rows = [("run", "state", "step", "loss", "figure", "objective", "model", "data")]
     for run in runs:
         steps = "?" if run["steps"] is None else run["steps"]
         loss = "" if run["loss"] is None else f"{run['loss']:.4f}"
         figure = "{} {:.4f}".format(*run["figure"]) if run["figure"] else ""
         step = f"{run['step']}/{steps}"
-        rows.append((run["run"], run["state"], step, loss, figure, run["objective"], run["model"], run["data"]))
+        cells = (run["run"], run["state"], step, loss, figure, run["objective"], run["model"], run["data"])
+        rows.append(tuple(map(printable, cells)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     commands = [run["resume"] for run in runs if run["resume"]]
-    text = "\n".join([*lines, *(["", "to resume:", *commands] if commands else [])])
-    return text.encode(errors="backslashreplace").decode()  # a directory's name need not be text
+    return [*lines, *(["", "to resume:", *commands] if commands else [])]
 
 
 def _walk(directory: Path) -> Iterator[Run]:

@@ -3,7 +3,6 @@
 Shapes: `N` images, `Q` queries, `D` features.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -17,6 +16,7 @@ from simmim.config.validation import from_settings
 from simmim.data.sources import ImageSource, Subset, check_files, open_files, open_source
 from simmim.errors import UserError
 from simmim.metrics.classification import unit_length
+from simmim.output import say
 from simmim.report.copies import duplicates, is_blank, small_copies
 from simmim.report.gallery import thumbnail_batches, thumbnails_of
 from simmim.training.origins import check_encoder
@@ -137,8 +137,7 @@ def _stored(config: SearchConfig, source: ImageSource) -> tuple[NDArray[np.int64
     assert file is not None
     names, features, facts = read_features(Path(file))
     if not facts:
-        print(f"warning    {file} does not say which encoder made it; it is taken for that of {config.run}",
-              file=sys.stderr)  # fmt: skip
+        say(f"warning    {file} does not say which encoder made it; it is taken for that of {config.run}")
     elif facts["encoder"] != (digest := encoder_digest(load_encoder(config.run))):
         raise UserError(
             f"{file} was made by another encoder ({facts['encoder']}) than that of {config.run} ({digest}); "
@@ -167,8 +166,8 @@ def save_picture(rows: list[NDArray[np.uint8]], path: Path) -> None:
     save_png(np.concatenate(padded) if padded else np.full((64, 64, 3), 255, np.uint8), path)
 
 
-def describe(found: list[dict[str, Any]]) -> str:
-    """Format neighbours or pairs as text."""
+def describe(found: list[dict[str, Any]]) -> list[str]:
+    """Format neighbours or pairs as lines."""
     lines = []
     for each in found:
         if "query" in each:
@@ -176,8 +175,7 @@ def describe(found: list[dict[str, Any]]) -> str:
             lines += [f"  {near['similarity']:.3f}  {near['name']}" for near in each["neighbours"]]
         else:
             lines.append(f"{each['correlation']:.3f}  {each['names'][0]}  {each['names'][1]}")
-    text = "\n".join(lines) or "no likely duplicates"
-    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
+    return lines or ["no likely duplicates"]
 
 
 def _same(name: str, other: str) -> bool:

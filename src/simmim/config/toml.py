@@ -54,6 +54,8 @@ def read_toml(path: str | os.PathLike[str], kind: type[Config]) -> Config:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"configuration {path} cannot be read: {error.strerror}; give a TOML file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"configuration {path} is not text; give a TOML file, such as a RUN/config.toml") from None
     try:
         return parse_toml(text, kind)
     except tomllib.TOMLDecodeError as error:

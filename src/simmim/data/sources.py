@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from simmim.config.field_types import Flip
 from simmim.data.decode import BadImage, Raw, open_picture
-from simmim.data.files import PathList, open_folder, open_list
+from simmim.data.files import SUFFIXES, PathList, open_folder, open_list
 from simmim.data.hugging_face import open_hugging_face
 from simmim.data.packed.format import is_packed, open_packed
 from simmim.errors import UserError
@@ -198,11 +198,13 @@ def check_files(images: Sequence[str]) -> None:
     """Raise `UserError` where `open_files` would find nothing. Opens nothing."""
     if not images:
         raise UserError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
-    if _is_set(images):
+    if _is_set(images) and not images[0].lower().endswith(SUFFIXES):
         check_there(images[0])
         return
     for image in images:
-        if not Path(image).is_file():
+        if not Path(image).exists():
+            raise UserError(f"{image} does not exist; give image files, or one folder, list, hf:NAME or demo")
+        if len(images) > 1 and not Path(image).is_file():
             raise UserError(f"{image} is not a file; give image files, or one folder, list, hf:NAME or demo")
 
 

@@ -111,11 +111,15 @@ def read_pickle(path: Path) -> Any:
 
     Raises `UserError` for a missing or damaged file, `UnsafePickleError` for one that would execute code.
     """
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"{path} is empty; copy or download it again")
     try:
         with path.open("rb") as file:
             return _read_zip(path) if file.read(4) == b"PK\x03\x04" else _read_legacy(path)
     except UnsafePickleError as error:
         raise UnsafePickleError(f"{path} is refused: {error}") from None
+    except EOFError:
+        raise UserError(f"{path} is cut short or not a PyTorch checkpoint; copy or download it again") from None
     except Exception as error:  # a damaged pickle may break anything: missing members, types, the recursion limit
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is damaged or not a PyTorch checkpoint: {reason}") from None

@@ -196,7 +196,15 @@ def find_task_of(path: Path) -> str | None:
         if file.is_file():
             return json.loads(file.read_text(encoding="utf-8"))["task"]
     config = Run(path).config
-    return tomllib.loads(config.read_text(encoding="utf-8")).get("task") if config.is_file() else None
+    return _read_raw(config).get("task") if config.is_file() else None
+
+
+def _read_raw(config: Path) -> dict[str, Any]:
+    """Return the table in a run's config.toml, whatever its command. Raises `UserError` for a damaged one."""
+    try:
+        return tomllib.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:  # no TOML, or no text
+        raise UserError(f"{config} is damaged ({error}); bring it back, or give another directory") from None
 
 
 def find_model(path: Path) -> Path:
@@ -258,7 +266,7 @@ def hold_run(config: TrainingConfig, *, is_main: bool) -> Iterator[None]:
         except OSError as error:
             raise _not_writable(run, error) from None
         if run.config.is_file() and not config.fresh:
-            old = tomllib.loads(run.config.read_text(encoding="utf-8"))
+            old = _read_raw(run.config)
             check_checkpoints(run, old, _origin(config))
         yield
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.disk import to_disk, writing
-from simmim.output import SafeStream, say
+from simmim.output import SafeStream, printable, say
 from simmim.training.run_directory import Run, read_json, write_json
 
 Item = TypeVar("Item")
@@ -174,7 +174,7 @@ class Console:
         if not self._enabled:
             return
         if self._bar:
-            self._bar.console.print(text, highlight=False, soft_wrap=True, markup=False)
+            self._bar.console.print(printable(text), highlight=False, soft_wrap=True, markup=False)
         else:
             say(text)
 

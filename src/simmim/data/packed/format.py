@@ -229,7 +229,10 @@ class PackedImages:
 
 
 def is_packed(path: Path) -> bool:
-    return (path / MANIFEST).is_file() or (path / UNFINISHED).is_file()
+    try:
+        return (path / MANIFEST).is_file() or (path / UNFINISHED).is_file()
+    except PermissionError:  # a closed folder, of which who opens it says so
+        return False
 
 
 def open_packed(data: str) -> PackedImages:

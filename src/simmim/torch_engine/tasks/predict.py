@@ -19,7 +19,7 @@ from simmim.data.pages import say_pages
 from simmim.data.sources import ImageSource, open_files, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
-from simmim.output import printable, say
+from simmim.output import say
 from simmim.torch_engine.accelerators import choose_device
 from simmim.torch_engine.tasks.base import Predictor, find_spec
 from simmim.training.run_directory import find_model, find_task_of, new_directory
@@ -54,16 +54,16 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     return found
 
 
-def describe(found: dict[str, Any], out: str | None) -> str:
-    """Format predictions as text, one line for each image."""
+def describe(found: dict[str, Any], out: str | None) -> list[str]:
+    """Format predictions as lines, one for each image."""
     summarize = find_spec(found["task"]).summarize
     rows = [(summarize(prediction), prediction["image"]) for prediction in found["images"]]
     width = max(len(summary) for summary, _ in rows)
-    lines = [printable(f"{summary:{width}}  {name}") for summary, name in rows]
-    lines += [printable(f"{bad['image']} could not be read: {bad['reason']}") for bad in found["bad_images"]]
+    lines = [f"{summary:{width}}  {name}" for summary, name in rows]
+    lines += [f"{bad['image']} could not be read: {bad['reason']}" for bad in found["bad_images"]]
     if out is not None:
         lines.append(f"pictures and predictions.json are in {out}")
-    return "\n".join(lines)
+    return lines
 
 
 @dataclass(frozen=True)
