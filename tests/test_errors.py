@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
@@ -19,10 +20,10 @@ from simmim.errors import TrainingDivergedError, UserError
 WORK = {
     "pretrain --data demo --out RUN": "simmim.engines.pretrain",
     "reconstruct RUN IMAGE": "simmim.commands.reconstruct.reconstruct",
-    "probe RUN --data demo": "simmim.torch_engine.tasks.probe.probe",
+    "probe timm:resnet18 --data demo": "simmim.torch_engine.tasks.probe.probe",
     "finetune classify --data demo --from scratch --out RUN": "simmim.torch_engine.train.finetune.finetune",
     "predict RUN IMAGE": "simmim.torch_engine.tasks.predict.predict",
-    "embed RUN --data demo --out FILE": "simmim.torch_engine.tasks.embed.embed_to_file",
+    "embed timm:resnet18 --data demo --out FILE": "simmim.torch_engine.tasks.embed.embed_to_file",
     "convert FILE --out RUN": "simmim.torch_engine.interop.convert.convert",
     "export RUN --format onnx --out DIR": "simmim.commands.export.export",
     "pack demo --out DIR": "simmim.commands.pack.pack",
@@ -36,7 +37,7 @@ WORK = {
 
 @pytest.mark.parametrize("line", WORK)
 def test_a_bug_in_a_command_is_raised_and_a_users_mistake_exits_with_2(
-    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(error: Exception) -> Any:
         def work(*_args: Any, **_settings: Any) -> Any:
@@ -44,6 +45,11 @@ def test_a_bug_in_a_command_is_raised_and_a_users_mistake_exits_with_2(
 
         return work
 
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN/task.json").write_text('{"task": "classify"}')
+    for name in ("IMAGE", "FILE"):
+        (tmp_path / name).touch()
     monkeypatch.setattr(WORK[line], fail(ValueError("too many values to unpack")))
     with pytest.raises(ValueError, match="too many values to unpack"):
         main(line.split())
@@ -53,7 +59,7 @@ def test_a_bug_in_a_command_is_raised_and_a_users_mistake_exits_with_2(
 
 
 def test_a_bug_ends_the_process_with_a_traceback_and_code_1() -> None:
-    script = "from simmim.commands import doctor; doctor.examine = lambda: int('x')\n"
+    script = "from simmim.commands import doctor; doctor.examine = lambda _: int('x')\n"
     script += "from simmim.cli import main; main(['doctor'])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1

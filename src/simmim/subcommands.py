@@ -295,19 +295,25 @@ def runs(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
-    """Check this machine: what works and what is missing"""
+    """Check this machine: what works, what is missing, and what would endanger a run"""
+    from tyro.conf import Positional, arg
+
     from simmim.commands.doctor import examine
 
     @dataclass(frozen=True, kw_only=True)
     class Command:
+        directory: Positional[Annotated[str, arg(metavar="DIR")]] = "."
+        """Directory that runs are to be written to: its disk, and its file locks."""
         json: bool = False
         """Print JSON only."""
 
     command = parse(Command, "doctor", _about("doctor"), argv)
-    findings = examine()
+    findings = examine(command.directory)
     width = max(map(len, findings)) + 2
-    text = "\n".join(f"{name:{width}}{finding}" for name, finding in findings.items())
-    print(json.dumps(findings, indent=1) if command.json else text)
+    if command.json:
+        print(json.dumps(findings, indent=1))
+    else:
+        show(f"{name:{width}}{finding}" for name, finding in findings.items())
     return 0
 
 

@@ -5,7 +5,9 @@ import os
 import platform
 import re
 import shutil
+from pathlib import Path
 
+from simmim.commands.dangers import find_dangers
 from simmim.commands.tpu_check import try_compiler
 from simmim.hardware.host import cpu_cores, cpu_has_bf16, cpu_name, describe_tpu
 
@@ -23,8 +25,11 @@ _OPTIONAL = {
 }
 
 
-def examine() -> dict[str, str]:
-    """Return findings by name, one line each. Tries a very small training step on each device, and times kernels."""
+def examine(directory: str = ".") -> dict[str, str]:
+    """Return findings by name, one line each. Tries a very small training step on each device, and times kernels.
+
+    `directory` is where runs are to be written. What endangers a run begins with "DANGER".
+    """
     bf16 = "bf16 in hardware" if cpu_has_bf16() else "no bf16, so fp32 is used"
     findings = {
         "simmim": _version("simmim") or "not installed as a package",
@@ -32,15 +37,17 @@ def examine() -> dict[str, str]:
         "cpu": f"{cpu_name()}, {cpu_cores()} cores, {bf16}",
         "memory": _memory(),
         "compiler": _compiler(),
+        **find_dangers(Path(directory)),
     }
     try:
         from simmim.torch_engine.accelerators import describe_gpus
         from simmim.torch_engine.perf.kernel_choice import try_kernels
+        from simmim.torch_engine.perf.nvidia import describe_nvidia
         from simmim.torch_engine.perf.trial import try_devices
     except ImportError as error:
         findings["training"] = f"does not work: {error}; install simmim again"
     else:
-        findings |= describe_gpus() | try_devices() | try_kernels()
+        findings |= describe_gpus() | describe_nvidia() | try_devices() | try_kernels()
     findings["tpu"] = describe_tpu()
     findings["compiling for TPUs"] = try_compiler()
     findings |= {name: _version(name) or "MISSING; install simmim again" for name in _required()}
