@@ -59,6 +59,11 @@ def test_the_hours_are_flops_over_what_the_accelerator_reaches():
     assert option.hours[1] == pytest.approx(steps * 512 * 100e9 / (312e12 * 0.80) / 3600, rel=0.01)
 
 
+def test_it_says_what_it_counts_and_counts_each_step_once(capsys):
+    answer(accelerator=("a100-80gb", "h100-pcie"), devices=1)
+    assert capsys.readouterr().err == "counting the operations of a step on cuda in bf16\n"
+
+
 def test_the_cost_is_hours_times_devices_times_price():
     option = answer(accelerator=("a100-80gb",), devices=4).options[0]
     assert option.usd == pytest.approx([hours * 4 * 1.79 for hours in option.hours])

@@ -21,6 +21,7 @@ from simmim.errors import UserError
 from simmim.hardware.accelerators import Accelerator, Facts, read_facts
 from simmim.hardware.roofline import Rates, StepWork, fit_rates
 from simmim.method.heads import Head
+from simmim.output import say
 
 Measure = Callable[[PretrainConfig], StepWork]
 OWN = "this-machine"
@@ -32,18 +33,23 @@ class Estimator:
     def __init__(self, request: Request, measure: Measure | None):
         self.request = request
         self.facts: Facts = read_facts(request.accelerators)
-        if measure is None:
-            from simmim.torch_engine.perf.cost import measure_work as measure
         self.config = config_of(request)
         self.batch_size = request.batch_size or _default_batch(request.images)
         if self.batch_size > request.images:
             raise UserError(f"batch size {self.batch_size} is more than {request.images} images; use a smaller one")
+        if measure is None:  # after what is a mistake without PyTorch, which takes seconds to load
+            from simmim.torch_engine.perf.cost import measure_work as measure
         self.own = read_own_machine(request.calibration, measure) if request.calibration else None
         self.rows = self._choose(self.facts.accelerators | ({OWN: self.own[0]} if self.own else {}))
-        self._work = functools.cache(
-            lambda device, precision, checkpoint: measure(
-                dataclasses.replace(self.config, device=device, precision=precision, checkpoint_activations=checkpoint)
-            )
+        self._measure = measure
+        self._work = functools.cache(self._count)
+
+    def _count(self, device: str, precision: str, checkpoint: bool) -> StepWork:
+        """Count the work of a step; it takes seconds, so it says what it does."""
+        less = ", activations recomputed" if checkpoint else ""
+        say(f"counting the operations of a step on {device} in {precision}{less}")
+        return self._measure(
+            dataclasses.replace(self.config, device=device, precision=precision, checkpoint_activations=checkpoint)
         )
 
     def _choose(self, rows: dict[str, Accelerator]) -> dict[str, Accelerator]:
