@@ -83,8 +83,8 @@ def finetune(task: str, **settings: Any) -> "Run":
     """Train an encoder for a task, or resume the run in `out`.
 
     `task` is "classify", "segment", "detect" or one that `register_task` added. Settings are the fields of its
-    configuration in `simmim.config.tasks`; `init` is what the command line calls `--from`: a run, "scratch" or
-    "timm:NAME". Returns the run. Raises what `pretrain` does.
+    configuration in `simmim.config.tasks`; `init` is what the command line calls `--from`: a run, "scratch",
+    "timm:NAME" or "local-dir:PATH". Returns the run. Raises what `pretrain` does.
     """
     from simmim.config.tasks import find_task
     from simmim.config.validation import from_settings

@@ -202,7 +202,7 @@ def test_the_number_of_classes_is_for_classifiers(here: Path, stub: Any) -> None
         ("begun data", "begun has no model yet; wait for its first evaluation (--eval-every-epochs)"),
         ("data data", "data is not a fine-tuned run; give the --out directory of simmim finetune"),
         ("run", "no image is given; name files, a folder, a list, hf:NAME or demo after the run"),
-        ("run data/a/00.png nowhere.png", "nowhere.png is not a file; give image files, or one folder, list, hf:NAME"),
+        ("run data/a/00.png nowhere.png", "nowhere.png does not exist; give image files, or one folder, list, hf:NAME"),
         ("run empty", "folder empty holds no images; files read end in .avif"),
         (
             "run bands",

@@ -36,7 +36,7 @@ def find_runs(directory: str | Path) -> list[dict[str, Any]]:
 
 def describe(runs: list[dict[str, Any]]) -> list[str]:
     """Format runs as lines of a table, and the commands that resume them."""
-    rows = [("run", "state", "step", "loss", "figure", "objective", "model", "data")]
+    rows: list[tuple[str, ...]] = [("run", "state", "step", "loss", "figure", "objective", "model", "data")]
     for run in runs:
         steps = "?" if run["steps"] is None else run["steps"]
         loss = "" if run["loss"] is None else f"{run['loss']:.4f}"

@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -32,9 +33,10 @@ def _try_nvjpeg() -> str:
 
 def _driver_version() -> int:
     """Return the newest CUDA that the driver supports, such as 12040 for 12.4; 0 where it does not say."""
+    private: Any = torch._C
     try:
-        return torch._C._cuda_getDriverVersion()
-    except (AttributeError, RuntimeError):
+        return private._cuda_getDriverVersion()
+    except (AttributeError, RuntimeError):  # PyTorch for the CPU, or another version
         return 0
 
 
