@@ -234,7 +234,9 @@ def test_a_long_name_is_shortened(capsys):
 def test_a_damaged_configuration_of_a_run_is_told(here, capsys):
     (here / "damaged").mkdir()
     (here / "damaged/config.toml").write_bytes(b"\xff\xfe")
-    assert error_of(["reconstruct", "damaged", "images"], capsys).startswith("damaged/config.toml is damaged (")
+    assert error_of(["reconstruct", "damaged", "images"], capsys).startswith(
+        "damaged/config.toml cannot be read as a run's: "
+    )
 
 
 @pytest.fixture(scope="module")

@@ -67,14 +67,26 @@ def test_a_driver_that_is_older_than_pytorch_is_told(tmp_path: Path, monkeypatch
     assert describe_nvidia()["driver"].startswith("DANGER: it is there, and torch, built for CUDA 13.0, sees no GPU")
 
 
-def test_a_torchvision_without_nvjpeg_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode_jpeg(_data: torch.Tensor, device: str) -> None:
-        raise RuntimeError(f"decode_jpegs_{device}: torchvision not compiled with nvJPEG support")
-
+@pytest.mark.parametrize(
+    ("code", "said", "expected"),
+    [
+        (0, "", "works"),
+        (
+            1,
+            "Traceback …\nRuntimeError: not compiled with nvJPEG",
+            "DANGER: does not work: RuntimeError: not compiled ",
+        ),
+        (-11, "", "DANGER: does not work: it ended the process with code -11; do not use --decode gpu"),
+    ],
+)
+def test_nvjpeg_that_does_not_work_is_told_and_ends_a_process_of_its_own(
+    code: int, said: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("torchvision.io.decode_jpeg", decode_jpeg)
-    assert describe_nvidia() == {
-        "nvJPEG": "DANGER: does not work: decode_jpegs_cuda: torchvision not compiled with nvJPEG support; do not use "
-        "--decode gpu"
-    }
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: SimpleNamespace(returncode=code, stderr=said))
+    assert describe_nvidia()["nvJPEG"].startswith(expected)
+
+
+def test_what_that_process_runs_decodes() -> None:
+    nvidia.decode_jpeg("cpu")

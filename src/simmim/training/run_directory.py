@@ -204,7 +204,7 @@ def _read_raw(config: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:  # no TOML, or no text
-        raise UserError(f"{config} is damaged ({error}); bring it back, or give another directory") from None
+        raise UserError(f"{config} cannot be read as a run's: {error}; bring it back, or give another run") from None
 
 
 def find_model(path: Path) -> Path:

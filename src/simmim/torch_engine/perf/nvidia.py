@@ -1,6 +1,7 @@
 """What endangers a run on an NVIDIA GPU, for `simmim doctor`."""
 
-import importlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,24 @@ def describe_nvidia() -> dict[str, str]:
 
 
 def _try_nvjpeg() -> str:
-    jpeg = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), np.uint8)
+    """Decode a JPEG in another process: a library that does not fit the driver may end it."""
+    code = f"from {__name__} import decode_jpeg; decode_jpeg()"
     try:
-        importlib.import_module("torchvision.io").decode_jpeg(torch.from_numpy(jpeg.copy()), device="cuda")
-    except Exception as error:  # not built in, or its library is missing
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"DANGER: does not work: {reason}; do not use --decode gpu"
-    return "works"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"not tried: {type(error).__name__}"
+    if not done.returncode:
+        return "works"
+    reason = (done.stderr.strip().splitlines() or [f"it ended the process with code {done.returncode}"])[-1]
+    return f"DANGER: does not work: {reason}; do not use --decode gpu"
+
+
+def decode_jpeg(device: str = "cuda") -> None:
+    """Decode a small JPEG as `--decode gpu` does. Raises what torchvision does where it has no nvJPEG."""
+    from torchvision.io import decode_jpeg
+
+    jpeg = np.frombuffer(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8)), np.uint8)
+    decode_jpeg(torch.from_numpy(jpeg.copy()), device=device)
 
 
 def _driver_version() -> int:
