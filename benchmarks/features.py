@@ -42,7 +42,7 @@ from simmim.torch_engine.tasks.probe import Features
 from simmim.training.run_directory import Run, write_json
 
 # Those of pretraining_helps. Rates are for a batch of 512, so that 0.008 is 1e-3 at a batch of 64.
-PIXELS: dict[str, Any] = {"batch_size": 64, "lr": 0.008, "val_images": 0}
+PIXELS: dict[str, Any] = {"objectives": [{"kind": "pixels"}], "batch_size": 64, "lr": 0.008, "val_images": 0}
 # Chosen on fashion and photo-dev. The learning rate is the one that `simmim pretrain` chooses.
 DESCRIPTOR: dict[str, Any] = {
     "objectives": [{"kind": "descriptor"}],

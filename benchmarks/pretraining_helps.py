@@ -33,8 +33,9 @@ ENCODER = {
     "image_size": 32,
 }
 # Rates are for a batch of 512, so that 0.008 is 1e-3 at a batch of 64.
-PRETRAINING = {
+PRETRAINING: dict[str, Any] = {
     **ENCODER,
+    "objectives": ["pixels"],
     "mask_cell": 4,
     "batch_size": 64,
     "steps": 7000,

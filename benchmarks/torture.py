@@ -114,7 +114,7 @@ def main() -> None:
             pixels = draw.integers(0, 128, (64, 64, 3)) + 100 * (index % 2)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"images/{index % 2}/{index}.png")
         images = ["--data", str(folder / "images")]
-        pretrain = ["pretrain", *images, *MODEL.split(), *COMMON.split(), "--val-images", "2"]
+        pretrain = ["pretrain", *images, *MODEL.split(), *COMMON.split(), "--objective", "pixels", "--val-images", "2"]
         begin = ["--from", str(folder / "pretrain whole"), "--val-fraction", "0.25"]
         for command, argv in (
             ("pretrain", pretrain),

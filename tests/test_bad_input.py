@@ -21,6 +21,7 @@ SUFFIXES = (
 )
 TINY = {
     "--data": "images",
+    "--objective": "pixels",
     "--out": "run",
     "--model": "vit_tiny_patch16_224",
     "--model-args": "depth=1 embed_dim=12 num_heads=1",

@@ -43,7 +43,7 @@ def test_the_help_shows_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "--help"])
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "Share of cells to hide, between 0 and 1. (default: 0.6)" in text
+    assert "Share of cells to hide, between 0 and 1. (default: 0.5)" in text
     assert "(default: None)" not in text
 
 
@@ -140,6 +140,7 @@ def test_a_whole_run_reports_and_is_reconstructed(terminal, tmp_path, monkeypatc
     for number, pixels in enumerate(images):
         Image.fromarray(pixels).save(tmp_path / f"images/{number}.png")
     options = "--image-size 32 --mask-cell 16 --model-args depth=1 embed_dim=12 num_heads=1 --log-every-steps 1"
+    options += " --objective pixels"
     command = f"pretrain --model vit_tiny_patch16_224 --data {tmp_path}/images --out {tmp_path}/run {options}"
     assert run(f"{command} --batch-size 4 --val-images 2 --steps 3 --device cpu") == 0
     shown = capsys.readouterr().err

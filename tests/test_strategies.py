@@ -40,7 +40,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(subcommands, "_pretrain", lambda config: configs.append(config) or 0)
 
     def ask(options: str) -> PretrainConfig:
-        assert cli.main(["pretrain", *shlex.split(options)]) == 0
+        assert cli.main(["pretrain", "--objective", "pixels", *shlex.split(options)]) == 0
         return configs.pop()
 
     return ask

@@ -1,9 +1,9 @@
 """Pretrain vision backbones by masked image modelling (SimMIM, arXiv 2111.09886) on your own unlabelled images.
 
 import simmim
-run = simmim.pretrain(data="images/", out="runs/a", model="vit_small_patch16_224", epochs=100)
+run = simmim.pretrain(data="images/", out="runs/a", epochs=100)
 backbone = simmim.load_encoder("runs/a")  # a plain timm module
-model = simmim.load_model("runs/a")       # model(images, mask) -> (loss, prediction)
+names, features = simmim.embed("runs/a", data="images/")
 """
 
 import importlib
@@ -65,18 +65,27 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def pretrain(**settings: Any) -> "Run":
+def pretrain(*, recipe: str | None = None, **settings: Any) -> "Run":
     """Pretrain a backbone, or resume the run in `out`; settings are the fields of `PretrainConfig`.
+
+    All others are those of the recipe. Without one it is `default-small`, for useful features, or SimMIM where an
+    objective, target, loss, head or the Keras engine is given (docs/pretraining.md).
 
     Returns the run. Raises `UserError` for an invalid setting, images that cannot be read, or an `out` that holds a run
     with another configuration. A training that a signal stopped is saved first; then Ctrl-C raises `KeyboardInterrupt`,
     another signal `SystemExit`.
     """
+    from simmim.config.pretrain_recipes import find_recipe, first_config
     from simmim.config.pretraining import PretrainConfig
     from simmim.config.validation import from_settings
     from simmim.engines import pretrain
 
-    return _run_of(*pretrain(from_settings(PretrainConfig, settings)))
+    first = (
+        find_recipe(recipe)
+        if recipe
+        else first_config(settings, str(settings["model"]) if "model" in settings else None)
+    )
+    return _run_of(*pretrain(from_settings(PretrainConfig, vars(first) | settings)))
 
 
 def finetune(task: str, **settings: Any) -> "Run":

@@ -5,7 +5,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -41,9 +41,16 @@ def parse_checked(kind: type[Arguments], command: str, about: str | None, argv: 
 
 
 def parse_with_defaults(
-    kind: type[Config], about: str | None, argv: list[str], find: Callable[[str], Config]
+    kind: type[Config],
+    about: str | None,
+    argv: list[str],
+    find: Callable[[str], Config],
+    first: Callable[[Collection[str], str | None], Config] | None = None,
 ) -> Config:
-    """Parse arguments whose defaults may come from a recipe, looked up by `find`, or from a file."""
+    """Parse arguments whose defaults may come from a recipe, looked up by `find`, or from a file.
+
+    Without either they are those of `first`, which gets the names of the options and the model, or of the class.
+    """
     from simmim.config.field_types import Word
     from simmim.config.strategies import (
         parsed_objectives,
@@ -61,11 +68,12 @@ def parse_with_defaults(
         config: Word = None
         """TOML file to take defaults from, such as RUN/config.toml."""
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", nargs="?")
-    first.add_argument("--config", nargs="?")
-    sources = vars(first.parse_known_args(argv)[0])
-    defaults = kind()
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--recipe", "--config", "--model"):
+        known.add_argument(name, nargs="?")
+    sources = vars(known.parse_known_args(argv)[0])
+    model = sources.pop("model")
+    defaults = first(_names(argv), model) if first else kind()
     if sources["recipe"] and sources["config"]:
         raise UserError("--recipe and --config both set the defaults; use one of them")
     if sources["recipe"]:
@@ -86,3 +94,9 @@ def parse_with_defaults(
     found = cli_errors.parse(options, kind.command, about, argv, options(**vars(defaults), **sources), kind.unlisted)
     values = {field.name: getattr(found, field.name) for field in dataclasses.fields(kind)}
     return kind(**values | parsed_objectives(found, defaults))
+
+
+def _names(argv: list[str]) -> set[str]:
+    """Return the fields that options set: of `--mask.ratio 0.5 --plain-step`, mask and plain_step."""
+    words = (word[2:].partition("=")[0].partition(".")[0] for word in argv if word.startswith("--"))
+    return {word.removeprefix("no-").replace("-", "_") for word in words}

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 def pretrain(argv: list[str]) -> int:
     """Pretrain a backbone on unlabelled images, or resume a run"""
-    from simmim.config.pretrain_recipes import find_recipe
+    from simmim.config.pretrain_recipes import find_recipe, first_config
     from simmim.config.pretraining import PretrainConfig
 
-    return _pretrain(parse_with_defaults(PretrainConfig, _about("pretrain"), argv, find_recipe))
+    return _pretrain(parse_with_defaults(PretrainConfig, _about("pretrain"), argv, find_recipe, first_config))
 
 
 def _pretrain(config: "PretrainConfig") -> int:

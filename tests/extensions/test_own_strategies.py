@@ -76,6 +76,7 @@ def _(head: NarrowHead, features: int, outputs: int) -> nn.Module:
 
 SETTINGS: dict[str, Any] = {
     "data": "demo",
+    "objectives": ["pixels"],
     "model": "vit_tiny_patch16_224",
     "model_args": {"depth": 1, "embed_dim": 24, "num_heads": 1},
     "image_size": 32,

@@ -27,6 +27,7 @@ from simmim.training.run_lock import locked
 
 TINY: dict[str, Any] = {
     "data": "demo",
+    "objectives": ["pixels"],
     "model": "vit_tiny_patch16_224",
     "model_args": {"depth": 1, "embed_dim": 24, "num_heads": 1, "patch_size": 8},
     "image_size": 32,

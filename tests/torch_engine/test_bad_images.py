@@ -37,8 +37,9 @@ def break_held_out(folder: Path, *, kept: int = 4, broken: int) -> list[str]:
 
 
 def pretrain(folder: Path, *options: str) -> int:
+    out = ["--out", str(folder.parent / "run")]
     return main(
-        ["pretrain", "--data", str(folder), "--out", str(folder.parent / "run"), "--val-images", "4", *TINY, *options]
+        ["pretrain", "--objective", "pixels", "--data", str(folder), *out, "--val-images", "4", *TINY, *options]
     )
 
 

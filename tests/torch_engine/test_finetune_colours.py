@@ -47,7 +47,15 @@ def finetune(out: Path, data: Path, init: str, **more: Any) -> Run:
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("runs") / "colour"
-    simmim.pretrain(data="demo", out=str(out), model="vit_tiny_patch16_224", mask_cell=16, val_images=0, **SMALL)
+    simmim.pretrain(
+        data="demo",
+        out=str(out),
+        model="vit_tiny_patch16_224",
+        mask_cell=16,
+        val_images=0,
+        objectives=["pixels"],
+        **SMALL,
+    )
     return str(out)
 
 

@@ -237,6 +237,7 @@ def test_the_same_seed_gives_the_same_bits_and_a_broken_step_changes_nothing(kin
 
 SETTINGS: dict[str, Any] = {
     "data": "demo",
+    "objectives": ["pixels"],
     "model": "vit_tiny_patch16_224",
     "model_args": {"depth": 1, "embed_dim": 24, "num_heads": 1},
     "image_size": 64,

@@ -22,6 +22,7 @@ from simmim.torch_engine.tasks.probe import Features, choose_penalty, fit_logist
 
 SETTINGS: dict[str, Any] = {
     "data": "demo",
+    "objectives": ["pixels"],
     "model": "vit_tiny_patch16_224",
     "model_args": {"depth": 2, "embed_dim": 48, "num_heads": 3},
     "image_size": 32,

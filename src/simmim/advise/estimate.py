@@ -197,8 +197,8 @@ class Estimator:
         words.append(f"--image-size {height if height == width else f'{height}x{width}'}")
         words.append(f"--channels {request.channels}" if request.channels != 3 else "")
         words.append(f"--head {request.head}" if request.head != "linear" else "")
-        if request.objective:
-            words.append(f"--objective {' '.join(request.objective)}")
+        if request.objective or not request.teacher:
+            words.append(f"--objective {' '.join(request.objective or ('pixels',))}")
         if request.teacher:
             words.append(f"--teacher {shlex.quote(request.teacher)}")
         words.append(f"--epochs {request.epochs:g} --batch-size {self.batch_size}")

@@ -18,7 +18,6 @@ from simmim.method.objectives import (
 _DESCRIPTOR = PretrainConfig(
     image_size=(128, 128),
     objectives=(DescriptorRegression(),),
-    crop_scale=(0.6, 1.0),
     batch_size=32,
     epochs=100.0,
     clip_grad=3.0,
@@ -35,13 +34,13 @@ def default_small() -> PretrainConfig:
     training from scratch on four sets (docs/objectives.md).
     Cost: not measured.
     Command: simmim pretrain --recipe default-small --data IMAGES --out runs/small
-    Smaller images: --image-size 32 --model-args patch_size=4 --mask.cell 4.
+    Smaller images: --image-size 32 --model-args patch_size=4.
     Not reproduced here at this size.
     """
     return replace(
         _DESCRIPTOR,
         model="vit_small_patch16_224",
-        mask=RandomMask(ratio=0.5, cell=16),
+        mask=RandomMask(ratio=0.5),
         encode="visible",
         positions="sincos",
     )

@@ -45,7 +45,8 @@ class PretrainConfig(TrainingConfig):
     """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr (default:
     by batch size and model, see docs/pretraining.md)."""
     crop_scale: SharesIfAny = None
-    """Range of a random crop's area, as a share of the image (default: 0.67 1, or as the source declares)."""
+    """Range of a random crop's area, as a share of the image (default: 0.67 1, with descriptor 0.6 1, or as the source
+    declares)."""
     crop_ratio: RangeIfAny = None
     """Range of a crop's aspect ratio, relative to the image size (default: 0.75 1.333, or as the source declares)."""
     decode: Literal["cpu", "gpu"] = "cpu"

@@ -21,6 +21,8 @@ class Objective(Strategy, family="objective"):
     """Whether it needs the encoder's features of masked images. Where no objective does, no masks are drawn."""
     usual_rate: ClassVar[float] = 1.0
     """Factor of the learning rate that `simmim.method.schedules.usual_lr` gives, alone or beside a larger one."""
+    usual_crop: ClassVar[tuple[float, float] | None] = None
+    """Share of the image that random crops keep, where neither the settings nor the images say (default: 0.67 to 1)."""
     weight: Suppress[float] = 1.0
     """Factor of the term, above 0."""
 
@@ -50,7 +52,7 @@ class PixelReconstruction(Objective):
     """Predict the target of hidden pixels (SimMIM). The configuration's `target`, `loss` and `head` say how."""
 
     kind: ClassVar[str] = "pixels"
-    reason: ClassVar[str] = "SimMIM, to be fine-tuned (--recipe default-small: features to use as they are)"
+    reason: ClassVar[str] = "SimMIM, to be fine-tuned (--objective descriptor: features to use as they are)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,9 @@ class DescriptorRegression(Objective):
 
     kind: ClassVar[str] = "descriptor"
     predicts_hidden: ClassVar[bool] = False
-    reason: ClassVar[str] = "useful frozen features from few images in little time"
+    reason: ClassVar[str] = "useful frozen features from few images in little time (--objective pixels: SimMIM)"
     usual_rate: ClassVar[float] = 3.0  # benchmarks/results/features_search.md
+    usual_crop: ClassVar[tuple[float, float] | None] = (0.6, 1.0)
     see: Literal["visible", "whole"] = "visible"
     """Encode the masked image and take its visible cells, or encode the whole image."""
     shape_values: int = 128

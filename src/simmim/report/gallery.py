@@ -161,10 +161,11 @@ def draw_map(features: NDArray[np.float32], names: list[str], pictures: NDArray[
     try:
         if len(names) < _FEW:
             raise ImportError
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # it imports TensorFlow, where that is installed
         umap: Any = importlib.import_module("umap")
-        method, places = "UMAP", umap.UMAP(random_state=0, metric="cosine").fit_transform(features)
+        method, places = "UMAP", umap.UMAP(random_state=0, n_jobs=1, metric="cosine").fit_transform(features)
     except ImportError:
-        method, places = "two principal components (pip install umap-learn: UMAP)", principal(features)
+        method, places = "two principal components (UMAP where umap-learn is installed)", principal(features)
     low, high = places.min(axis=0), places.max(axis=0)
     places = (places - low) / np.maximum(high - low, 1e-12)
     folders = [os.path.basename(os.path.dirname(name)) for name in names]  # noqa: PTH119, PTH120  # a name may be no path

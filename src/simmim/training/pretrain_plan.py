@@ -164,9 +164,10 @@ class Plan(TrainingPlan):
 
     @property
     def crop(self) -> RandomResizedCrop:
-        """Random crop: as configured, as the source declares, or the default."""
+        """Random crop: as configured, as the source declares, as is usual for an objective, or the default."""
         config, declared = self.config, self.images.defaults
-        scale = config.crop_scale or declared.crop_scale or RandomResizedCrop.scale
+        usual = next(filter(None, (each.usual_crop for each in config.objectives)), RandomResizedCrop.scale)
+        scale = config.crop_scale or declared.crop_scale or usual
         ratio = config.crop_ratio or declared.crop_ratio or RandomResizedCrop.ratio
         return RandomResizedCrop(size=self.size, scale=scale, ratio=ratio)
 
