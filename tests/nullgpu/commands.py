@@ -18,6 +18,7 @@ DESCRIPTOR = "--objective descriptor=1 --descriptor.words 16"
 VIT = "--model vit_tiny_patch16_224 --model-args depth=1 embed_dim=48 num_heads=2 --image-size 32 --mask.cell 16"
 RESNET = "--from scratch --model resnet18 --model-args channels=[8,16,32,64]"
 USUAL = "--device cuda --batch-size 4 --steps 2 --precision bf16 --no-compile --workers 1"
+AUTO = "--accumulate-steps auto"
 COMMANDS = {
     "doctor": "doctor",
     "pretrain": f"pretrain --data demo --out F/pixels {VIT} {USUAL} --probe demo --picture-every-steps 1",
@@ -31,7 +32,7 @@ COMMANDS = {
     "embed": "embed F/pixels --data demo --out F/features.npz --device cuda",
     "finetune classify": f"finetune classify --from F/pixels --data demo --out F/classify {USUAL} --labels-per-class 2",
     "finetune segment": f"finetune segment {RESNET} --data F/cells --out F/segment --image-size 32 {USUAL} --dice 1",
-    "finetune detect": f"finetune detect {RESNET} --data F/boxes --out F/detect --image-size 64 {USUAL}",
+    "finetune detect": f"finetune detect {RESNET} --data F/boxes --out F/detect --image-size 64 {USUAL} {AUTO}",
     "finetune fcos": f"finetune detect {RESNET} --data F/boxes --out F/fcos --image-size 64 {USUAL} --detector fcos",
     "finetune masks": f"finetune detect {RESNET} --data F/boxes --out F/m --image-size 64 {USUAL} --detector mask_rcnn",
     "predict classes": "predict F/classify F/boxes/val/images --device cuda",

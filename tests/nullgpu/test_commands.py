@@ -33,6 +33,8 @@ def test_a_command_runs_on_the_gpu(found: dict[str, dict[str, Any]], name: str) 
 @pytest.mark.parametrize("shard", ["--no-shard", "--shard"])
 def test_two_processes_train(on_null_gpu: Run, tmp_path: Path, shard: str) -> None:
     words = f"pretrain --data demo --out {tmp_path / 'run'} {commands.VIT} {commands.USUAL} {shard}".split()
+    if shard == "--no-shard":  # an objective that compares the images of all ranks, none of which may wait in a trial
+        words += [*commands.AUTO.split(), "--objective", "infonce"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "simmim"]
     done = on_null_gpu(*launch, *words, NULLGPU_DEVICES="2")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,3 +52,7 @@ def test_out_of_memory_is_one_line_with_a_remedy_that_fits(on_null_gpu: Run, tmp
     options = re.findall(r"(--accumulate-steps \d+)", line)[0].split()
     done = on_null_gpu("-m", "simmim", *words, *options, **small)
     assert done.returncode == 0, done.stderr
+    words[4] += "-auto"
+    done = on_null_gpu("-m", "simmim", *words, *commands.AUTO.split(), **small)
+    assert done.returncode == 0, done.stderr
+    assert "memory     2 accumulation steps of 64 images a process: what fits Null H100" in done.stderr  # as 1 does not

@@ -76,7 +76,7 @@ def tpu_check(config: TpuCheckConfig, say: Callable[[str], None] = lambda line: 
         return found
 
     say(f"{report.batch_a_device} images per device: {memory_line(report)}")
-    return largest(compile, report, unit=math.lcm(_UNIT, config.accumulate_steps))
+    return largest(compile, report, unit=math.lcm(_UNIT, config.pieces))
 
 
 def largest(compile: Callable[[int], CompilerReport], report: CompilerReport, *, unit: int) -> CompilerReport:

@@ -144,6 +144,13 @@ PositiveReal = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegativeReal = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[Positive | None, one_word(int, "INT"), HINT]
+# TOML writes a `None` that is not the default as "none".
+CountOrAuto = Annotated[
+    Positive | None,
+    BeforeValidator(lambda value: None if value in ("auto", "none") else value),
+    one_word(int, "INT|auto"),
+    HINT,
+]
 # Names of the rows of `simmim.torch_engine.accelerators`, which checks them: listing them here would load PyTorch.
 Device = Annotated[str, one_word(str, "auto|cpu|cuda|mps|xpu|tpu", nothing="")]
 Word = Annotated[str | None, one_word(str, "STR", nothing="none"), HINT]

@@ -15,6 +15,7 @@ from simmim.config.field_types import (
     NONE_WORD,
     Colour,
     Count,
+    CountOrAuto,
     Device,
     Flip,
     ImageSize,
@@ -82,8 +83,8 @@ class TrainingConfig:
     """Number of optimiser steps; overrides epochs."""
     batch_size: Positive = 64
     """Images per optimiser step, over all ranks and accumulation steps."""
-    accumulate_steps: Positive = 1
-    """Forward and backward passes per optimiser step; more passes use less memory."""
+    accumulate_steps: CountOrAuto = 1
+    """Forward and backward passes per optimiser step; more passes use less memory. auto: the fewest that fit a GPU."""
     lr: PositiveReal | None = 2e-4
     """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr."""
     warmup_lr: NotNegativeReal = 5e-7
@@ -135,6 +136,11 @@ class TrainingConfig:
     log: Annotated[tuple[Literal["wandb", "trackio"], ...], HINT] = ()
     """Additional trackers, which must be installed."""
 
+    @property
+    def pieces(self) -> int:
+        """Accumulation steps; 1 where `auto` is not resolved, or not on a GPU."""
+        return self.accumulate_steps or 1
+
     def check(self) -> None:
         """Raise `UserError` for inconsistent settings."""
         for name, remedy in (
@@ -153,11 +159,10 @@ class TrainingConfig:
         for package in self.log:
             if importlib.util.find_spec(package) is None:
                 raise UserError(f"log {package!r} needs the package {package}; pip install {package}")
-        if self.batch_size % self.accumulate_steps:
-            nearest = self.batch_size // self.accumulate_steps * self.accumulate_steps or self.accumulate_steps
+        if self.batch_size % self.pieces:
+            nearest = self.batch_size // self.pieces * self.pieces or self.pieces
             raise UserError(
-                f"batch size {self.batch_size} is not a multiple of accumulate steps {self.accumulate_steps}; "
-                f"use {nearest}"
+                f"batch size {self.batch_size} is not a multiple of accumulate steps {self.pieces}; use {nearest}"
             )
 
     def check_colours(self) -> None:

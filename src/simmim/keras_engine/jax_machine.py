@@ -174,7 +174,7 @@ class JaxStepper:
             (loss, after), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.parameters)
             return Gradients(loss, gradients, after)
 
-        found = in_pieces(self._config.accumulate_steps, batch, state.statistics, judge)
+        found = in_pieces(self._config.pieces, batch, state.statistics, judge)
         return advance(self._rule, state, found, lr)
 
     def _precisely(self, function: Any) -> Any:

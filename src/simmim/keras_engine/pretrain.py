@@ -91,6 +91,7 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
         "--positions sincos": (config.positions != "model", "leave it out, or use --engine torch"),
         "--decode gpu": (config.decode != "cpu", "use --decode cpu, or --engine torch"),
         "--probe": (config.probe is not None, "use simmim probe on the run, or --engine torch"),
+        "--accumulate-steps auto": (config.accumulate_steps is None, "give a number, or use --engine torch"),
         "--plain-step": (config.plain_step, "leave it out: a step of this engine is always the plain one"),
         "--no-compile": (config.compile is False and backend == "jax", "leave it out: JAX's step is always compiled"),
         "--kernels": (config.kernels != Kernels(), "leave it out: XLA has kernels of its own"),
@@ -106,11 +107,11 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
 
 
 def check_batch(config: PretrainConfig, devices: int) -> None:
-    parts = devices * config.accumulate_steps
+    parts = devices * config.pieces
     if config.batch_size % parts:
         raise UserError(
             f"batch size {config.batch_size} does not divide among {devices} devices × "
-            f"{config.accumulate_steps} accumulation steps; use a multiple of {parts}"
+            f"{config.pieces} accumulation steps; use a multiple of {parts}"
         )
 
 

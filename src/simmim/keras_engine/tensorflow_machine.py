@@ -182,7 +182,7 @@ class TensorFlowStepper:
             return Gradients(loss, [tf.convert_to_tensor(gradient) for gradient in gradients], after)
 
         def find(state: State, batch: dict[str, Any]) -> Gradients:
-            pieces = self._config.accumulate_steps
+            pieces = self._config.pieces
             return in_pieces(pieces, batch, state.statistics, lambda part, after: judge(state, part, after))
 
         return _traced(find, jit_compile=self._compile)

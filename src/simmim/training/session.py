@@ -159,7 +159,7 @@ def parts(count: int, config: PretrainConfig) -> list[slice]:
 
     Forward passes keep no activations, so a part may be larger than a piece of a step.
     """
-    size = min(max(config.batch_size // config.accumulate_steps, 8), 64)
+    size = min(max(config.batch_size // config.pieces, 8), 64)
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 

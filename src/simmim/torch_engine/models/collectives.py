@@ -4,16 +4,31 @@ The loss of a step is the mean of all ranks' losses, and DDP and FSDP average gr
 from a sum over all ranks therefore has the gradients that one process would find for the whole batch.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_apart = False
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Let this process compute as if it trained alone: in a trial, another rank may not come as far."""
+    global _apart
+    _apart = True
+    try:
+        yield
+    finally:
+        _apart = False
+
 
 def count_ranks() -> int:
     """Return the number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() and not _apart else 1
 
 
 def this_rank() -> int:

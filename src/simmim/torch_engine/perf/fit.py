@@ -24,15 +24,15 @@ def explain_out_of_memory(config: PretrainConfig, world: World) -> str | None:
     needs, ways = 0.0, []
     for checkpoint in dict.fromkeys((config.checkpoint_activations, True)):
         work = measure_work(dataclasses.replace(config, checkpoint_activations=checkpoint, compile=False))
-        for pieces in (each for each in range(config.accumulate_steps, share + 1) if share % each == 0):
+        for pieces in (each for each in range(config.pieces, share + 1) if share % each == 0):
             kept = pieces > 1 or (world.size > 1 and not config.shard)
             images, shards = share // pieces, world.size if config.shard else 1
             memory = work.peak_bytes(images, kept_gradients=kept, shards=shards) / 2**30
             needs = needs or memory
             # What was tried did not fit, whatever is counted of it.
-            tried = pieces == config.accumulate_steps and checkpoint == config.checkpoint_activations
+            tried = pieces == config.pieces and checkpoint == config.checkpoint_activations
             if memory <= usable and not tried:
-                options = [f"--accumulate-steps {pieces}"] if pieces != config.accumulate_steps else []
+                options = [f"--accumulate-steps {pieces}"] if pieces != config.pieces else []
                 options += ["--checkpoint-activations"] * (checkpoint and not config.checkpoint_activations)
                 ways.append(f"{' '.join(options)} ({images} images at a time, {memory:.1f} GiB)")
                 break

@@ -181,7 +181,7 @@ def _layers(config: TrainingConfig, backbone: Any, name: str) -> Counter[_Layer]
         found[_Layer(module, arguments, settings, f"{type(module).__name__} {weights} {shapes}")] += 1
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
-    images = min(config.batch_size // config.accumulate_steps, _IMAGES if name != "linear" else _IMAGES * 2)
+    images = min(config.batch_size // config.pieces, _IMAGES if name != "linear" else _IMAGES * 2)
     with torch.no_grad():
         backbone.forward_features(torch.empty(images, 3, *config.image_size, device="meta"))
     for handle in handles:

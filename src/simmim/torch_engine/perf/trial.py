@@ -27,6 +27,8 @@ def build_update(config: PretrainConfig, world: distributed.World) -> tuple[Pret
 def update_of(step: PretrainStep, config: PretrainConfig, world: distributed.World) -> Update:
     """Build the update of `step` on the device of `world`, compiled if configured, with a small learning rate."""
     distributed.place(step, world.device)
+    if config.checkpoint_activations:
+        step.model.encoder.backbone.set_grad_checkpointing(True)
     if config.compile:
         step.compile(dynamic=False)
     optimizer = create_optimizer(step, weight_decay=config.weight_decay, betas=config.betas, device=world.device)

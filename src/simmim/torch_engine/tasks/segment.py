@@ -73,10 +73,10 @@ class SegmentTask:
 
     def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
         config = self.config
-        if config.batch_size // reading.world // config.accumulate_steps < 2:
+        if config.batch_size // reading.world // config.pieces < 2:
             raise UserError(
                 "the decoder's batch norms need 2 images at a time, and a process has 1; use --batch-size "
-                f"{2 * reading.world * config.accumulate_steps}, or fewer processes or --accumulate-steps"
+                f"{2 * reading.world * config.pieces}, or fewer processes or --accumulate-steps"
             )
         for batch in sample_batches(self.data.train, reading, self._read):
             epoch, index = batch.pop("epoch"), batch.pop("index")

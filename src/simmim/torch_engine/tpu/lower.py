@@ -48,10 +48,10 @@ def compile_step(config: PretrainConfig, topology: str) -> CompilerReport:
     devices = len(topology_devices(topology))
     config = with_model_sizes(config)
     assert config.image_size is not None
-    if config.batch_size % (devices * config.accumulate_steps):
+    if config.batch_size % (devices * config.pieces):
         raise UserError(
             f"batch size {config.batch_size} does not divide among the {devices} devices of {topology} × "
-            f"{config.accumulate_steps} accumulation steps; use a multiple of {devices * config.accumulate_steps}"
+            f"{config.pieces} accumulation steps; use a multiple of {devices * config.pieces}"
         )
     facts = StepFacts(
         engine="torch",

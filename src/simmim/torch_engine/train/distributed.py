@@ -110,10 +110,10 @@ _TORCHRUN = (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0"))
 
 
 def check_world(config: TrainingConfig, world: World) -> None:
-    parts = world.size * config.accumulate_steps
+    parts = world.size * config.pieces
     if config.batch_size % parts:
         raise UserError(
-            f"batch size {config.batch_size} does not divide among {world.size} processes × {config.accumulate_steps} "
+            f"batch size {config.batch_size} does not divide among {world.size} processes × {config.pieces} "
             f"accumulation steps; use a multiple of {parts}"
         )
     if isinstance(config, PretrainConfig) and config.shard and world.size == 1:

@@ -1,5 +1,6 @@
 """Fine-tuning with the PyTorch engine: one session for every task, on the loop that pretraining uses."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,15 @@ from timm.optim._param_groups import param_groups_layer_decay
 
 from simmim.config.tasks import FinetuneConfig
 from simmim.config.validation import validated
+from simmim.data.bad_images import BadImages
 from simmim.data.pipeline import Reading
 from simmim.hardware.host import reading_cores
 from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
 from simmim.torch_engine.models.kernels import set_kernels
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
-from simmim.torch_engine.tasks.backbones import find_origin, with_encoder_facts
-from simmim.torch_engine.tasks.base import Task, TaskPlan, TaskStep, find_spec
+from simmim.torch_engine.perf.pieces import find_pieces
+from simmim.torch_engine.tasks.backbones import Origin, find_origin, with_encoder_facts
+from simmim.torch_engine.tasks.base import Task, TaskData, TaskPlan, TaskSpec, TaskStep, find_spec
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_adamw
 from simmim.torch_engine.train.trainer import TorchTrainer
@@ -51,10 +54,43 @@ def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, O
         config = dataclasses.replace(config, kernels=choose_kernels(config, world.main_says, world.rank))
         task = spec.create(config, data, origin.weights)
         plan = TaskPlan.complete(config, task.train_count)
+        if config.accumulate_steps is None:
+            pieces = find_pieces(plan.config, world, lambda pieces: _attempt(pieces, plan, spec, data, origin, world))
+            plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, accumulate_steps=pieces))
+            task = spec.create(plan.config, data, origin.weights)
         torch.manual_seed(plan.config.seed)
         start = find_start(plan.config, world)
         step = task.build()  # before the run directory is made, since sizes may not fit
         return FinetuneSession(task, plan, world, start, step, asked).train(watch)
+
+
+def _attempt(
+    pieces: int, plan: TaskPlan, spec: TaskSpec, data: TaskData, origin: Origin, world: distributed.World
+) -> tuple[Update, Batch]:
+    """Build an update that this process does alone, and the rank's first batch for it."""
+    plan = dataclasses.replace(plan, config=dataclasses.replace(plan.config, accumulate_steps=pieces))
+    task = spec.create(plan.config, data, origin.weights)
+    step = task.build()
+    update = build_update(step, plan, distributed.World(device=world.device))
+    bad_images = BadImages(None, total=plan.total_images, max_fraction=plan.config.max_bad_fraction)
+    reading = plan.reading(bad_images, start_step=0, rank=world.rank, world=world.size)
+    with contextlib.closing(task.batches(reading, step)) as batches:  # type: ignore[type-var]
+        return update, next(batches)
+
+
+def build_update(step: TaskStep, plan: TaskPlan, world: distributed.World) -> Update:
+    """Move a step to the device, spread it over the processes and give it an optimiser."""
+    config = plan.config
+    distributed.place(step, world.device)
+    if world.device.type == "cpu":
+        set_kernels(step, step.backbone, config.kernels)
+    if config.checkpoint_activations:
+        step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
+    if config.compile:
+        step.compile(dynamic=False)
+    model = distributed.spread(step, world, shard=False)  # one process evaluates and writes the model
+    optimizer = create_adamw(parameter_groups(step, config), betas=config.betas, device=world.device)
+    return Update(model, optimizer, plan.schedule, config=config, world=world, after=step.after_update)
 
 
 class FinetuneSession(Session):
@@ -73,19 +109,9 @@ class FinetuneSession(Session):
         asked: FinetuneConfig | None = None,
     ):
         super().__init__(plan, world, start, {"train": task.data.train, "val": task.data.val}, asked)
-        config = plan.config
         self.task, self.step = task, step
-        distributed.place(step, world.device)
-        if world.device.type == "cpu":
-            set_kernels(step, step.backbone, config.kernels)
-        if config.checkpoint_activations:
-            step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
-        if config.compile:
-            step.compile(dynamic=False)
-        model = distributed.spread(step, world, shard=False)  # one process evaluates and writes the model
-        optimizer = create_adamw(parameter_groups(step, config), betas=config.betas, device=world.device)
-        update = Update(model, optimizer, plan.schedule, config=config, world=world, after=step.after_update)
-        self.trainer = TorchTrainer(update, run=self.run, config=config, world=world)
+        update = build_update(step, plan, world)
+        self.trainer = TorchTrainer(update, run=self.run, config=plan.config, world=world)
 
     def read(self, reading: Reading) -> Iterator[Batch]:
         return self.task.batches(reading, self.step)

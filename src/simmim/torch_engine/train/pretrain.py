@@ -1,5 +1,6 @@
 """Pretraining with the PyTorch engine: from a configuration to a run."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep
 from simmim.torch_engine.models.objective import ObjectiveModule
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
+from simmim.torch_engine.perf.pieces import find_pieces
+from simmim.torch_engine.perf.trial import build_update, random_batch
 from simmim.torch_engine.tasks.feature_maps import feature_maps
 from simmim.torch_engine.tasks.guard import CollapseGuard
 from simmim.torch_engine.tasks.probe import KnnCheck
@@ -28,6 +31,7 @@ from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder, read_batc
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step, full_state, initialize, save_hub
 from simmim.torch_engine.train.trainer import TorchTrainer
+from simmim.torch_engine.train.update import Batch as DeviceBatch
 from simmim.torch_engine.train.update import Update
 from simmim.training.feature_pictures import draw_features
 from simmim.training.loop import Event, Outcome
@@ -64,6 +68,13 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
         )
         plan = plan.replace(kernels=choose_kernels(plan.config, world.main_says, world.rank))
         decoder = open_decoder(plan, world.device)
+
+        def attempt(pieces: int) -> tuple[Update, DeviceBatch]:
+            tried = dataclasses.replace(plan.config, accumulate_steps=pieces)
+            step, update = build_update(tried, distributed.World(device=world.device))
+            return update, random_batch(tried, tried.batch_size // world.size, step)
+
+        plan = plan.replace(accumulate_steps=find_pieces(plan.config, world, attempt))
         start = find_start(plan.config, world)
         torch.manual_seed(config.seed)
         origin: list[str] = []

@@ -120,7 +120,7 @@ class Update:
 
         Returns the mean loss and the means of its components.
         """
-        pieces = self._config.accumulate_steps
+        pieces = self._config.pieces
         split = {name: tensor.chunk(pieces) for name, tensor in batch.items()}
         totals: dict[str, Tensor] = {}
         for piece in range(pieces):
