@@ -15,7 +15,8 @@ from PIL import Image
 from simmim.cli import main
 
 DESCRIPTOR = "--objective descriptor=1 --descriptor.words 16"
-VIT = "--model vit_tiny_patch16_224 --model-args depth=1 embed_dim=48 num_heads=2 --image-size 32 --mask.cell 16"
+TINY = "--model vit_tiny_patch16_224 --model-args depth=1 embed_dim=48 num_heads=2"
+VIT = f"{TINY} --image-size 32 --mask.cell 16"
 RESNET = "--from scratch --model resnet18 --model-args channels=[8,16,32,64]"
 USUAL = "--device cuda --batch-size 4 --steps 2 --precision bf16 --no-compile --workers 1"
 AUTO = "--accumulate-steps auto"

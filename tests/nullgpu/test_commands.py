@@ -56,3 +56,14 @@ def test_out_of_memory_is_one_line_with_a_remedy_that_fits(on_null_gpu: Run, tmp
     done = on_null_gpu("-m", "simmim", *words, *commands.AUTO.split(), **small)
     assert done.returncode == 0, done.stderr
     assert "memory     2 accumulation steps of 64 images a process: what fits Null H100" in done.stderr  # as 1 does not
+
+
+@pytest.mark.parametrize("command", ["finetune classify --from scratch", "pretrain --objective infonce --probe demo"])
+def test_an_evaluation_that_needs_more_than_the_training_goes_on_in_halves(
+    on_null_gpu: Run, tmp_path: Path, command: str
+) -> None:
+    words = f"{command} --data demo --out {tmp_path / 'run'} {commands.TINY} {commands.USUAL}".split()
+    words += ["--steps", "1", "--batch-size", "64", "--accumulate-steps", "64"]
+    done = on_null_gpu("-m", "simmim", *words, NULLGPU_BYTES="130000000", NULLGPU_ZEROS="1")
+    assert done.returncode == 0, done.stderr
+    assert "failed with OOM" in done.stderr  # PyTorch's own line

@@ -29,7 +29,7 @@ from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.metrics.classification import balanced_accuracy, class_rows, confusion_matrix, top1
 from simmim.torch_engine.models.drop_path import route_drop_path
-from simmim.torch_engine.models.evaluating import evaluating
+from simmim.torch_engine.models.evaluating import by_halves, evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.backbones import create_task_backbone
@@ -297,8 +297,12 @@ def load_predictor(directory: Path, device: str) -> ClassifyPredictor:
 
 def classify(backbone: nn.Module, pixels: PixelStep, images: NDArray[Any]) -> NDArray[np.float32]:
     """Return class probabilities (B, K) of cropped images (B, H, W, C) in 0..255."""
-    logits = backbone(pixels.normalize(torch.from_numpy(images).to(pixels.mean.device)))
-    return logits.float().softmax(dim=1).cpu().numpy()
+
+    def judge(part: slice) -> NDArray[np.float32]:
+        logits = backbone(pixels.normalize(torch.from_numpy(images[part]).to(pixels.mean.device)))
+        return logits.float().softmax(dim=1).cpu().numpy()
+
+    return np.concatenate(list(by_halves(judge, [slice(0, len(images))])))
 
 
 def draw_confusion(matrix: NDArray[np.int64], classes: tuple[str, ...], file: Path) -> None:

@@ -20,6 +20,7 @@ from simmim.config.tasks import DetectConfig
 from simmim.config.validation import from_settings
 from simmim.data.labelled.detection import boxes_in_image
 from simmim.torch_engine.models.drop_path import route_drop_path
+from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import mirror
 from simmim.torch_engine.tasks.base import TaskStep, save_model
 from simmim.torch_engine.tasks.detectors import SampleKeys, create_detector, first_label
@@ -97,8 +98,12 @@ class DetectStep(TaskStep):
     @torch.no_grad()
     def find(self, image: NDArray[Any], sizes: Sequence[tuple[int, int]]) -> list[Found]:
         """Find objects in the letterboxes (B, H, W, C) of images of `sizes` (height, width), in evaluation mode."""
-        images = self.normalize(torch.from_numpy(image).to(self.mean.device))
-        return [self._place(found, *size) for found, size in zip(self.detector(images), sizes, strict=True)]
+
+        def look(part: slice) -> list[Found]:
+            images = self.normalize(torch.from_numpy(image[part]).to(self.mean.device))
+            return [self._place(found, *size) for found, size in zip(self.detector(images), sizes[part], strict=True)]
+
+        return [found for part in by_halves(look, [slice(0, len(image))]) for found in part]
 
     def _place(self, found: dict[str, Tensor], height: int, width: int) -> Found:
         boxes = boxes_in_image(found["boxes"].double().cpu().numpy(), height, width, self.size)

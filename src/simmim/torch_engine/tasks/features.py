@@ -5,6 +5,7 @@ Shapes: `B` images of a batch, `N` images, `C` channels, `H W` pixels, `h w` fea
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from simmim.data.decode import Raw, decode
 from simmim.data.evaluation import readable_batches
 from simmim.data.sources import ImageSource, sniff
 from simmim.errors import UserError
+from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.train.update import DTYPES
 from simmim.training.origins import is_timms
@@ -160,10 +162,13 @@ class FeatureReader:
         def read(raw: Raw) -> NDArray[Any]:
             return load(raw, crop.box, size=self.size, channels=self.channels, dtype=self.dtype)
 
+        def encode(pixels: list[NDArray[Any]], part: slice) -> NDArray[np.float32]:
+            images = self.pixels.normalize(torch.from_numpy(np.stack(pixels[part])).to(device))
+            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return self.model(images).float().cpu().numpy()
+
         for index, pixels in readable_batches(
             source, self.view or read, batch_size=self.batch_size, threads=self.workers, bad_images=bad_images
         ):
-            images = self.pixels.normalize(torch.from_numpy(np.stack(pixels)).to(device))
-            with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                features = self.model(images).float().cpu().numpy()
-            yield np.array(index, np.int64), features
+            features = by_halves(partial(encode, pixels), [slice(0, len(pixels))])
+            yield np.array(index, np.int64), np.concatenate(list(features))

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from simmim.method.collapse import collapsed
-from simmim.torch_engine.models.evaluating import evaluating
+from simmim.torch_engine.models.evaluating import by_halves, evaluating
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.train.update import DTYPES
 
@@ -51,12 +51,15 @@ class CollapseGuard:
     def __call__(self, done: int, step: PretrainStep, precision: str) -> dict[str, float]:
         """Return figures of the encoder of `step` after `done` steps."""
         device, dtype = step.mean.device, DTYPES[precision]
-        parts = []
+        count = len(self._pixels)
+
+        def encode(part: slice) -> NDArray[np.float32]:
+            images = step.normalize(torch.from_numpy(self._pixels[part]).to(device))
+            return step.model.encoder(images).float().mean(dim=(1, 2)).cpu().numpy()
+
         with evaluating(step), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            for first in range(0, len(self._pixels), 64):
-                images = step.normalize(torch.from_numpy(self._pixels[first : first + 64]).to(device))
-                parts.append(step.model.encoder(images).float().mean(dim=(1, 2)).cpu().numpy())
-        features = np.concatenate(parts)
+            parts = by_halves(encode, (slice(first, min(first + 64, count)) for first in range(0, count, 64)))
+            features = np.concatenate(list(parts))
         if not np.isfinite(features).all():
             self._say(f"warning    features of step {done} are not finite; watch the loss, or use --precision bf16")
             return {"effective_rank": float("nan"), "feature_std": float("nan")}

@@ -22,7 +22,7 @@ from simmim.data.augment import crop_resize
 from simmim.data.labelled.segmentation import IGNORE, Mask, Windows
 from simmim.errors import UserError
 from simmim.torch_engine.models.drop_path import route_drop_path
-from simmim.torch_engine.models.evaluating import evaluating
+from simmim.torch_engine.models.evaluating import by_halves, evaluating
 from simmim.torch_engine.models.masked_image_model import mirror
 from simmim.torch_engine.tasks.base import Predictor, TaskStep
 from simmim.torch_engine.tasks.pyramid import Pyramid, create_pyramid
@@ -138,11 +138,15 @@ class SegmentPredictor(Predictor):
     def _scores(self, crops: list[NDArray[Any]]) -> Iterator[Tensor]:
         """Yield the class scores (K, h, w) of each crop."""
         device, dtype = self.step.mean.device, DTYPES[self.config.precision]
-        for start in range(0, len(crops), self.config.batch_size):
-            pixels = torch.from_numpy(np.stack(crops[start : start + self.config.batch_size])).to(device)
+
+        def score(part: slice) -> Tensor:
+            pixels = torch.from_numpy(np.stack(crops[part])).to(device)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                scores = self.step.model(self.step.normalize(pixels))
-            yield from scores.float()
+                return self.step.model(self.step.normalize(pixels)).float()
+
+        size = self.config.batch_size
+        for scores in by_halves(score, (slice(at, min(at + size, len(crops))) for at in range(0, len(crops), size))):
+            yield from scores
 
 
 def build_segment_step(config: SegmentConfig, weights: dict[str, Tensor] | None, classes: int) -> SegmentStep:

@@ -16,7 +16,7 @@ from simmim.errors import TrainingFailedError
 from simmim.method.masks import upsample_mask
 from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
-from simmim.torch_engine.models.evaluating import evaluating
+from simmim.torch_engine.models.evaluating import by_halves, evaluating
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, PretrainStep
 from simmim.torch_engine.models.objective import ObjectiveModule
@@ -255,19 +255,22 @@ def judge_and_draw(
     The loss is the mean over the hidden positions of all images, which go through the model in parts. The panel is
     `None` where the target shows no picture.
     """
-    model, sums, shown = step.model, [], []
+    model = step.model
     patch = model.encoder.patch_size
     masks = draw_masks(config, epoch, np.arange(len(pixels)), patch)
+
+    def judge(part: slice) -> tuple[Tensor, Tensor | None]:
+        images = step.normalize(torch.from_numpy(pixels[part]).to(step.mean.device))
+        mask = torch.from_numpy(masks[part]).to(images.device)
+        prediction = model.predict(images, mask)
+        picture = model.show(prediction, images) if part.start < pictures else None
+        return torch.stack(model.sums(prediction, images, mask)), picture
+
     with evaluating(step):
-        for part in parts(len(pixels), config):
-            images = step.normalize(torch.from_numpy(pixels[part]).to(step.mean.device))
-            mask = torch.from_numpy(masks[part]).to(images.device)
-            prediction = model.predict(images, mask)
-            sums.append(torch.stack(model.sums(prediction, images, mask)))
-            if part.start < pictures:
-                shown.append(model.show(prediction, images))
+        sums, shown = zip(*by_halves(judge, parts(len(pixels), config)), strict=True)
     loss = float(model.loss.mean(*torch.stack(sums).sum(0)))
-    if shown[0] is None:
+    shown = [picture for picture in shown if picture is not None]
+    if not shown:
         return loss, None
     colours = (torch.cat(shown)[:pictures] / step.scale.view(-1) + step.mean.view(-1)) / 255
     originals, hidden = pixels[:pictures] / np.float32(255), upsample_mask(masks[:pictures], patch)
