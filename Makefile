@@ -38,7 +38,7 @@ demo: $(VENV)/package
 	@echo "Look at runs/demo/report.html and runs/demo/reconstruction.png"
 
 test: $(VENV)/ready $(EXTRAS)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/ready $(EXTRAS)
 	$(BIN)/python -m pytest -m slow

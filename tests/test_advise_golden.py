@@ -13,7 +13,7 @@ import pytest
 from simmim.cli import main
 
 QUESTIONS = sorted((Path(__file__).parent / "golden" / "advise").glob("*.json"))
-QUICK = {"hobbyist-rtx-3060", "few-cores"}
+QUICK = {"few-cores"}
 
 
 @pytest.mark.parametrize(

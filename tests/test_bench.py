@@ -109,7 +109,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(tm
     ("model", "size", "forward"),
     [  # GFLOP of a forward pass, multiply and add apart, head included (issue 7's hand counts)
         ("vit_base_patch16_224", 224, 35.4),
-        ("vit_large_patch16_224", 224, 123.4),
+        pytest.param("vit_large_patch16_224", 224, 123.4, marks=pytest.mark.slow),
         ("resnet50", 224, 8.8),
     ],
 )

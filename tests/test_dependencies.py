@@ -1,6 +1,7 @@
 """What pyproject.toml lists is what the package imports: no more, no less."""
 
 import ast
+import functools
 import re
 import sys
 import tomllib
@@ -27,6 +28,7 @@ def name_of(requirement: str) -> str:
     return MODULES.get(name, name)
 
 
+@functools.cache
 def imported() -> set[str]:
     """The top-level modules that the package imports, at the top of a file or inside a function."""
     found = set()

@@ -18,16 +18,19 @@ from .conftest import ENVIRONMENT, HERE, have
 Report = Callable[..., Any]
 
 
+JAX = ("jax", "8", "shard")
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "state"),
     [
-        pytest.param(("jax", "8"), marks=have("keras", "jax")),
-        pytest.param(("jax", "8", "shard"), marks=have("keras", "jax")),
-        pytest.param(("tensorflow", "2"), marks=[have("keras", "tensorflow"), pytest.mark.slow]),
+        pytest.param(JAX, "copied", marks=have("keras", "jax")),
+        pytest.param(JAX, "sharded", marks=have("keras", "jax")),
+        pytest.param(("tensorflow", "2"), "copied", marks=[have("keras", "tensorflow"), pytest.mark.slow]),
     ],
 )
-def test_several_devices_train_as_one(report: Report, kind: tuple[str, ...]) -> None:
-    found = report("devices.py", *kind)
+def test_several_devices_train_as_one(report: Report, kind: tuple[str, ...], state: str) -> None:
+    found = report("devices.py", *kind)[state]
     assert found["devices"] == int(kind[1])
     assert found["losses"][-1] < found["losses"][0] - 0.01
     assert found["apart"] < 1e-5
@@ -36,8 +39,9 @@ def test_several_devices_train_as_one(report: Report, kind: tuple[str, ...]) -> 
 
 @have("keras", "jax")
 def test_shard_spreads_parameters_and_optimiser_over_the_devices(report: Report) -> None:
-    assert report("devices.py", "jax", "8")["share"] == 1.0
-    assert report("devices.py", "jax", "8", "shard")["share"] < 0.2  # an eighth, but for what does not divide
+    found = report("devices.py", *JAX)
+    assert found["copied"]["share"] == 1.0
+    assert found["sharded"]["share"] < 0.2  # an eighth, but for what does not divide
 
 
 @pytest.mark.slow

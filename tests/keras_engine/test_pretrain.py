@@ -116,30 +116,71 @@ def test_it_starts_from_a_run_of_the_torch_engine(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=1e-30)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--precision", "fp16"], "--precision fp16 is not for --engine keras --backend jax; use bf16"),
-        (["--mask", "hard"], "--mask hard is not for --engine keras --backend jax; use one that needs no model"),
-        (["--masks-per-image", "2"], "--masks-per-image is not for --engine keras --backend jax; use 1"),
-        (["--positions", "sincos"], "--positions sincos is not for --engine keras --backend jax; leave it out"),
-        (["--decode", "gpu"], "--decode gpu is not for --engine keras --backend jax; use --decode cpu"),
-        (["--no-compile"], "--no-compile is not for --engine keras --backend jax; leave it out"),
-        (["--encode", "visible", "--head", "transformer"], "--encode visible is not for --engine keras"),
-        (
-            ["--head", "transformer", "--head.depth", "8"],
-            "--head transformer with another depth or width is not for --engine keras",
-        ),
-    ],
-)
+REFUSED = {
+    "--precision fp16": "--precision fp16 is not for --engine keras --backend jax; use bf16",
+    "--mask hard": "--mask hard is not for --engine keras --backend jax; use one that needs no model",
+    "--masks-per-image 2": "--masks-per-image is not for --engine keras --backend jax; use 1",
+    "--positions sincos": "--positions sincos is not for --engine keras --backend jax; leave it out",
+    "--decode gpu": "--decode gpu is not for --engine keras --backend jax; use --decode cpu",
+    "--no-compile": "--no-compile is not for --engine keras --backend jax; leave it out",
+    "--encode visible --head transformer": "--encode visible is not for --engine keras",
+    "--head transformer --head.depth 8": "--head transformer with another depth or width is not for --engine keras",
+}
+# All in one process, in which nothing is trained, and a head without a Keras layer, which is refused each time.
+REFUSE = """
+import contextlib, io, json, sys
+from dataclasses import dataclass
+import simmim
+from simmim.cli import main
+from simmim.method.heads import Head
+
+@dataclass(frozen=True, kw_only=True)
+class OwnHead(Head):
+    kind = "own"
+
+command = json.loads(sys.argv[1])
+found = {}
+for options in sys.argv[2:]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main([*command, *options.split()])
+    found[options] = status, said.getvalue().splitlines()[-1]
+found["own head"] = []
+for attempt in range(2):
+    try:
+        simmim.pretrain(data="demo", out=command[-1], engine="keras", device="cpu", image_size=64, head=OwnHead())
+    except simmim.UserError as error:
+        found["own head"].append(str(error))
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """Exit status and last line by options, and the run that none of them may have made."""
+    run = tmp_path_factory.mktemp("refused") / "run"
+    done = run_python("-c", REFUSE, json.dumps([*COMMAND[2:], "--out", str(run)]), *REFUSED)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), run
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.items())
 @have("keras", "jax")
 def test_an_option_that_it_does_not_honour_is_refused_in_one_line(
-    tmp_path: Path, options: list[str], message: str
+    refused: tuple[dict[str, Any], Path], options: str, message: str
 ) -> None:
-    done = run_python(*COMMAND, "--out", str(tmp_path / "run"), *options)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "run").exists()
+    found, run = refused
+    status, line = found[options]
+    assert status == 2
+    assert message in line
+    assert not run.exists()
+
+
+@have("keras", "jax")
+def test_each_training_of_a_process_refuses_a_head_without_a_keras_layer(refused: tuple[dict[str, Any], Path]) -> None:
+    found, _ = refused
+    line = "head own has no Keras layer; use --engine torch, or register one by create_head.register"
+    assert found["own head"] == [line, line]
 
 
 @pytest.mark.slow
@@ -153,27 +194,3 @@ def test_a_tpu_that_tensorflow_does_not_find_is_refused_in_one_line(tmp_path: Pa
     assert re.match(
         r"simmim: device 'tpu' is not here: TensorFlow says .+; use tensorflow-tpu on", done.stderr.splitlines()[-1]
     )
-
-
-OWN_HEAD = """
-from dataclasses import dataclass
-import sys
-import simmim
-from simmim.method.heads import Head
-
-@dataclass(frozen=True, kw_only=True)
-class OwnHead(Head):
-    kind = "own"
-
-for attempt in range(2):
-    try:
-        simmim.pretrain(data="demo", out=sys.argv[1], engine="keras", device="cpu", image_size=64, head=OwnHead())
-    except simmim.UserError as error:
-        print(error)
-"""
-
-
-@have("keras", "jax")
-def test_each_training_of_a_process_refuses_a_head_without_a_keras_layer(tmp_path: Path) -> None:
-    done = run_python("-c", OWN_HEAD, str(tmp_path / "run"))
-    assert done.stdout.count("head own has no Keras layer; use --engine torch") == 2, done.stderr

@@ -30,7 +30,7 @@ def test_a_command_runs_on_the_gpu(found: dict[str, dict[str, Any]], name: str) 
     assert ("Null H100" in found[name]["said"]) == (trains or name in ("doctor", "bench"))
 
 
-@pytest.mark.parametrize("shard", ["--no-shard", "--shard"])
+@pytest.mark.parametrize("shard", ["--no-shard", pytest.param("--shard", marks=pytest.mark.slow)])
 def test_two_processes_train(on_null_gpu: Run, tmp_path: Path, shard: str) -> None:
     words = f"pretrain --data demo --out {tmp_path / 'run'} {commands.VIT} {commands.USUAL} {shard}".split()
     if shard == "--no-shard":  # an objective that compares the images of all ranks, none of which may wait in a trial

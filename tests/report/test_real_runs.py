@@ -22,9 +22,10 @@ WHOLE: dict[str, Any] = {"flip": "none", "crop_scale": (1.0, 1.0), "crop_ratio":
 
 
 def verdict(out: Path, **settings: Any) -> list[str]:
-    """Train, and return the titles of the findings, the gravest first."""
+    """Train, and return the titles of the findings, the gravest first; but for that on how busy this machine is."""
     simmim.pretrain(**TINY | WHOLE | {"batch_size": 16, "val_images": 0, "out": str(out)} | settings)
-    return [finding.title for finding in judge(Facts.read(out))]
+    titles = [finding.title for finding in judge(Facts.read(out))]
+    return [title for title in titles if title != "Slowed down by reading images"]
 
 
 def test_a_run_that_converges(tmp_path: Path) -> None:

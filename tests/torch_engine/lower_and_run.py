@@ -1,9 +1,9 @@
-"""Lowers a training step by TorchTPU and runs it on XLA's CPU: `python lower_and_run.py MODEL [NAME=VALUE...]`.
+"""Lowers training steps by TorchTPU and runs them on XLA's CPU: `python lower_and_run.py "MODEL [NAME=VALUE...]"...`.
 
-With `visible` among the words, the encoder sees visible cells only.
+With `visible` among the words of a case, the encoder sees visible cells only.
 
-Prints, as JSON, how far loss, gradients and the parameters after the step are from those of eager PyTorch on the CPU,
-and how far the parameters moved.
+Prints, as JSON for each case, how far loss, gradients and the parameters after the step are from those of eager PyTorch
+on the CPU, and how far the parameters moved.
 """
 
 import dataclasses
@@ -13,7 +13,9 @@ import sys
 
 from simmim.hardware.tpu_compiler import ENVIRONMENT
 
-os.environ.update(ENVIRONMENT | {"JAX_ENABLE_X64": "1"})  # BEiT has indices of 64 bits
+os.environ.update(ENVIRONMENT)
+os.environ["JAX_ENABLE_X64"] = "1"  # BEiT has indices of 64 bits
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiling is most of a case's time
 
 import jax
 import numpy as np
@@ -27,7 +29,7 @@ from simmim.config.field_types import parse_model_args
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
 from simmim.torch_engine.perf.trial import random_batch, update_of
-from simmim.torch_engine.tpu.lower import lower, with_model_sizes
+from simmim.torch_engine.tpu.lower import Lowered, lower, with_model_sizes
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import build_step
 
@@ -57,13 +59,14 @@ def distance(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-def main(model: str, words: list[str]) -> dict[str, float]:
-    visible = "visible" in words
+def config_of(words: list[str]) -> PretrainConfig:
+    model, *arguments = words
+    visible = "visible" in arguments
     config = from_settings(
         PretrainConfig,
         dict(
             model=model,
-            model_args=parse_model_args(word for word in words if word != "visible"),
+            model_args=parse_model_args(word for word in arguments if word != "visible"),
             image_size=(64, 64),
             mask_cell=16 if visible or model.startswith("vit") else None,
             **(VISIBLE if visible else {}),  # type: ignore[arg-type]
@@ -74,16 +77,17 @@ def main(model: str, words: list[str]) -> dict[str, float]:
             std=(0.25, 0.2, 0.3),
         ),
     )
-    config = with_model_sizes(config)
+    return with_model_sizes(config)
+
+
+def compare(config: PretrainConfig, lowered: Lowered) -> dict[str, float]:
     torch.manual_seed(0)
     step = build_step(dataclasses.replace(config, device="cpu"))
+    spread = 0.15 if config.encode == "visible" else 0.05  # more where a decoder makes gradients small
     for parameter in step.parameters():  # else zeros of an initialisation hide what they multiply
-        torch.nn.init.normal_(parameter, std=0.15 if visible else 0.05)  # more where a decoder makes gradients small
+        torch.nn.init.normal_(parameter, std=spread)
     before = as_arrays(step)
     batch = random_batch(config, config.batch_size, step)
-    # Before the first backward pass, whose engine asks once how many devices there are.
-    with sdpa_kernel(SDPBackend.MATH):  # TorchTPU's own kernel is for TPUs
-        lowered = lower(config)
 
     update = update_of(step, dataclasses.replace(config, device="cpu"), World(device=torch.device("cpu")))
     for group in update.optimizer.param_groups:
@@ -112,6 +116,14 @@ def main(model: str, words: list[str]) -> dict[str, float]:
     }
 
 
+def main(cases: list[str]) -> dict[str, dict[str, float]]:
+    configs = [config_of(case.split()) for case in cases]
+    # All before the first backward pass, whose engine asks once how many devices there are.
+    with sdpa_kernel(SDPBackend.MATH):  # TorchTPU's own kernel is for TPUs
+        lowered = [lower(config) for config in configs]
+    return {case: compare(*each) for case, *each in zip(cases, configs, lowered, strict=True)}
+
+
 if __name__ == "__main__":
-    print("\n" + json.dumps(main(sys.argv[1], sys.argv[2:])), flush=True)
+    print("\n" + json.dumps(main(sys.argv[1:])), flush=True)
     os._exit(0)  # TorchTPU may abort as the interpreter ends

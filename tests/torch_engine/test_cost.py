@@ -1,5 +1,7 @@
 """FLOP against counts by hand; memory against what the profiler saw allocated; time lines against another batch."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.hardware.roofline import StepWork
 from simmim.torch_engine.perf.cost import _record, measure_work
 
 from . import tiny
@@ -15,6 +18,13 @@ from . import tiny
 def config(model: str, size: int = 224, **settings) -> PretrainConfig:
     complete = {"image_size": (size, size), "mean": (0.5,) * 3, "std": (0.5,) * 3, "device": "cpu", "precision": "fp32"}
     return PretrainConfig(model=model, **(complete | settings))
+
+
+@functools.cache
+def work_of(kind: str, precision: str = "fp32", *, checkpoint: bool = False) -> StepWork:
+    """Of images of 96 pixels."""
+    settings = tiny.config(kind, image_size=(96, 96), precision=precision, checkpoint_activations=checkpoint)
+    return measure_work(settings)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +49,7 @@ def test_the_forward_pass_has_the_flops_counted_by_hand(settings, by_hand):
 
 @pytest.mark.parametrize("kind", ["vit", "beit", "swin", "resnet18", "convnext", "regnet"])
 def test_backward_takes_about_twice_the_forward(kind):
-    work = measure_work(tiny.config(kind, image_size=(96, 96)))
+    work = work_of(kind)
     # Less for the first layer, which passes no gradient on; more for fused attention, which finds its scores again.
     assert 1.2 < work.flops_per_image / work.forward_flops - 1 < 2.5
 
@@ -86,12 +96,13 @@ def test_memory_is_what_the_profiler_sees(kind, precision, checkpoint, images):
         precision=precision,
         checkpoint_activations=checkpoint,
     )
-    assert measure_work(settings).peak_bytes(images) == pytest.approx(profiled_peak(settings), rel=0.1)
+    expected = pytest.approx(profiled_peak(settings), rel=0.1)
+    assert work_of(kind, precision, checkpoint=checkpoint).peak_bytes(images) == expected
 
 
 def test_a_batch_that_was_not_measured_lies_on_the_line():
     settings = tiny.config("swin", image_size=(96, 96), precision="bf16")
-    work, seven = measure_work(settings), _record(settings, 7)
+    work, seven = work_of("swin", "bf16"), _record(settings, 7)
     assert work.peak_bytes(7) == max(seven.live)
     assert (work.flops[0] + 7 * work.flops[1]).sum() == sum(seven.flops)
 
@@ -111,7 +122,7 @@ def test_cuda_never_holds_the_scores_of_attention_with_a_bias():
 
 
 def test_norms_are_fp32_under_cudas_autocast():
-    cpu = measure_work(tiny.config("convnext", image_size=(96, 96), precision="bf16"))
+    cpu = work_of("convnext", "bf16")
     cuda = measure_work(tiny.config("convnext", image_size=(96, 96), precision="bf16", device="cuda"))
     assert cuda.traffic[1].sum() > cpu.traffic[1].sum()
 

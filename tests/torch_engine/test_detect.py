@@ -105,7 +105,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
 
 def test_a_run_holds_figures_a_picture_and_a_model_that_finds_what_they_judge(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert main(command(data, run, "--detector", "mask_rcnn")) == 0
+    assert main(command(data, run, "--detector", "mask_rcnn", "--eval-every-epochs", "2")) == 0
     figures = json.loads((run / "metrics.json").read_text())
     assert figures["step"] == 4
     assert {"map", "map50", "map75", "map_small", "segm_map", "segm_map50"} <= set(figures)

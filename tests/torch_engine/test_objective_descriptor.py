@@ -1,6 +1,8 @@
 """Descriptor regression: the descriptor against a loop in NumPy, and trainings on it."""
 
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 import simmim
 from simmim.cli import main
 from simmim.config.pretraining import PretrainConfig
+from simmim.data.sources import DemoImages
 from simmim.errors import UserError
 from simmim.method.masks import RandomMask
 from simmim.method.objectives import DescriptorRegression, PixelReconstruction
@@ -39,6 +42,17 @@ SETTINGS: dict[str, Any] = {
     "lr": 0.1,
     "warmup_epochs": 0,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_images(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An eighth of the demo's, since the objective looks at a sample of all before the first step."""
+    files, path = DemoImages(), tmp_path_factory.mktemp("few") / "images.npz"
+    pictures = [Image.open(io.BytesIO(files.read(number))).convert("RGB") for number in range(0, 1008, 8)]
+    np.savez(path, images=np.stack([np.asarray(picture) for picture in pictures]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SETTINGS, "data", str(path))
+        yield
 
 
 def train(out: Path, **settings: Any) -> Path:
@@ -71,7 +85,7 @@ def test_whole_images_alone_leave_the_mask_out(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_broken_off_resumes_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {name: SETTINGS[name] for name in ("objectives", "encode", "positions")}
+    settings = {name: SETTINGS[name] for name in ("data", "objectives", "encode", "positions")}
     found = objectives.check_resume(tmp_path, monkeypatch, **settings)
     assert found["objectives.descriptor.shape.axes"].abs().sum() > 0
 

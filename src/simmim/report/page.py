@@ -1,5 +1,6 @@
 """Write a report: one HTML file that needs nothing else."""
 
+import functools
 import os
 import platform
 import shlex
@@ -280,13 +281,8 @@ def _order(sections: Sequence[Section], shared: Sequence[str]) -> list[int]:
 
 def render(sections: Sequence[Section], names: Sequence[str]) -> str:
     """Return the page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("simmim.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     files = resources.files("simmim.report")
-    return environment.get_template("page.html").render(
+    return _template().render(
         sections=sections,
         names=names,
         difference=difference,
@@ -295,3 +291,14 @@ def render(sections: Sequence[Section], names: Sequence[str]) -> str:
         script=(files / "page.js").read_text(encoding="utf-8"),
         date=time.strftime("%Y-%m-%d %H:%M"),
     )
+
+
+@functools.cache
+def _template() -> Any:
+    """Compile the page once for a process, since that takes longer than to write a page."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("simmim.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html")
