@@ -22,7 +22,8 @@ from typing import Any
 
 from results import machine, save
 
-TRAINING = "--objective pixels --model vit_tiny_patch16_224 --model-args depth=1 --image-size 64 --batch-size 8 --precision fp32"
+TRAINING = "--objective pixels --model vit_tiny_patch16_224 --model-args depth=1 --image-size 64 --batch-size 8"
+TRAINING += " --precision fp32"
 NAMES = 1_000_000
 
 

@@ -89,7 +89,7 @@ class Comparison:
 
     def pretrain(self) -> None:
         steps = 2 if self.quick else PRETRAINING["steps"]
-        settings = PRETRAINING | ({"warmup_epochs": 0.0} if self.quick else {}) | {"steps": steps}
+        settings: dict[str, Any] = PRETRAINING | ({"warmup_epochs": 0.0} if self.quick else {}) | {"steps": steps}
 
         def find() -> dict[str, float]:
             run = simmim.pretrain(data=str(self.images), out=str(self.work / "pretrained"), **settings)
