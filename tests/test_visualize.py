@@ -13,7 +13,7 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("visualize") / "run"
     model = "--model vit_tiny_patch16_224 --model-args depth=1 embed_dim=12 num_heads=1 patch_size=8 --image-size 32"
     options = "--mask-cell 8 --steps 1 --batch-size 4 --device cpu --mask-ratio 0.5"
-    assert main(f"pretrain --data demo --out {out} {model} {options}".split()) == 0
+    assert main(f"pretrain --objective pixels --data demo --out {out} {model} {options}".split()) == 0
     return out
 
 

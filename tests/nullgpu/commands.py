@@ -19,15 +19,16 @@ TINY = "--model vit_tiny_patch16_224 --model-args depth=1 embed_dim=48 num_heads
 VIT = f"{TINY} --image-size 32 --mask.cell 16"
 RESNET = "--from scratch --model resnet18 --model-args channels=[8,16,32,64]"
 USUAL = "--device cuda --batch-size 4 --steps 2 --precision bf16 --no-compile --workers 1"
+SIMMIM = "--objective pixels"
 AUTO = "--accumulate-steps auto"
 COMMANDS = {
     "doctor": "doctor",
-    "pretrain": f"pretrain --data demo --out F/pixels {VIT} {USUAL} --probe demo --picture-every-steps 1",
-    "pretrain fp16": f"pretrain --data demo --out F/fp16 {VIT} {USUAL} --precision fp16",
+    "pretrain": f"pretrain {SIMMIM} --data demo --out F/pixels {VIT} {USUAL} --probe demo --picture-every-steps 1",
+    "pretrain fp16": f"pretrain {SIMMIM} --data demo --out F/fp16 {VIT} {USUAL} --precision fp16",
     "pretrain descriptor": f"pretrain --data demo --out F/descriptor {VIT} {USUAL} {DESCRIPTOR}",
     "pretrain views": f"pretrain --data demo --out F/views {VIT} {USUAL} --objective sigreg=1 infonce=1",
     "pretrain teacher": f"pretrain --data demo --out F/taught {VIT} {USUAL} --objective teacher=1 --teacher F/pixels",
-    "resume": f"pretrain --data demo --out F/fp16 {VIT} {USUAL} --precision fp16",
+    "resume": f"pretrain {SIMMIM} --data demo --out F/fp16 {VIT} {USUAL} --precision fp16",
     "reconstruct": "reconstruct F/pixels demo --out F/picture.png --count 2",
     "probe": "probe F/pixels --data demo --device cuda --labels-per-class 2 --k 5",
     "embed": "embed F/pixels --data demo --out F/features.npz --device cuda",

@@ -258,7 +258,7 @@ def test_boxes_are_fp32_though_the_network_is_bf16(data: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("--data nowhere", "nowhere has no folder train; give one with train/images and train/annotations.json"),
+        ("--data nowhere", "nowhere does not exist; give a folder with train/images and train/annotations.json"),
         (
             "--detector fcos --pyramid-channels 40",
             "pyramid channels 40 do not divide into the groups of 32 of fcos; use a multiple of 32",
