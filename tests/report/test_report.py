@@ -118,6 +118,8 @@ def test_a_fine_tuning_is_not_called_over_trained_by_its_loss(tmp_path: Path) ->
     facts = write_run(tmp_path / "run", rows)
     assert "Over-trained" in titles(facts)
     assert "Over-trained" not in titles(dataclasses.replace(facts, config=TASK_CONFIGS["classify"]()))
+    moving = write_run(tmp_path / "moving", rows, objectives=(EmaTeacher(),))
+    assert "Over-trained" not in titles(moving)
 
 
 def test_a_run_that_was_broken_off_says_how_to_go_on(tmp_path: Path) -> None:
@@ -415,6 +417,9 @@ def test_a_page_of_a_long_run_stays_small(tmp_path: Path) -> None:
     assert report(ReportConfig(runs=(str(facts.run.path),))).stat().st_size < 300_000
     assert len(thinned(facts.series["loss"])) <= 400
     assert thinned(facts.series["loss"])[-1][0] == 20_000
+    drawn = chart("loss", [("run", [(step, float(step)) for step in range(1000)])])
+    assert drawn is not None
+    assert drawn.lines[0].summary == 999  # the last value, where the curve ends in a mean
 
 
 def test_charts_keep_to_their_frame_and_ticks_are_round() -> None:

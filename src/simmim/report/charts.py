@@ -22,8 +22,11 @@ class Line:
 
     name: str
     points: list[Point]
+    """At most 400; of a longer curve means of neighbours."""
     colour: int
     """Number of its colour in the style sheet, from 0 on."""
+    summary: float
+    """What the legend says of it: its last value, or over recall the mean, which is AP50."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,6 @@ class Chart:
         ]
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
-    def summary(self, line: Line) -> float:
-        """Return what the legend says of a curve: its last value, or over recall the mean, which is AP50."""
-        values = [value for _, value in line.points]
-        return values[-1] if self.place == STEP else statistics.mean(values)
-
     @property
     def value_ticks(self) -> list[tuple[float, str]]:
         """Return (y, label) of some round values."""
@@ -102,11 +100,12 @@ def chart(
     title: str, curves: Sequence[tuple[str, list[Point]]], *, logarithmic: bool = False, place: str = STEP
 ) -> Chart | None:
     """Make a chart of named curves; `None` if all are empty. Values not above 0 keep the axis linear."""
-    lines = [
-        Line(name, [(step, float(f"{value:.5g}")) for step, value in thinned(points)], number)
-        for number, (name, points) in enumerate(curves)
-        if points
-    ]
+    lines = []
+    for number, (name, points) in enumerate(curves):
+        if points:
+            shown = [(step, float(f"{value:.5g}")) for step, value in thinned(points)]
+            summary = points[-1][1] if place == STEP else statistics.mean(value for _, value in points)
+            lines.append(Line(name, shown, number, float(f"{summary:.5g}")))
     if not lines:
         return None
     positive = all(value > 0 for line in lines for _, value in line.points)

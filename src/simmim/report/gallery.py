@@ -74,13 +74,15 @@ def make_gallery(run: str, data: str, *, most: int, most_bytes: int = 5_000_000)
 
     Raises `UserError` where none can be read, and, before any is, where names alone would take that.
     """
+    from jinja2.utils import htmlsafe_json_dumps
+
     from simmim.torch_engine.tasks.embed import embed_some, input_channels
 
     whole = open_source(data)
     order = np.argsort(sample_keys(0, 0, np.arange(len(whole)), stream="sample"))
     source: ImageSource = Subset(whole, np.sort(order[:most]))
-    text = sum(len(source.name(index)) + _POINT for index in range(len(source)))
-    text += 5 * _LISTED * max(len(source.name(index)) for index in range(len(source)))
+    sizes = [len(htmlsafe_json_dumps(source.name(index))) for index in range(len(source))]
+    text = sum(sizes) + _POINT * len(sizes) + 5 * _LISTED * max(sizes)
     spare = most_bytes - text - _QUERIES * _STRIP
     if spare < len(source) * _LEAST:
         raise UserError(

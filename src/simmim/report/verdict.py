@@ -69,7 +69,8 @@ def _training(facts: Facts) -> Iterator[Finding]:
             yield Finding("note", "Not finished", f"{done} when this was written, and the training went on")
         else:
             yield Finding("watch", "Not finished", done, f"go on by simmim resume {shlex.quote(str(facts.run.path))}")
-    held = facts.series.get("val_loss") if facts.task == "pretraining" else None  # a classifier's may rise
+    # A classifier's may rise, and a loss whose target moves says nothing.
+    held = facts.series.get("val_loss") if facts.task == "pretraining" and not moving else None
     if held and held[-1][1] > best(held, min)[1] * (1 + _OVER):
         step, least = best(held, min)
         figure = f"the loss of images kept aside was {least:.4f} at step {step} and is {held[-1][1]:.4f}"
