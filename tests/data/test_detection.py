@@ -218,6 +218,11 @@ WRONG = {
     f"annotation 2 of {FILE} has a segmentation that is neither run lengths nor polygons of three points or more": (
         change("annotations", 1, segmentation=[[1, 2, 3, 4]])
     ),
+    f"image 1 (counted from 0) of {FILE} is 80x'60' (W x H); give pixels as whole numbers": change(
+        "images", 1, height="60"
+    ),
+    f"annotation 2 of {FILE} has a polygon with the coordinate 1e+20, far out of its image of 80x60 pixels (W x H); "
+    "coordinates are in pixels": (change("annotations", 1, segmentation=[[1, 2, 1e20, 4, 5, 6]])),
     f"none of the 4 images of {FILE} to train on has a box; add some": lambda c: c.update(annotations=[]),
     f"category 3 (dog) of test/annotations.json is not one of {FILE}; list the same in both": lambda c: c[
         "categories"

@@ -1,6 +1,7 @@
 """Which images are trained on and evaluated on, under which class, and what is said where that cannot be told."""
 
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,9 +175,15 @@ def test_more_labels_than_a_class_has_are_refused(tmp_path: Path):
         open_labelled(str(tmp_path), labels_per_class=5)
 
 
-def csv(text: str) -> Callable[[Path], Path]:
+def with_member(path: Path, name: str, content: bytes) -> Path:
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, content)
+    return path
+
+
+def csv(text: str, encoding: str = "utf-8") -> Callable[[Path], Path]:
     def make(folder: Path) -> Path:
-        (folder / "d.csv").write_text(text)
+        (folder / "d.csv").write_text(text, encoding=encoding)
         return folder / "d.csv"
 
     return make
@@ -214,6 +221,18 @@ FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "npz with too few names": (
         lambda folder: arrays(folder / "d.npz", class_names=np.array(["a", "b"])),
         "{0} has class number 2 and 2 class_names; give each class a name",
+    ),
+    "npz with a class number that is none": (
+        lambda folder: arrays(folder / "d.npz", y_test=np.array([0, 4_000_000_000])),
+        "{0} has class number 4000000000; number the classes from 0 on, below 1,000,000",
+    ),
+    "npz with something else": (
+        lambda folder: with_member(arrays(folder / "d.npz"), "class_names.npy", b"text"),
+        "{0} cannot be read as .npz (class_names is no array); write it with numpy.savez",
+    ),
+    "csv of another encoding": (
+        csv("path,label\na.png,Bäume\n", encoding="latin-1"),
+        "{0} cannot be read as CSV ('utf-8' codec can't decode byte 0xe4",
     ),
     "no npz": (
         lambda folder: csv("text")(folder).rename(folder / "d.npz"),

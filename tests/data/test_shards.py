@@ -223,6 +223,8 @@ DAMAGE = {
         form="tiff"
     ): r"is version 1, form tiff; this simmim reads version 1 and the forms original, .*",
     change_the_manifest(version=9): r"is version 9, form original; this simmim reads version 1 .*",
+    change_the_manifest(shards=[{"images": 4}]): r"pack.json is not what simmim pack wrote \(a shard .*\); pack again",
+    change_the_manifest(shards=[3]): r"pack.json is not what simmim pack wrote \(.*\); pack again",
     change_the_manifest(colour="red"): r"pack.json is not what simmim pack wrote \(.*'colour'\); pack again",
 }
 

@@ -1,6 +1,8 @@
 """What `--data` finds, and what it says where there is nothing."""
 
+import errno
 import os
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simmim.data.decode import decode
+from simmim.data import files
+from simmim.data.decode import BadImage, decode
 from simmim.data.files import PathList
 from simmim.data.packed.format import is_packed
-from simmim.data.sources import Subset, open_source, register_source, sniff
+from simmim.data.sources import Subset, open_source, read_raw, register_source, sniff
 
 
 def names(data: Path | str) -> list[str]:
@@ -216,3 +219,44 @@ def test_a_scheme_that_cannot_be_registered_is_refused(scheme: str, message: str
 def test_an_unknown_scheme_is_refused_with_those_that_are_known():
     with pytest.raises(ValueError, match="scheme lmdb of lmdb:faces is not known; use one of demo, hf"):
         open_source("lmdb:faces")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(os.path.relpath(tmp_path / "c.png"))  # a path of at most 108 bytes
+    (tmp_path / "d.png").symlink_to(tmp_path / "none")
+    source = open_source(str(tmp_path))
+    assert [Path(source.name(index)).name for index in range(len(source))] == ["a.png", "d.png"]  # d is a bad image
+    (tmp_path / "list.txt").write_text("a.png\nb.png\nc.png\n")
+    listed = open_source(str(tmp_path / "list.txt"))
+    for index, reason in ((1, "is no regular file"), (2, "No such device or address")):
+        with pytest.raises(BadImage, match=reason):
+            read_raw(listed, index)
+
+
+@pytest.mark.parametrize(
+    ("failures", "number", "is_read"), [(3, errno.ESTALE, True), (4, errno.EIO, False), (1, 13, False)]
+)
+def test_a_read_that_a_network_broke_is_tried_again(
+    failures: int, number: int, is_read: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, left, waited = tmp_path / "a.png", [failures], []
+
+    def open_at_once(path: str, flags: int) -> int:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return os.open(path, flags)
+
+    path.write_bytes(b"content")
+    monkeypatch.setattr(files, "_open_at_once", open_at_once)
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    if is_read:
+        assert read_raw(PathList([path]), 0) == b"content" and waited == [0.1, 1.0, 5.0]
+    else:
+        with pytest.raises(BadImage, match=os.strerror(number)):
+            read_raw(PathList([path]), 0)
+        assert left == [0] and len(waited) == failures - 1

@@ -8,6 +8,7 @@ Shapes: `H W` pixels, `C` channels.
 """
 
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -233,6 +234,7 @@ def _open_tiff(raw: bytes) -> Picture:
         if not _pillow_reads_tiff(tags.get(277, 1), max(tags.get(258, (1,))), tags.get(338, ())):
             raise BadImage("a TIFF with many bands or deep colour needs tifffile; pip install simmim[data]") from None
         return _open_pillow(image)
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file, `BadImage` says
     page = tifffile.TiffFile(io.BytesIO(raw)).pages.first
     bands = page.samplesperpixel
     if _pillow_reads_tiff(bands, page.bitspersample, page.extrasamples):

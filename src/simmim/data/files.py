@@ -1,6 +1,9 @@
 """Image files: in a folder of any depth, or listed in a text file."""
 
+import errno
 import os
+import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +13,11 @@ from simmim.errors import UserError
 _SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 SUFFIXES = tuple(_SUFFIXES.split())
 """Suffixes of the files in a folder that count as images."""
+
+# Errors that may pass on a network file system (NFS, SMB, FUSE), and how long to wait before each further try.
+_PASSING = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "ENETDOWN", "ENETUNREACH", "EHOSTUNREACH", "ECONNRESET",
+            "EREMOTEIO", "ENOLINK")  # fmt: skip
+_WAITS = (0.1, 1.0, 5.0)  # seconds
 
 
 class PathList:
@@ -29,7 +37,29 @@ class PathList:
         return os.path.join(self._root, name)  # noqa: PTH118  # a third of a path's time, which counts for a million names
 
     def read(self, index: int) -> bytes:
-        return Path(self.name(index)).read_bytes()
+        return read_file(self.name(index))
+
+
+def read_file(path: str) -> bytes:
+    """Read a file; try again, up to three times within 6 s, after an error that may pass on a network file system.
+
+    Raises `ValueError` for what is no file, such as a named pipe, which would be waited for, else `OSError`.
+    """
+    for wait in (*_WAITS, None):
+        try:
+            with open(path, "rb", opener=_open_at_once) as file:  # Path.open takes no opener
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ValueError("is no regular file")
+                return file.read()
+        except OSError as error:
+            if wait is None or errno.errorcode.get(error.errno or 0) not in _PASSING:
+                raise
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # of a regular file it changes nothing
 
 
 def open_folder(folder: Path) -> PathList:
@@ -67,6 +97,11 @@ def find_images(root: Path) -> Names:
     return Names(_walk(root, "", set()))
 
 
+def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a symbolic link to nothing, which is told as an image that cannot be read."""
+    return entry.is_symlink() and not Path(entry.path).exists()
+
+
 def _walk(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
     status = Path(root, folder).stat()
     if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
@@ -77,7 +112,7 @@ def _walk(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir(follow_symlinks=False):
+            if entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or _leads_nowhere(entry)):
                 found.append(entry.name)
             elif entry.is_dir():
                 found.append(f"{entry.name}/")

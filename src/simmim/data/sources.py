@@ -265,7 +265,10 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Load those of the arrays `names` that an .npz holds. Raises `UserError` if it is damaged or no .npz."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names if name in arrays.files}
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            found = {name: arrays[name] for name in names if name in arrays.files}
+        if wrong := next((name for name, array in found.items() if not isinstance(array, np.ndarray)), None):
+            raise ValueError(f"{wrong} is no array")
+        return found
+    except Exception as error:  # damaged files raise arbitrary errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as .npz ({reason}); write it with numpy.savez") from error

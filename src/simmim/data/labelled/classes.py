@@ -26,6 +26,8 @@ Labels = NDArray[np.int64]
 CLASSES = "give a folder of classes, a .csv, an .npz, hf:NAME or demo"
 """What to do where there is no labelled data."""
 
+_MOST_CLASSES = 1_000_000
+
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -186,8 +188,11 @@ def _packed_classes(packed: PackedImages, names: list[str], folder: str, data: s
 
 def read_csv(path: Path) -> list[tuple[str, str, str]]:
     """Read a CSV of path,label[,split]: split (train, val or test), path and label of each row. Raises `UserError`."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as CSV ({error}); save it as CSV in UTF-8") from None
     if not rows or not {"path", "label"} <= set(rows[0]):
         raise UserError(
             f"{path} has no rows with the columns path and label; write a header path,label or path,label,split"
@@ -230,7 +235,11 @@ def _open_npz(path: Path) -> LabelledImages:
                 f"give a class number from 0 on for each of the {len(images)} images of x_{part}"
             )
     highest = max(int(arrays[name].max(initial=0)) for name in ("y_train", "y_test"))
+    if highest >= _MOST_CLASSES:
+        raise UserError(f"{path} has class number {highest}; number the classes from 0 on, below {_MOST_CLASSES:,}")
     names = arrays.get("class_names", np.arange(highest + 1))
+    if names.ndim != 1:
+        raise UserError(f"array class_names of {path} has {names.ndim} dimensions; give a name for each class")
     if highest >= len(names):
         raise UserError(f"{path} has class number {highest} and {len(names)} class_names; give each class a name")
     return LabelledImages(

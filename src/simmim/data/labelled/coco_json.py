@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.data.decode import MAX_PIXELS
 from simmim.errors import UserError
 
 # Files round, and tools count pixels from 0 or 1. A box may exceed its image by this many pixels and is clipped.
@@ -52,6 +53,12 @@ def read_coco(folder: Path, *, masks: bool) -> CocoFile:
     names = set()
     for number, image in enumerate(lists["images"]):
         _need(image, ("id", "file_name", "height", "width"), f"image {number} (counted from 0) of {path}")
+        sides = (image["width"], image["height"])
+        if not all(isinstance(side, int) and 0 < side <= MAX_PIXELS for side in sides):
+            raise UserError(
+                f"image {number} (counted from 0) of {path} is {sides[0]!r}x{sides[1]!r} (W x H); give pixels as whole "
+                "numbers"
+            )
         name = str(image["file_name"])
         if image["id"] in images or name in names:
             what = f"image {name}" if name in names else f"image id {image['id']}"
@@ -134,6 +141,13 @@ def _check_segmentation(segmentation: Any, image: Mapping[str, Any], place: str)
             raise UserError(f"{place} has run lengths of size {segmentation.get('size')}; its image is {size} (H, W)")
     elif not (isinstance(segmentation, list) and all(_is_polygon(part) for part in segmentation)):
         raise UserError(f"{place} has a segmentation that is neither run lengths nor polygons of three points or more")
+    else:  # to draw a polygon takes as long as it is
+        far = next((x for part in segmentation for x in part if not -max(size) <= x <= 2 * max(size)), None)
+        if far is not None:
+            raise UserError(
+                f"{place} has a polygon with the coordinate {far:g}, far out of its image of {size[1]}x{size[0]} "
+                "pixels (W x H); coordinates are in pixels"
+            )
 
 
 def _is_polygon(part: Any) -> bool:

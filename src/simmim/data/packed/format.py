@@ -249,13 +249,15 @@ def read_manifest(storage: Storage, data: str) -> Manifest:
     try:
         found = json.loads(storage.read(MANIFEST))
         manifest = Manifest(**found)
+        if any({"images", "bytes", "sha256", "index_sha256"} - shard.keys() for shard in manifest.shards):
+            raise ValueError("a shard lacks a field")
     except FileNotFoundError:
         raise UserError(
             f"{data} has no {MANIFEST}, so it is no finished set of shards; run simmim pack (again) with it as --out"
         ) from None
     except OSError as error:
         raise UserError(f"{data}/{MANIFEST} cannot be read: {error}; check the storage and its permissions") from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{data}/{MANIFEST} is not what simmim pack wrote ({error}); pack again") from None
     if manifest.version != VERSION or manifest.form not in FORMS:
         raise UserError(
