@@ -1,4 +1,4 @@
-"""Five labelled sets of 32x32 images, to judge features by.
+"""Five labelled sets of small images (32x32 unless a benchmark asks for more), to judge features by.
 
     python benchmarks/labelled_sets.py ../shared/data --out DIR
 
@@ -43,19 +43,20 @@ FEW = 25
 Arrays = dict[str, NDArray[Any]]
 
 
-def fashion(data: Path) -> Arrays:
+def fashion(data: Path, side: int) -> Arrays:
     """Read photo_fashion32 with its label sets of 100 images a class."""
+    assert side == SIDE, "fashion is stored at 32 pixels"
     with np.load(data / "photo_fashion32" / "photo_fashion32.npz", allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in ("x_train", "y_train", "x_test", "y_test", "class_names")}
         return arrays | {f"few_{number}": stored[f"few100_seed{number}"] for number in LABEL_SETS}
 
 
-def emoji(_: Path) -> Arrays:
+def emoji(_: Path, side: int) -> Arrays:
     """Shrink the demo's emoji from 64x64, split as `open_labelled` splits them."""
     images = open_labelled("demo", val_fraction=0.2, seed=0)
 
     def read(source: Any) -> NDArray[np.uint8]:
-        return eval_images(source, range(len(source)), size=(SIDE, SIDE), channels=3, dtype=np.uint8)
+        return eval_images(source, range(len(source)), size=(side, side), channels=3, dtype=np.uint8)
 
     return {
         "x_train": read(images.train),
@@ -66,7 +67,7 @@ def emoji(_: Path) -> Arrays:
     }
 
 
-def stamps(data: Path) -> Arrays:
+def stamps(data: Path, side: int) -> Arrays:
     """Cut the objects of stamps_detseg out by their boxes; train and test are its own."""
     arrays: Arrays = {}
     for part in ("train", "test"):
@@ -75,35 +76,42 @@ def stamps(data: Path) -> Arrays:
         files = {row["id"]: folder / "images" / row["file_name"] for row in listed["images"]}
         names = {row["id"]: row["name"] for row in listed["categories"]}
         ids, objects = sorted(names), listed["annotations"]
-        arrays[f"x_{part}"] = np.stack([cut_object(files[row["image_id"]], row["bbox"]) for row in objects])
+        arrays[f"x_{part}"] = np.stack([cut_object(files[row["image_id"]], row["bbox"], side) for row in objects])
         arrays[f"y_{part}"] = np.array([ids.index(row["category_id"]) for row in objects])
         arrays["class_names"] = np.array([names[number] for number in ids])
     return arrays
 
 
-def cut_object(file: Path, box: list[float], margin: float = 0.1) -> NDArray[np.uint8]:
+def cut_object(file: Path, box: list[float], out: int, margin: float = 0.1) -> NDArray[np.uint8]:
     """Cut a square around a box [left, top, width, height], with a margin on each side, from within the image."""
     image = Image.open(file).convert("RGB")
     left, top, width, height = box
     side = min(max(width, height) * (1 + 2 * margin), *image.size)
     x = min(max(left + width / 2 - side / 2, 0), image.width - side)
     y = min(max(top + height / 2 - side / 2, 0), image.height - side)
-    return shrink(image, (x, y, x + side, y + side))
+    return shrink(image, (x, y, x + side, y + side), out)
 
 
-def photo_crops(data: Path) -> Arrays:
+def photo_crops(data: Path, side: int) -> Arrays:
     """Crop squares of 60 photographs."""
-    return crop_photographs(data, seed=0)
+    return crop_photographs(data, side, seed=0)
 
 
-def photo_dev(data: Path) -> Arrays:
+def photo_dev(data: Path, side: int) -> Arrays:
     """Crop squares of 60 photographs that photo-crops leaves out."""
-    taken = crop_photographs(data, seed=0, train=1, test=1)["class_names"]
-    return crop_photographs(data, seed=1, without=set(taken))
+    taken = crop_photographs(data, side, seed=0, train=1, test=1)["class_names"]
+    return crop_photographs(data, side, seed=1, without=set(taken))
 
 
 def crop_photographs(
-    data: Path, seed: int, without: Collection[str] = (), photographs: int = 60, train: int = 100, test: int = 25
+    data: Path,
+    side: int,
+    *,
+    seed: int,
+    without: Collection[str] = (),
+    photographs: int = 60,
+    train: int = 100,
+    test: int = 25,
 ) -> Arrays:
     """Crop squares of a quarter of the short side from one half of each photograph to train, from the other to test.
 
@@ -116,7 +124,7 @@ def crop_photographs(
     for name in rng.permutation(names):
         image = Image.open(data / "photos" / name).convert("RGB")
         sides = zip(rng.permutation(2), (train, test), strict=True)
-        halves = [crop_half(image, half, count, rng) for half, count in sides]
+        halves = [crop_half(image, half, count, rng, side) for half, count in sides]
         if min(half.std(axis=(1, 2)).mean() for half in halves) < 16:  # of 255: mostly sky, water or dark
             continue
         for part, half in zip(("train", "test"), halves, strict=True):
@@ -129,23 +137,23 @@ def crop_photographs(
     return {name: np.concatenate(rows) if name[0] == "x" else np.array(rows) for name, rows in arrays.items()}
 
 
-def crop_half(image: Image.Image, half: int, count: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Crop `count` random squares from the first or second half of an image, along its long side: (N, 32, 32, 3)."""
+def crop_half(image: Image.Image, half: int, count: int, rng: np.random.Generator, out: int) -> NDArray[np.uint8]:
+    """Crop `count` random squares from the first or second half of an image, along its long side: (N, out, out, 3)."""
     side = min(image.size) // 4
     wide = image.width >= image.height
     middle, end = max(image.size) // 2, max(image.size)
     along = rng.integers(*((0, middle - side + 1) if half == 0 else (middle, end - side + 1)), size=count)
     across = rng.integers(0, min(image.size) - side + 1, size=count)
     corners = zip(along, across, strict=True) if wide else zip(across, along, strict=True)
-    return np.stack([shrink(image, (x, y, x + side, y + side)) for x, y in corners])
+    return np.stack([shrink(image, (x, y, x + side, y + side), out) for x, y in corners])
 
 
-def shrink(image: Image.Image, box: tuple[float, float, float, float]) -> NDArray[np.uint8]:
-    """Resize a box (left, top, right, bottom) of an image to 32x32."""
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box))
+def shrink(image: Image.Image, box: tuple[float, float, float, float], side: int) -> NDArray[np.uint8]:
+    """Resize a box (left, top, right, bottom) of an image to `side` by `side` pixels."""
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
 
 
-SETS: dict[str, Callable[[Path], Arrays]] = {
+SETS: dict[str, Callable[[Path, int], Arrays]] = {
     "photo-dev": photo_dev,
     "photo-crops": photo_crops,
     "emoji": emoji,
@@ -160,11 +168,11 @@ def choose_few(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.i
     return np.sort(np.concatenate([order[labels[order] == label][:count] for label in np.unique(labels)]))
 
 
-def load_set(name: str, data: Path, folder: Path) -> Arrays:
-    """Read a set, with its label sets, from `folder`; build it there first if it is not there."""
+def load_set(name: str, data: Path, folder: Path, side: int = SIDE) -> Arrays:
+    """Read a set of `side` pixels, with its label sets, from `folder`; build it there first if it is not there."""
     path = folder / f"{name}.npz"
     if not path.exists():
-        arrays = SETS[name](data)
+        arrays = SETS[name](data, side)
         for number in LABEL_SETS:
             arrays.setdefault(f"few_{number}", choose_few(arrays["y_train"], FEW, number))
         for number in LABEL_SETS:

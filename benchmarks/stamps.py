@@ -10,8 +10,8 @@ training images, without labels: once for both tasks. From it, and from scratch 
 trained. From scratch it has the best of three rates, chosen on the test images of the first seed, in its favour, and a
 row with three times the steps. The pretrained one has one rate.
 
-The settings of pretraining were chosen on other images (results/stamps_search.md). Figures are those of the last step,
-not of the best. Runs resume, and the figures are saved as they come.
+The settings of pretraining were chosen on other images (garments.py; results/stamps_search.md). Figures are those of
+the last step, not of the best. Runs resume, and the figures are saved as they come.
 """
 
 import argparse

@@ -1,0 +1,85 @@
+"""What does plain `simmim pretrain` give at its own size, 128 pixels? Frozen features beside their floors and SimMIM.
+
+    OMP_NUM_THREADS=1 python benchmarks/first_run.py ../shared/data --work DIR
+
+The commands that a user types, on sets that the recipe was not chosen on (`labelled_sets.py`, at 128 pixels):
+
+    simmim pretrain --data SET --out RUN --steps N                          # default-small
+    simmim pretrain --data SET --out RUN --steps N --objective pixels …  # SimMIM with the same encoder and size
+    simmim probe RUN --data SET --method knn, and linear
+
+Both train for `--seconds` of processor time of all threads: a short trial finds how many steps that is. `simmim probe`
+adds raw pixels (shrunk to 32 pixels) and the untrained encoder. Runs resume, and figures are saved as they come.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import results
+from labelled_sets import load_set
+
+import simmim
+
+SIDE = 128
+ARMS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "simmim": {"objectives": [{"kind": "pixels"}], "model": "vit_small_patch16_224", "image_size": SIDE},
+}
+METHODS = ("knn", "linear")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", type=Path, help="folder with photos and stamps_detseg")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--set", nargs="+", default=["photo-crops", "emoji"])
+    parser.add_argument("--arm", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--seconds", type=float, default=1500)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    options = parser.parse_args()
+    found: dict[str, Any] = {}
+    for name in options.set:
+        load_set(name, options.data, options.work / "sets", SIDE)
+        images = str(options.work / "sets" / f"{name}.npz")
+        for arm in options.arm:
+            for seed in options.seed:
+                row = judge(images, options.work / f"{name}-{arm}-{seed}", ARMS[arm], seed, options.seconds)
+                found.setdefault(name, {}).setdefault(arm, {})[seed] = row
+                print(name, arm, seed, row, flush=True)
+                results.save("first_run", {**results.machine(), "seconds": options.seconds, "sets": found}, quiet=True)
+
+
+def judge(images: str, out: Path, settings: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:
+    """Pretrain for the seconds and probe; of a run that is there, judge again what is not known."""
+    notes = out.with_suffix(".json")
+    row: dict[str, Any] = json.loads(notes.read_text()) if notes.exists() else {}
+    arguments = {"data": images, "seed": seed, "save_every_steps": 50, **settings}
+    if "steps" not in row:
+        row["steps"] = max(round(seconds / seconds_a_step(arguments, out)), 1)
+        notes.write_text(json.dumps(row))
+    begun = time.process_time()
+    run = simmim.pretrain(**arguments, steps=row["steps"], out=str(out))
+    row.setdefault("processor_seconds", round(time.process_time() - begun))
+    for method in METHODS:
+        if method not in row:
+            # Raw pixels of many classes take a linear classifier hours.
+            row[method] = simmim.probe(str(run.path), images, method=method, baselines=method == "knn")
+            notes.write_text(json.dumps(row))
+    return row
+
+
+def seconds_a_step(arguments: dict[str, Any], out: Path) -> float:
+    """Time steps of a trial, less what starting takes."""
+    took = []
+    for steps in (4, 24):
+        begun = time.process_time()
+        simmim.pretrain(**arguments, steps=steps, out=f"{out}-trial-{steps}")
+        took.append(time.process_time() - begun)
+    return (took[1] - took[0]) / 20
+
+
+if __name__ == "__main__":
+    main()
