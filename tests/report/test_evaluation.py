@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import simmim
@@ -22,6 +23,7 @@ from simmim.report.page import ReportConfig, report, section
 from simmim.torch_engine.tasks.base import find_spec
 from simmim.torch_engine.tasks.detect import DetectTask
 from simmim.torch_engine.tasks.detect_step import Found
+from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.finetune import FinetuneSession
 from simmim.training.evaluation_record import CLASSES as MOST_CLASSES
 from simmim.training.evaluation_record import MATRIX, Worst, confusion_part, thumbnail, write_record
@@ -104,9 +106,7 @@ def test_what_a_segmenter_confuses_is_counted_from_its_masks(tuned: dict[str, Pa
     assert {each["name"]: each["iou"] for each in record["worst"]} == pytest.approx(scores)
 
 
-def test_a_detectors_curves_and_mistakes_are_those_of_what_it_found(
-    tuned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_detectors_curves_and_mistakes_are_those_of_what_it_found(tuned: dict[str, Path], tmp_path: Path) -> None:
     """In six images of two objects, from 0 on: both found; then one of the other class, one missed, one twice …"""
     config: Any = Facts.read(tuned["detect"]).config
     data = open_detection(config.data)
@@ -122,9 +122,7 @@ def test_a_detectors_curves_and_mistakes_are_those_of_what_it_found(
         scores = np.sort(random.uniform(0.35 if index != 5 else 0.0, 1 if index != 5 else 0.25, len(boxes)))[::-1]
         found[index] = Found(boxes, labels, scores, None)
     task = DetectTask(config, data, None)
-    monkeypatch.setattr(task, "_find", lambda step, bad_images: found)
-    step: Any = SimpleNamespace(finds_masks=False)
-    figures = task.evaluate(step, tmp_path)
+    figures = task.conclude([found], tmp_path)
     record, table = json.loads(Run(tmp_path).latest_evaluation.read_text()), read(tmp_path, "per_class.json")
     assert record["figures"] == figures and 0.2 < figures["map50"] < 1
     assert np.mean(record["curve"]) == pytest.approx(figures["map50"], abs=1e-3)
@@ -163,16 +161,25 @@ def test_the_commonest_mistakes_come_first() -> None:
 
 def test_the_worst_images_are_kept_in_order() -> None:
     worst = Worst(2)
-    for name, badness in (("a", 1), ("b", 3), ("c", 2), ("d", 3), ("e", 1)):
-        worst.offer(badness, lambda name=name: {"name": name})
+    for index, (name, badness) in enumerate((("a", 1), ("b", 3), ("c", 2), ("d", 3), ("e", 1))):
+        worst.offer(badness, index, lambda name=name: {"name": name})
     assert [each["name"] for each in worst.images] == ["b", "d"]
+    other = Worst(2)
+    other.offer(3, 0, lambda: {"name": "of another process"})
+    worst.add(other)
+    assert [each["name"] for each in worst.images] == ["of another process", "b"]
 
 
 def test_the_record_is_of_the_model_that_is_kept(tmp_path: Path) -> None:
     class Falling:
         best_figure, scores = "top1", iter((0.5, 0.7, 0.6))
 
-        def evaluate(self, step: Any, out: Path) -> dict[str, float]:
+        data = SimpleNamespace(val=[])
+
+        def judge(self, step: Any, indices: Any, out: Path) -> None:
+            return None
+
+        def conclude(self, parts: Any, out: Path) -> dict[str, float]:
             figures = {"top1": next(self.scores)}
             row = {"f1": 0.5}
             write_record(out, figures=figures, images=1, names="a", rows=[row], judged_by="f1", worst=Worst(1))
@@ -182,8 +189,8 @@ def test_the_record_is_of_the_model_that_is_kept(tmp_path: Path) -> None:
             directory.mkdir(exist_ok=True)
 
     session: Any = object.__new__(FinetuneSession)
-    session.task, session.step, session.run = Falling(), None, Run(tmp_path)
-    session.world = SimpleNamespace(is_main=True)
+    session.task, session.step, session.run = Falling(), torch.nn.Identity(), Run(tmp_path)
+    session.world = World(device=torch.device("cpu"))
     session.plan = SimpleNamespace(config=SimpleNamespace(task="classify"))
     for done in (1, 2, 3):
         session._evaluate(done)
@@ -200,8 +207,8 @@ def test_many_classes_and_images_make_no_large_file_and_page(tuned: dict[str, Pa
     names, worst = ["name" * 100 + f" {number}" for number in range(K)], Worst(24)
     for number in range(30):
         picture = thumbnail(random.integers(0, 256, (400, 300, 3), np.uint8), 160)
-        worst.offer(1 / (1 + number), lambda n=number, p=picture: {"name": f"{n}.jpg", "true": "a", "answer": "b"} | {
-            "probability": 0.9, "true_probability": 0.1} | p)  # fmt: skip
+        worst.offer(1 / (1 + number), number, lambda n=number, p=picture: {"name": f"{n}.jpg", "true": "a"} | {
+            "answer": "b", "probability": 0.9, "true_probability": 0.1} | p)  # fmt: skip
     run = tmp_path / "run"
     shutil.copytree(tuned["classify"], run, ignore=shutil.ignore_patterns("checkpoints", "model"))
     figures = read(run, "evaluation.json")["figures"]

@@ -20,7 +20,6 @@ from simmim.data.labelled.classes import open_labelled
 from simmim.torch_engine.tasks import base, classify
 from simmim.torch_engine.tasks.base import Predictor, evaluation_bad_images, find_spec
 from simmim.torch_engine.tasks.classify import ClassifyTask
-from simmim.training.evaluation_record import Worst
 from simmim.training.run_directory import Run, mark_task
 
 SMALL = "--image-size 32 --model vit_tiny_patch16_224 --batch-size 4 --steps 3 --device cpu --precision fp32"
@@ -57,10 +56,12 @@ def test_predictions_are_the_evaluations_probabilities(here: Path) -> None:
     averaged = classify.load_predictor(here / "run/model", "cpu").backbone.state_dict()
     step.average.load_state_dict(averaged)
     with torch.no_grad():
-        expected, indices = task._predict(step, evaluation_bad_images(config, data.val, here / "run"), Worst(1))
-    found = probabilities(simmim.predict(here / "run", [data.val.name(int(index)) for index in indices]))
+        every, bad_images = range(len(data.val)), evaluation_bad_images(config, data.val, here / "run")
+        found = list(task.predict(step, every, bad_images))
+    indices, expected = (np.concatenate([batch[place] for batch in found]) for place in (0, 2))
+    again = probabilities(simmim.predict(here / "run", [data.val.name(int(index)) for index in indices]))
     for index, row in zip(indices, expected, strict=True):
-        assert found[Path(data.val.name(int(index))).name] == dict(zip(data.classes, row.tolist(), strict=True))
+        assert again[Path(data.val.name(int(index))).name] == dict(zip(data.classes, row.tolist(), strict=True))
 
 
 def test_the_figures_of_the_run_follow_from_its_predictions(here: Path) -> None:

@@ -215,11 +215,11 @@ def test_the_command_refuses_in_one_line(run: Path, words: list[str], message: s
 
 
 @pytest.mark.slow
-def test_a_sharded_pretraining_has_the_knn_checks_of_a_plain_one(run: Path, tmp_path: Path):
+@pytest.mark.parametrize("shard", [True, False])
+def test_the_knn_checks_of_two_processes_are_those_of_one(run: Path, tmp_path: Path, shard: bool):
     words = "--data demo --model vit_tiny_patch16_224 --model-args depth=2 embed_dim=48 num_heads=3 --image-size 32"
-    words += (
-        " --mask-cell 16 --batch-size 64 --steps 20 --drop-path 0.3 --precision fp32 --device cpu --workers 1 --shard"
-    )
+    words += " --mask-cell 16 --batch-size 64 --steps 20 --drop-path 0.3 --precision fp32 --device cpu --workers 1"
+    words += " --objective pixels" + " --shard" * shard
     words += f" --probe demo --probe-every-epochs 0.5 --out {tmp_path / 'run'}"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
@@ -227,6 +227,6 @@ def test_a_sharded_pretraining_has_the_knn_checks_of_a_plain_one(run: Path, tmp_
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    sharded, plain = checks(tmp_path / "run"), checks(run)
-    assert list(sharded) == list(plain)
-    assert all(abs(sharded[step]["knn_top1"] - plain[step]["knn_top1"]) < 0.03 for step in plain)
+    together, plain = checks(tmp_path / "run"), checks(run)
+    assert list(together) == list(plain)
+    assert all(abs(together[step]["knn_top1"] - plain[step]["knn_top1"]) < 0.03 for step in plain)

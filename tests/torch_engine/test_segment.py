@@ -38,10 +38,13 @@ NAMES = ("ground", "red", "blue")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return draw_data(tmp_path_factory.mktemp("segmentation"))
+
+
+def draw_data(root: Path, val: int = 3) -> Path:
     """Eight images to train on and three to evaluate on, 40x56 pixels, whose colours are their classes."""
-    root = tmp_path_factory.mktemp("segmentation")
     random = np.random.default_rng(0)
-    for part, count in (("train", 8), ("val", 3)):
+    for part, count in (("train", 8), ("val", val)):
         for kind in ("images", "masks"):
             (root / part / kind).mkdir(parents=True)
         for number in range(count):

@@ -45,6 +45,7 @@ def eval_images(
 
 def eval_batches(
     source: ImageSource,
+    indices: Sequence[int] | None = None,
     *,
     crop: CentreCrop | Letterbox,
     channels: int,
@@ -54,33 +55,34 @@ def eval_batches(
     bad_images: BadImages,
     fill: ArrayLike = 0,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """Yield all images in order, in batches: their indices (B,) and what `crop` shows (B, H, W, C).
+    """Yield images in order, in batches: their indices (B,) and what `crop` shows (B, H, W, C).
 
-    Unreadable images are left out and listed in `bad_images`. `fill` is the colour beyond an image. Raises
-    `TooManyBadImages`.
+    All images, or those of `indices`. Unreadable ones are left out and listed in `bad_images`. `fill` is the colour
+    beyond an image. Raises `TooManyBadImages`.
     """
 
     def read(raw: Raw) -> NDArray[Any]:
         return load(raw, crop.box, size=crop.size, channels=channels, dtype=dtype, fill=fill)
 
-    for indices, images in readable_batches(
-        source, read, batch_size=batch_size, threads=threads, bad_images=bad_images
+    for readable, images in readable_batches(
+        source, read, indices, batch_size=batch_size, threads=threads, bad_images=bad_images
     ):
-        yield np.array(indices, np.int64), np.stack(images)
+        yield np.array(readable, np.int64), np.stack(images)
 
 
 def readable_batches(
     source: ImageSource,
     read: Callable[[Raw], NDArray[Any]],
+    indices: Sequence[int] | None = None,
     *,
     batch_size: int,
     threads: int,
     bad_images: BadImages,
 ) -> Iterator[tuple[list[int], list[NDArray[Any]]]]:
-    """Yield all images in order, in batches: their indices, and what `read` makes of them.
+    """Yield images in order, in batches: their indices, and what `read` makes of them.
 
-    Unreadable images are left out and listed in `bad_images`; `source` may be a part of the set that it counts. Raises
-    `TooManyBadImages`.
+    All images, or those of `indices`. Unreadable ones are left out and listed in `bad_images`; `source` may be a part
+    of the set that it counts. Raises `TooManyBadImages`.
     """
 
     def attempt(index: int) -> NDArray[Any] | None:
@@ -90,14 +92,14 @@ def readable_batches(
             bad_images.add(source.name(index), str(error))
             return None
 
-    readable = False
+    readable, indices = False, range(len(source)) if indices is None else indices
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(source), batch_size):
-            indices = range(start, min(start + batch_size, len(source)))
-            pairs = zip(indices, pool.map(attempt, indices), strict=True)
+        for start in range(0, len(indices), batch_size):
+            part = indices[start : start + batch_size]
+            pairs = zip(part, pool.map(attempt, part), strict=True)
             found = [(index, image) for index, image in pairs if image is not None]
             if found:
                 readable = True
                 yield [index for index, _ in found], [image for _, image in found]
-    if not readable and len(source) >= bad_images.total:
+    if not readable and len(indices) >= bad_images.total:
         raise bad_images.none_readable()

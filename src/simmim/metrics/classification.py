@@ -85,7 +85,7 @@ def knn_predict(
     train, labels, queries = unit_length(train_features), np.asarray(train_labels, np.int64), unit_length(features)
     if k > len(train):
         raise UserError(f"{k} neighbours are more than the {len(train)} training images; use k of {len(train)} or less")
-    predictions = []
+    predictions = [np.empty(0, np.int64)]
     for start in range(0, len(queries), 1024):  # bounds the similarity matrix to 1024 × M
         cosines = queries[start : start + 1024] @ train.T
         nearest = np.argpartition(-cosines, k - 1, axis=1)[:, :k]

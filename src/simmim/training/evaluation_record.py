@@ -29,21 +29,26 @@ _LEAST_SIDE = 96  # pixels, to which small images are enlarged
 
 @dataclass
 class Worst:
-    """The worst images of an evaluation, the worst first; of equals, those that came first."""
+    """The worst images of an evaluation, the worst first; of equals, those of lower indices."""
 
     most: int
-    held: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    held: list[tuple[float, int, dict[str, Any]]] = field(default_factory=list)
 
-    def offer(self, badness: float, describe: Callable[[], dict[str, Any]]) -> None:
-        """Keep what `describe` returns if the image is among the worst so far."""
-        if len(self.held) < self.most or badness > self.held[-1][0]:
-            self.held.append((badness, describe()))
-            self.held.sort(key=lambda pair: -pair[0])
-            del self.held[self.most :]
+    def offer(self, badness: float, index: int, describe: Callable[[], dict[str, Any]]) -> None:
+        """Keep what `describe` returns if the image `index` is among the worst so far."""
+        if len(self.held) < self.most or (-badness, index) < (-self.held[-1][0], self.held[-1][1]):
+            self._keep([(badness, index, describe())])
+
+    def add(self, other: "Worst") -> None:
+        """Keep the worst of both."""
+        self._keep(other.held)
+
+    def _keep(self, more: Sequence[tuple[float, int, dict[str, Any]]]) -> None:
+        self.held = sorted([*self.held, *more], key=lambda each: (-each[0], each[1]))[: self.most]
 
     @property
     def images(self) -> list[dict[str, Any]]:
-        return [image for _, image in self.held]
+        return [image for _, _, image in self.held]
 
 
 def write_record(

@@ -109,7 +109,7 @@ class Session(ABC):
         for warning in self.warnings:
             self.loop.console.say(f"warning    {warning}")
         outcome = dataclasses.replace(self.loop.fit(), is_main=self.world.rank == 0)
-        for line in self._conclude(outcome):
+        for line in self._conclude(outcome) if self.world.rank == 0 else ():
             self.loop.console.say(line)
         return self.run, outcome
 

@@ -23,6 +23,7 @@ from simmim.data.sources import ImageSource
 from simmim.errors import UserError
 from simmim.torch_engine.models.drop_path import DropPathDraws
 from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import save_weights
 from simmim.training.plan import Batch, TrainingPlan
 from simmim.training.run_directory import Run, recall, write_json
@@ -113,13 +114,31 @@ class Task(Protocol):
         """Yield the training batches that `reading` asks for."""
         ...
 
-    def evaluate(self, step: TaskStep, out: Path) -> dict[str, float]:
-        """Return figures on the evaluation images; write tables and pictures into the directory `out`."""
+    def judge(self, step: TaskStep, indices: Sequence[int], out: Path) -> Any:
+        """Judge the evaluation images `indices`, this process's share; return what `conclude` needs, to be pickled.
+
+        Pictures may go into the directory `out`. Computes nothing together with other processes.
+        """
+        ...
+
+    def conclude(self, parts: Sequence[Any], out: Path) -> dict[str, float]:
+        """Return figures from what `judge` returned in each process; write tables and pictures into `out`."""
         ...
 
     def save(self, step: TaskStep, directory: Path) -> None:
         """Write the model for `simmim predict` and other tools, each file whole or not at all."""
         ...
+
+
+def evaluate(task: Task, step: TaskStep, out: Path, world: World) -> dict[str, float]:
+    """Return figures on the evaluation images on rank 0, `{}` on others. Each rank judges every `world.size`-th image.
+
+    All ranks judge by the statistics of rank 0's batch norms. Raises `UserError` for what is wrong with the images.
+    """
+    indices = range(world.rank, len(task.data.val), world.size)
+    world.agree(step.buffers())
+    parts = world.collect(lambda: task.judge(step, indices, out))
+    return task.conclude(parts, out) if world.is_main else {}
 
 
 def evaluation_bad_images(config: FinetuneConfig, val: ImageSource, out: Path) -> BadImages:

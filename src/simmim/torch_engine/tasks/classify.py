@@ -6,7 +6,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `K` classes.
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,17 @@ class ClassifyStep(TaskStep):
     def evaluated(self) -> nn.Module:
         """The module that is evaluated and saved: the average if there is one."""
         return self.backbone if self.average is None else self.average
+
+
+@dataclass
+class Judged:
+    """Answers of a process about N evaluation images: classes (N,), probabilities (N,), and its worst mistakes."""
+
+    indices: list[int] = field(default_factory=list)
+    answers: list[int] = field(default_factory=list)
+    true_probabilities: list[float] = field(default_factory=list)
+    """Of the true classes."""
+    worst: Worst = field(default_factory=lambda: Worst(_WORST))
 
 
 class ClassifyTask:
@@ -166,13 +177,31 @@ class ClassifyTask:
         return augment
 
     @torch.no_grad()
-    def evaluate(self, step: ClassifyStep, out: Path) -> dict[str, float]:
+    def judge(self, step: ClassifyStep, indices: Sequence[int], out: Path) -> Judged:
+        bad_images, judged = evaluation_bad_images(self.config, self.data.val, out), Judged()
+        for index, image, found in self.predict(step, indices, bad_images):
+            judged.indices += index.tolist()
+            judged.answers += found.argmax(axis=1).tolist()
+            judged.true_probabilities += found[np.arange(len(index)), self.data.val_labels[index]].tolist()
+            for number, row, pixels in zip(index.tolist(), found, image, strict=True):
+                answer = int(row.argmax())
+                if answer != self.data.val_labels[number]:
+                    judged.worst.offer(float(row[answer]), number, partial(self._mistake, number, row, pixels))
+        return judged
+
+    def conclude(self, parts: Sequence[Judged], out: Path) -> dict[str, float]:
         worst = Worst(_WORST)
-        probabilities, indices = self._predict(step, evaluation_bad_images(self.config, self.data.val, out), worst)
-        labels = self.data.val_labels[indices]
-        predictions = probabilities.argmax(axis=1)
+        for part in parts:
+            worst.add(part.worst)
+        indices = np.concatenate([part.indices for part in parts]).astype(np.int64)
+        if not len(indices):
+            raise evaluation_bad_images(self.config, self.data.val, out).none_readable()
+        order = np.argsort(indices)  # so that sums do not depend on the number of processes
+        labels = self.data.val_labels[indices[order]]
+        predictions = np.concatenate([part.answers for part in parts]).astype(np.int64)[order]
+        true_probabilities = np.concatenate([part.true_probabilities for part in parts]).astype(np.float32)[order]
         classes = len(self.data.classes)
-        loss = -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], 1e-12)).mean()
+        loss = -np.log(np.maximum(true_probabilities, 1e-12)).mean()
         matrix = confusion_matrix(labels, predictions, classes)
         rows = class_rows(matrix, "images")
         write_json(out / "per_class.json", dict(zip(self.data.classes, rows, strict=True)))
@@ -195,19 +224,19 @@ class ClassifyTask:
         )
         return figures
 
-    def _predict(
-        self, step: ClassifyStep, bad_images: BadImages, worst: Worst
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Predict class probabilities (N, K) of the readable evaluation images; return their indices (N,) too.
+    def predict(
+        self, step: ClassifyStep, indices: Sequence[int], bad_images: BadImages
+    ) -> Iterator[tuple[NDArray[np.int64], NDArray[Any], NDArray[np.float32]]]:
+        """Yield the readable ones of the evaluation images `indices`, in batches.
 
-        The surest wrong answers go into `worst`.
+        A batch is indices (B,), pixels (B, H, W, C) and class probabilities (B, K).
         """
         config = self.config
         assert config.image_size is not None
-        probabilities, indices = [], []
         with evaluating(step):
             for index, image in eval_batches(
                 self.data.val,
+                indices,
                 crop=CentreCrop(size=config.image_size, fraction=config.eval_crop),
                 channels=config.channels,
                 dtype=self.dtype,
@@ -215,14 +244,7 @@ class ClassifyTask:
                 threads=config.workers or cpu_cores(),
                 bad_images=bad_images,
             ):
-                found = classify(step.evaluated, step, image)
-                for number, row, pixels in zip(index.tolist(), found, image, strict=True):
-                    answer, true = int(row.argmax()), int(self.data.val_labels[number])
-                    if answer != true:
-                        worst.offer(float(row[answer]), partial(self._mistake, number, row, pixels))
-                probabilities.append(found)
-                indices.append(index)
-        return np.concatenate(probabilities), np.concatenate(indices)
+                yield index, image, classify(step.evaluated, step, image)
 
     def _mistake(self, index: int, row: NDArray[np.float32], pixels: NDArray[Any]) -> dict[str, Any]:
         """Describe a wrong answer for a record: class probabilities (K,) of what was seen of an image (H, W, C)."""

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from simmim.config.tasks import DetectConfig
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize
-from simmim.data.bad_images import BadImages
 from simmim.data.decode import decode
 from simmim.data.evaluation import eval_batches
 from simmim.data.labelled.detection import (
     DetectionData,
     DetectionReader,
     decode_masks,
-    encode_mask,
     import_rle,
     open_detection,
 )
@@ -100,12 +98,14 @@ class DetectTask:
                 batch["drop_path"] = drop_path_numbers(config, epoch, index, step.draws.layers)
             yield batch
 
-    def evaluate(self, step: DetectStep, out: Path) -> dict[str, float]:
-        found = self._find(step, evaluation_bad_images(self.config, self.data.val, out))
+    def conclude(self, parts: Sequence[dict[int, Found]], out: Path) -> dict[str, float]:
+        found = dict(sorted(pair for part in parts for pair in part.items()))
+        if not found:
+            raise evaluation_bad_images(self.config, self.data.val, out).none_readable()
         results = [result for index, things in found.items() for result in coco_results(things, index + 1)]
         images = [index + 1 for index in found]
         figures, classes, curves = average_precision(self.data.truth, results, images=images)
-        if step.finds_masks:
+        if self.config.detector == "mask_rcnn":
             more, more_classes, _ = average_precision(self.data.truth, results, kind="segm", images=images)
             figures |= {f"segm_{name}": value for name, value in more.items()}
             for number, values in more_classes.items():
@@ -141,7 +141,7 @@ class DetectTask:
                     *zip(repeat("missed"), every[index].boxes[~seen], every[index].labels[~seen], repeat(None)),
                     *zip(kinds, boxes, labels, things.scores[shown], strict=True),
                 ]
-                worst.offer(mistakes, partial(self._describe, index, marks))
+                worst.offer(mistakes, index, partial(self._describe, index, marks))
         numbered = [(curves.get(number), classes[number]) for number in range(1, len(names) + 1)]
         precisions = [name for name in ("map", "map50", "segm_map", "segm_map50") if name in figures]
         write_record(
@@ -183,19 +183,20 @@ class DetectTask:
             **small,
         }
 
-    def _find(self, step: DetectStep, bad_images: BadImages) -> dict[int, Found]:
-        """Find the objects in each evaluation image that can be read."""
+    def judge(self, step: DetectStep, indices: Sequence[int], out: Path) -> dict[int, Found]:
+        """Find the objects in each of the evaluation images `indices` that can be read."""
         config, val = self.config, self.data.val
         found: dict[int, Found] = {}
         with evaluating(step):
             for index, image in eval_batches(
                 val,
+                indices,
                 crop=self.letterbox,
                 channels=config.channels,
                 dtype=np.uint8,
                 batch_size=config.batch_size,
                 threads=config.workers or cpu_cores(),
-                bad_images=bad_images,
+                bad_images=evaluation_bad_images(config, val, out),
                 fill=ground(config),
             ):
                 sizes = [(int(height), int(width)) for height, width in val.sizes[index]]
@@ -269,7 +270,7 @@ def coco_results(found: Found, image_id: int) -> list[dict[str, Any]]:
             "score": float(found.scores[number]),
         }
         if found.masks is not None:
-            result["segmentation"] = encode_mask(found.masks[number])
+            result["segmentation"] = found.masks[number]
         results.append(result)
     return results
 

@@ -18,7 +18,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from simmim.config.tasks import DetectConfig
 from simmim.config.validation import from_settings
-from simmim.data.labelled.detection import boxes_in_image
+from simmim.data.labelled.detection import boxes_in_image, encode_mask
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import mirror
@@ -40,8 +40,8 @@ class Found:
     """(n,), from 0 on."""
     scores: NDArray[np.float64]
     """(n,), in [0, 1]."""
-    masks: NDArray[np.bool_] | None
-    """(n, H, W)."""
+    masks: list[dict[str, Any]] | None
+    """n of (H, W), as COCO's compressed run lengths: a hundred masks of every evaluation image must fit in memory."""
 
 
 class DetectStep(TaskStep):
@@ -113,7 +113,8 @@ class DetectStep(TaskStep):
         if self.finds_masks:
             shapes = found["masks"].float().cpu()[torch.from_numpy(kept)]
             # Into the whole boxes: cut off at the image's edges, a mask would be squeezed.
-            masks = (paste_masks_in_image(shapes, torch.from_numpy(boxes[kept]), (height, width))[:, 0] >= 0.5).numpy()
+            whole = paste_masks_in_image(shapes, torch.from_numpy(boxes[kept]), (height, width))[:, 0] >= 0.5
+            masks = [encode_mask(mask) for mask in whole.numpy()]
         labels = found["labels"].cpu().numpy() - self.first_label
         return Found(clipped[kept], labels[kept], found["scores"].double().cpu().numpy()[kept], masks)
 

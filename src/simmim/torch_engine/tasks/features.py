@@ -3,7 +3,7 @@
 Shapes: `B` images of a batch, `N` images, `C` channels, `H W` pixels, `h w` feature-map cells, `D` features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from simmim.data.sources import ImageSource, sniff
 from simmim.errors import UserError
 from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.update import DTYPES
 from simmim.training.origins import is_timms
 
@@ -143,19 +144,32 @@ class FeatureReader:
             **machine,
         )
 
-    def __call__(self, source: ImageSource, part: str = "val") -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the indices (N,) of the readable images, and their features (N, D).
+    def __call__(
+        self, source: ImageSource, part: str = "val", world: World | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the indices (N,) of the readable images, in order, and their features (N, D).
 
-        `part` names the set in messages. Raises `TooManyBadImages`.
+        `part` names the set in messages. The processes of a `world` call it together: each reads a share of the images,
+        and all get the features of all. Raises `TooManyBadImages`.
         """
+        world = world or World(device=self.pixels.mean.device)
         bad_images = BadImages(self.listed_in, total=len(source), max_fraction=self.max_bad_fraction, part=part)
-        indices, features = zip(*self.batches(source, bad_images), strict=True)
-        return np.concatenate(indices), np.concatenate(features)
+        share = range(world.rank, len(source), world.size)
+        batches = [batch for batches in world.collect(lambda: [*self.batches(source, bad_images, share)])
+                   for batch in batches]  # fmt: skip
+        if not batches:
+            raise bad_images.none_readable()
+        indices = np.concatenate([found for found, _ in batches])
+        order = np.argsort(indices)
+        return indices[order], np.concatenate([features for _, features in batches])[order]
 
     def batches(
-        self, source: ImageSource, bad_images: BadImages
+        self, source: ImageSource, bad_images: BadImages, indices: Sequence[int] | None = None
     ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Yield the same in batches: indices (B,) and features (B, D). Unreadable images are listed in `bad_images`."""
+        """Yield the same of all images, or of `indices`, in batches: indices (B,) and features (B, D).
+
+        Unreadable images are listed in `bad_images`.
+        """
         device, dtype = self.pixels.mean.device, DTYPES[self.precision]
         crop = CentreCrop(size=self.size)
 
@@ -168,7 +182,7 @@ class FeatureReader:
                 return self.model(images).float().cpu().numpy()
 
         for index, pixels in readable_batches(
-            source, self.view or read, batch_size=self.batch_size, threads=self.workers, bad_images=bad_images
+            source, self.view or read, indices, batch_size=self.batch_size, threads=self.workers, bad_images=bad_images
         ):
             features = by_halves(partial(encode, pixels), [slice(0, len(pixels))])
             yield np.array(index, np.int64), np.concatenate(list(features))

@@ -25,6 +25,7 @@ from simmim.torch_engine.accelerators import choose_device, choose_precision
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.tasks.features import FeatureReader, PooledFeatures, choose_pool
+from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import load_encoder, untrained_encoder
 from simmim.training.run_directory import Run
 
@@ -116,9 +117,10 @@ class Features:
     """Numbers of the evaluation images that could be read."""
 
     @classmethod
-    def read(cls, images: LabelledImages, read: FeatureReader) -> "Features":
-        train, train_features = read(images.train, "probe train")
-        val, val_features = read(images.val, "probe val")
+    def read(cls, images: LabelledImages, read: FeatureReader, world: World | None = None) -> "Features":
+        """Read the features of all images; the processes of a `world` share the reading, and all get them."""
+        train, train_features = read(images.train, "probe train", world)
+        val, val_features = read(images.val, "probe val", world)
         labels, val_labels = images.train_labels[train], images.val_labels[val]
         return cls(train_features, labels, val_features, val_labels, len(images.classes), val)
 
@@ -231,8 +233,8 @@ class KnnCheck:
             f"{len(images.classes)} classes"
         )
 
-    def __call__(self, step: PretrainStep, config: PretrainConfig) -> dict[str, float]:
-        """Return figures of the encoder of `step`, for the complete configuration."""
+    def __call__(self, step: PretrainStep, config: PretrainConfig, world: World) -> dict[str, float]:
+        """Return figures of the encoder of `step`, for the complete configuration. All ranks call it together."""
         assert config.image_size is not None
         encoder = step.model.encoder
         read = FeatureReader(
@@ -249,11 +251,16 @@ class KnnCheck:
             listed_in=Run(Path(config.out)).bad_images if config.out else None,
         )
         if self._raw_pixels is None:
-            self._raw_pixels = self._judge(replace(read, model=raw_pixels))["top1"]
+            self._raw_pixels = self._judge(replace(read, model=raw_pixels), world)["top1"]
         with evaluating(step):
-            figures = self._judge(read)
+            figures = self._judge(read, world)
         return {f"knn_{name}": value for name, value in figures.items()} | {"knn_raw_pixels": self._raw_pixels}
 
-    def _judge(self, read: FeatureReader) -> dict[str, float]:
-        features = Features.read(self._images, read)
-        return features.judge(features.vote(min(NEIGHBOURS, len(features.train))))
+    def _judge(self, read: FeatureReader, world: World) -> dict[str, float]:
+        """Judge the evaluation images by a vote, of which each rank counts those of every `world.size`-th image."""
+        features = Features.read(self._images, read, world)
+        share = replace(features, val=features.val[world.rank :: world.size])
+        votes = np.empty_like(features.val_labels)
+        for rank, found in enumerate(world.collect(lambda: share.vote(min(NEIGHBOURS, len(features.train))))):
+            votes[rank :: world.size] = found
+        return features.judge(votes)

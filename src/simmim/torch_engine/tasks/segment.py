@@ -5,7 +5,8 @@ Shapes: `H W` pixels, `C` channels, `K` classes.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,15 @@ from simmim.training.run_directory import write_json
 _BUILT_FROM = ("model", "model_args", "image_size", "channels", "mean", "std", "evaluation", "decoder_channels")
 _OVERLAYS = 8  # evaluation images that are drawn
 _WORST, _THUMBNAIL, _LEGEND = 12, 200, 8  # images that a record pictures, pixels of a side, classes named below each
+
+
+@dataclass
+class Judged:
+    """Evaluation images of a process: their pixels by true class (rows) and answer (K, K), and the worst of them."""
+
+    matrix: NDArray[np.int64]
+    images: int = 0
+    worst: Worst = field(default_factory=lambda: Worst(_WORST))
 
 
 class SegmentTask:
@@ -100,10 +110,10 @@ class SegmentTask:
         label = crop_mask(mask, choose(*mask.shape), size)
         return {"image": image, "label": label.astype(np.uint8 if label.dtype == np.uint8 else np.int32)}
 
-    def evaluate(self, step: SegmentStep, out: Path) -> dict[str, float]:
+    def judge(self, step: SegmentStep, indices: Sequence[int], out: Path) -> Judged:
         predictor = SegmentPredictor(step, self.config, self.data.classes, self.dtype)
-        classes, images, worst = len(self.data.classes), 0, Worst(_WORST)
-        matrix = np.zeros((classes, classes), np.int64)
+        classes = len(self.data.classes)
+        judged = Judged(np.zeros((classes, classes), np.int64))
         drawn = np.linspace(0, len(self.data.val) - 1, min(_OVERLAYS, len(self.data.val))).round().astype(int)
 
         def read(raw: Raw) -> NDArray[Any]:
@@ -111,22 +121,31 @@ class SegmentTask:
 
         batch_size, threads = self.config.batch_size, self.config.workers or cpu_cores()
         bad_images = evaluation_bad_images(self.config, self.data.val, out)
-        for indices, pixels in readable_batches(
-            self.data.val, read, batch_size=batch_size, threads=threads, bad_images=bad_images
+        for readable, pixels in readable_batches(
+            self.data.val, read, indices, batch_size=batch_size, threads=threads, bad_images=bad_images
         ):
-            for index, image, predicted in zip(indices, pixels, predictor.masks(pixels), strict=True):
+            for index, image, predicted in zip(readable, pixels, predictor.masks(pixels), strict=True):
                 true = self.data.val_mask(index)
-                judged = true != IGNORE
-                found = confusion_matrix(true[judged], predicted[judged], classes)
-                matrix += found
-                images += 1
-                if judged.any():
+                counts = true != IGNORE
+                found = confusion_matrix(true[counts], predicted[counts], classes)
+                judged.matrix += found
+                judged.images += 1
+                if counts.any():
                     iou = float(np.nanmean(intersection_over_union(found)))
                     if iou < 1:
-                        worst.offer(-iou, partial(self._picture, index, iou, image, true, predicted))
+                        judged.worst.offer(-iou, index, partial(self._picture, index, iou, image, true, predicted))
                 if index in drawn:
                     name = f"{index}-{Path(self.data.val.name(index)).stem}.png"
                     save_png(class_panel(to_picture(image), true, predicted, classes), out / "overlays" / name)
+        return judged
+
+    def conclude(self, parts: Sequence[Judged], out: Path) -> dict[str, float]:
+        matrix, images, worst = sum(part.matrix for part in parts), sum(part.images for part in parts), Worst(_WORST)
+        assert isinstance(matrix, np.ndarray)
+        for part in parts:
+            worst.add(part.worst)
+        if not images:
+            raise evaluation_bad_images(self.config, self.data.val, out).none_readable()
         rows, ious = class_rows(matrix, "pixels"), intersection_over_union(matrix)
         for row, iou in zip(rows, ious.tolist(), strict=True):
             row["iou"] = None if math.isnan(iou) else iou

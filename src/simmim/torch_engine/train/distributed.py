@@ -2,8 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from simmim.config.training import TrainingConfig
 from simmim.errors import TrainingFailedError, UserError
 from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.models.family import blocks_to_shard
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,38 @@ class World:
             dist.all_reduce(value)
             value = value / self.size
         return value
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Copy rank 0's tensors into those of the other ranks, such as the statistics of batch norms."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def collect(self, compute: Callable[[], T]) -> list[T]:
+        """Return on every rank what `compute` returns on each, by rank; it can be pickled, and travels over the CPU.
+
+        What a rank cannot compute is an error on every rank, so that none waits for it: `UserError` for bad images and
+        disks, after which a training can save, and `TrainingFailedError` where memory runs out.
+        """
+        if self.size == 1:
+            return [compute()]
+        found, error = None, None
+        try:
+            found = compute()
+        except (UserError, OSError, torch.OutOfMemoryError) as raised:
+            error = raised
+        lines = self._gather(None if error is None else (str(error), isinstance(error, torch.OutOfMemoryError)))
+        if error is not None:
+            raise error
+        for rank, line in enumerate(lines):
+            if line is not None:
+                raise (TrainingFailedError if line[1] else UserError)(f"rank {rank}: {line[0]}")
+        return cast(list[T], self._gather(found))
+
+    def _gather(self, value: object) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
 
 @contextlib.contextmanager

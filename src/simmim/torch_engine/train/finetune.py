@@ -18,7 +18,7 @@ from simmim.torch_engine.models.kernels import set_kernels
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.perf.pieces import find_pieces
 from simmim.torch_engine.tasks.backbones import Origin, find_origin, with_encoder_facts
-from simmim.torch_engine.tasks.base import Task, TaskData, TaskPlan, TaskSpec, TaskStep, find_spec
+from simmim.torch_engine.tasks.base import Task, TaskData, TaskPlan, TaskSpec, TaskStep, evaluate, find_spec
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_adamw
 from simmim.torch_engine.train.trainer import TorchTrainer
@@ -88,7 +88,7 @@ def build_update(step: TaskStep, plan: TaskPlan, world: distributed.World) -> Up
         step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.compile:
         step.compile(dynamic=False)
-    model = distributed.spread(step, world, shard=False)  # one process evaluates and writes the model
+    model = distributed.spread(step, world, shard=False)  # each process evaluates with the whole model
     optimizer = create_adamw(parameter_groups(step, config), betas=config.betas, device=world.device)
     return Update(model, optimizer, plan.schedule, config=config, world=world, after=step.after_update)
 
@@ -122,9 +122,9 @@ class FinetuneSession(Session):
 
     def _evaluate(self, done: int) -> dict[str, float]:
         """Return figures on the evaluation images; keep the best model so far."""
+        figures = evaluate(self.task, self.step, self.run.path, self.world)
         if not self.world.is_main:
             return {}
-        figures = self.task.evaluate(self.step, self.run.path)
         best = read_figures(self.run).get("best", {})
         name = self.task.best_figure
         # `not <=` and not `>`: a resumed run comes past the step of its best figure again, and keeps the first.

@@ -189,11 +189,10 @@ class TorchPretrainSession(PretrainSession):
         return {}
 
     def _probe(self, done: int) -> dict[str, float]:
-        """Return the accuracy of a k-NN vote on the encoder's features of the labelled images."""
-        step = self._whole_step()
-        if step is None or self._check is None:
-            return {}
-        return self._check(step, self.plan.config)
+        """Return the accuracy of a k-NN vote on the features of the labelled images, which all ranks share."""
+        step = self._whole_step(everywhere=True)
+        assert step is not None and self._check is not None
+        return self._check(step, self.plan.config, self.world)
 
     def _watch(self, done: int) -> dict[str, float]:
         """Return how far the features of training images are from a collapse, and warn of one."""
@@ -205,17 +204,27 @@ class TorchPretrainSession(PretrainSession):
             self._guard = CollapseGuard(pixels, lambda line: self.loop.console.say(line))
         return self._guard(done, step, self.plan.config.precision)
 
-    def _whole_step(self) -> PretrainStep | None:
-        """Return the model to look at on rank 0: the one that trains or, if sharded, a copy. `None` on other ranks."""
-        config = self.plan.config
+    def _whole_step(self, *, everywhere: bool = False) -> PretrainStep | None:
+        """Return the model to look at: the one that trains or, if sharded, a copy.
+
+        All ranks call it together, and have rank 0's statistics of batch norms. `None` on ranks other than 0, unless
+        `everywhere`.
+        """
+        config, wanted = self.plan.config, everywhere or self.world.is_main
         if not config.shard:
-            return self.step if self.world.is_main else None
-        state = full_state(self._model, sharded=True)
-        if not self.world.is_main:
+            if everywhere:
+                self.world.agree(self.step.buffers())
+            return self.step if wanted else None
+        state = full_state(self._model, sharded=True)  # rank 0's; empty on others
+        if not wanted:
             return None
         copy = build_step(config, trains=False)
-        copy.load_state_dict({name: state[name] for name in copy.state_dict()})
-        return copy.to(self.world.device)
+        if self.world.is_main:
+            copy.load_state_dict({name: state[name] for name in copy.state_dict()})
+        copy.to(self.world.device)
+        if everywhere:
+            self.world.agree(copy.state_dict().values())
+        return copy
 
     def _save_encoder(self) -> None:
         state = full_state(self._model, sharded=self.plan.config.shard)
