@@ -159,7 +159,7 @@ BAD_OPTIONS = {
     "--decode gpu --no-antialias": "--no-antialias is not for --decode gpu; leave one of them out",
     "--decode gpu --channels 5": "--decode gpu is for JPEGs, which have 1 or 3 channels, not 5; use --decode cpu",
     "--precision int8": "--precision 'int8' is not known; choose from auto, fp32, bf16, fp16",
-    "--shard": "--shard spreads a model over processes and there is one; start it with torchrun, or leave it out",
+    "--shard": "--shard spreads a model over processes and there is one; start it with torchrun, or use --no-shard",
     # the run directory
     "--out file": "file exists and is not a run; give a new directory as --out",
     "--out foreign": "foreign exists and is not a run; give a new directory as --out",

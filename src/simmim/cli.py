@@ -1,7 +1,11 @@
 """The command line: choose a command, and turn its errors into a line and an exit code."""
 
+import contextlib
 import difflib
+import json
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +47,16 @@ def main(argv: list[str] | None = None) -> int:
             if debug or line is None:
                 raise
             print(f"simmim: {shortened(printable(line))}", file=sys.stderr)
+            _tell_torchrun(line)
             return 2 if isinstance(error, (UserError, OSError)) else 1
+
+
+def _tell_torchrun(line: str) -> None:
+    """Leave the line of an error where torchrun looks for it: its summary names the rank that failed first, and why."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 def _show_warning(usual: Callable[..., None], message: Warning | str, kind: Any, file: str, *rest: Any) -> None:

@@ -1,6 +1,7 @@
 """Two processes on gloo against one, and what depends on how many there are."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,50 @@ def test_one_process_resumes_what_two_began_and_two_what_one_began(
     np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
+@slow
+@pytest.mark.parametrize("ways", [[(2, True), (2, False), (1, False)], [(4, False), (2, True), (4, True), (2, False)]])
+def test_a_run_goes_on_by_other_numbers_of_processes_sharded_or_not(
+    whole: Finished, tmp_path: Path, ways: list[tuple[int, bool]]
+) -> None:
+    config = dataclasses.replace(whole.config, out=str(tmp_path / "run"), keep=10)
+    for number, (processes, shard) in enumerate(ways, 1):
+        if processes > 1:
+            settings = dataclasses.replace(config, shard=shard)
+            worker.run_together(worker.pretrain, settings, log=tmp_path / f"log {number}", processes=processes)
+        else:
+            worker.finish(config, tmp_path / f"log {number}")
+        if number < len(ways):  # as if it had been cut off after its next checkpoint
+            for path in (tmp_path / "run" / "checkpoints").iterdir():
+                if path.name > f"step-{3 * number:08d}":
+                    path.rename(tmp_path / f"{number} {path.name}")
+    mine, theirs = ([row["loss"] for row in rows(each)] for each in (config, whole.config))
+    np.testing.assert_allclose(mine, theirs, rtol=1e-5)
+
+
+@slow
+def test_a_fine_tuning_goes_on_by_another_number_of_processes(tmp_path: Path) -> None:
+    words = (
+        "finetune classify --data demo --from scratch --model vit_tiny_patch16_224 --model-args patch_size=16 depth=1"
+    )
+    words += " embed_dim=48 num_heads=2 --image-size 32 --batch-size 16 --labels-per-class 4 --steps 6 --workers 1"
+    words += " --precision fp32 --device cpu --eval-every-epochs 2 --save-every-steps 1 --keep 9 --mixup 0 --cutmix 0"
+
+    def train(name: str, processes: int) -> dict[str, Any]:
+        argv = [*words.split(), "--out", str(tmp_path / name)]
+        worker.run_together(worker.command, argv, log=tmp_path / "log", processes=processes)
+        steps = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return {f"{each['step']} {key}": each[key] for each in steps for key in ("loss", "val_loss") if key in each}
+
+    expected = train("one", 1)
+    train("more", 2)
+    for path in (tmp_path / "more" / "checkpoints").glob("step-*[3456]"):
+        path.rename(tmp_path / path.name)
+    assert train("more", 1) == pytest.approx(expected, rel=1e-4)
+    for path in (tmp_path / "more" / "checkpoints").glob("step-*[456]"):
+        path.rename(tmp_path / f"2 {path.name}")
+    assert train("more", 4) == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("shard", "precision"),
     [(False, "fp32"), (True, "fp16"), pytest.param(True, "fp32", marks=slow), pytest.param(False, "fp16", marks=slow)],
@@ -147,7 +192,7 @@ def test_processes_that_the_batch_does_not_divide_among_are_refused() -> None:
     world = World(device=torch.device("cpu"), size=3)
     with pytest.raises(ValueError, match="batch size 8 does not divide among 3 processes × 2 ") as error:
         check_world(tiny.config(batch_size=8, accumulate_steps=2), world)
-    assert str(error.value).endswith("accumulation steps; use a multiple of 6")
+    assert "accumulation steps; use a multiple of 6, or to resume, processes and " in str(error.value)
 
 
 def test_sharding_over_one_process_is_refused() -> None:

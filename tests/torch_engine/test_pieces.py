@@ -103,5 +103,13 @@ def test_a_resumed_run_keeps_its_number(small_gpu: Callable[..., list[int]], mon
     assert small_gpu(5, tiny.config(batch_size=12, accumulate_steps="auto")) == [6]
 
 
+def test_a_run_that_goes_on_on_fewer_devices_is_tried_anew(
+    small_gpu: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pieces, "recall", lambda config: tiny.config(batch_size=12, accumulate_steps=1))
+    (tmp_path / "machine.json").write_text('{"begun": [{"step": 0, "device": "a GPU", "devices": 4}]}')
+    assert small_gpu(5, tiny.config(batch_size=12, accumulate_steps="auto", out=str(tmp_path))) == [1, 2, 3, 3]
+
+
 def test_a_number_is_not_tried(small_gpu: Callable[..., list[int]]) -> None:
     assert small_gpu(5, tiny.config(batch_size=12, accumulate_steps=2)) == [2]

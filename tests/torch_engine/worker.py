@@ -155,6 +155,13 @@ def pretrain(config: PretrainConfig, kill_at_call: int | None = None) -> None:
     sys.exit(code)
 
 
+def command(argv: list[str]) -> None:
+    """Run a command of simmim in this process, which it ends."""
+    from simmim import cli
+
+    sys.exit(cli.main(argv))
+
+
 class _CallCounter:
     """Counts the Python functions that the main thread calls; at the one that is due, ends the process uncleanly."""
 

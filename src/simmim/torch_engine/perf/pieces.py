@@ -5,6 +5,7 @@ A trial has a model, an optimiser and a batch of its own, and ends before the tr
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from simmim.torch_engine.accelerators import describe_device, find_accelerator
 from simmim.torch_engine.models.collectives import apart
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.update import Batch, Update
-from simmim.training.run_directory import recall
+from simmim.training.run_directory import Run, recall
 
 Attempt = Callable[[int], tuple[Update, Batch]]
 """Build an update that takes its batches in so many pieces, on this process's device alone, and this rank's batch."""
@@ -29,8 +30,9 @@ _SPARE = 0.04  # of the memory: for the exchange of gradients, for pictures, and
 def find_pieces(config: TrainingConfig, world: World, attempt: Attempt) -> int:
     """Return the accumulation steps of a complete configuration, the same on every rank.
 
-    They are those that the user names; for `auto` those that the run began with, or else the fewest with which two
-    updates fit on every rank's device. Only a GPU that tells its memory is tried; elsewhere it is 1.
+    They are those that the user names; for `auto` those that the run began with, if on as many devices, or else the
+    fewest with which two updates fit on every rank's device. Only a GPU that tells its memory is tried; elsewhere it
+    is 1.
 
     Raises:
         UserError: a sharded model, of which no rank can try its part alone.
@@ -38,7 +40,7 @@ def find_pieces(config: TrainingConfig, world: World, attempt: Attempt) -> int:
     """
     if config.accumulate_steps is not None:
         return config.accumulate_steps
-    begun = recall(config)
+    begun = recall(config) if _as_many_devices(config, world) else None
     share, rest = divmod(config.batch_size, world.size)
     assert not rest, "check_world"
     known = world.main_says(begun.pieces if begun else 0)
@@ -53,6 +55,12 @@ def find_pieces(config: TrainingConfig, world: World, attempt: Attempt) -> int:
     if world.is_main:
         say(f"memory     {pieces} accumulation step{'s' * (pieces > 1)} of {share // pieces} images a process: {why}")
     return pieces
+
+
+def _as_many_devices(config: TrainingConfig, world: World) -> bool:
+    """Tell whether a run trained last on as many devices as now: on fewer, its pieces may not fit."""
+    begun = Run(Path(config.out)).machine_facts().get("begun", []) if config.out else []
+    return not begun or begun[-1].get("devices") == world.size
 
 
 def _try_all(config: TrainingConfig, world: World, attempt: Attempt, share: int) -> int:

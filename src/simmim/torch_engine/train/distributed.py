@@ -12,7 +12,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -117,12 +119,12 @@ def join(device: str, precision: str = "fp32") -> Iterator[World]:
     if row.numbered:
         torch.get_device_module(device).set_device(place)
     started = size > 1 and not dist.is_initialized()
+    if started and row.backend is None:
+        raise UserError(f"--device {device} trains in one process, not {size}; start it without torchrun")
     with row.arithmetic(precision):
-        if started:
-            if row.backend is None:
-                raise UserError(f"--device {device} trains in one process, not {size}; start it without torchrun")
-            dist.init_process_group(row.backend, rank=rank, world_size=size)
         try:
+            if started:
+                dist.init_process_group(row.backend, store=_meeting_place(rank, size), rank=rank, world_size=size)
             yield World(device=place, rank=rank, size=size)
         except RuntimeError as error:
             if size > 1 and _tells_of_a_lost_rank(error):
@@ -132,12 +134,24 @@ def join(device: str, precision: str = "fp32") -> Iterator[World]:
                 ) from error
             raise
         finally:
-            if started:
+            if started and dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _meeting_place(rank: int, size: int) -> Store:
+    """Return the store in which the ranks find each other's addresses.
+
+    On one machine torchrun keeps its store over restarts, so that a rank might take the address of one that is dead.
+    On several, each restart has a new store, and the agents count restarts differently.
+    """
+    store, _, _ = next(iter(rendezvous("env://", rank, size)))
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if alone else store
 
 
 def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
     lost = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "Connection was likely closed")
+    lost += ("Connection refused", "connectFullMesh failed")
     return isinstance(error, dist.DistError) or any(words in str(error) for words in lost)
 
 
@@ -149,11 +163,12 @@ def check_world(config: TrainingConfig, world: World) -> None:
     if config.batch_size % parts:
         raise UserError(
             f"batch size {config.batch_size} does not divide among {world.size} processes × {config.pieces} "
-            f"accumulation steps; use a multiple of {parts}"
+            f"accumulation steps; use a multiple of {parts}, or to resume, processes and --accumulate-steps whose "
+            f"product divides it"
         )
     if isinstance(config, PretrainConfig) and config.shard and world.size == 1:
         raise UserError(
-            "--shard spreads a model over processes and there is one; start it with torchrun, or leave it out"
+            "--shard spreads a model over processes and there is one; start it with torchrun, or use --no-shard"
         )
 
 
