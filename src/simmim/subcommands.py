@@ -212,6 +212,7 @@ def pack(argv: list[str]) -> int:
 
 def advise(argv: list[str]) -> int:
     """Estimate accelerators, time, cost and memory of a training"""
+    from simmim.advise.launch import Launcher, launch_file
     from simmim.advise.rank import advise, compile_for_tpus
     from simmim.advise.report import plot, show
     from simmim.advise.request import Request
@@ -225,12 +226,19 @@ def advise(argv: list[str]) -> int:
         """PNG file for a plot of time against cost."""
         tpu_check: bool = False
         """Compile the step for each TPU option, as simmim tpu-check does (a minute each)."""
+        launch: Launcher = "none"
+        """Print a file that starts the first option, and starts it again, in place of the table."""
 
     command = parse(Command, "advise", _about("advise"), argv)
+    if command.json and command.launch != "none":
+        raise UserError(f"--json prints one object, and --launch {command.launch} a file; use one of them")
     advice = advise(Request(**{field.name: getattr(command, field.name) for field in dataclasses.fields(Request)}))
     if command.tpu_check:
         advice = compile_for_tpus(advice, lambda line: print(line, file=sys.stderr))
-    print(advice.as_json() if command.json else show(advice))
+    if command.launch != "none":
+        print(launch_file(advice.options[0], command.launch), end="")
+    else:
+        print(advice.as_json() if command.json else show(advice))
     if command.plot:
         plot(advice, command.plot)
     return 0
