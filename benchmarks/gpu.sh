@@ -39,19 +39,22 @@ if [ "$1" = "--smoke" ]; then
     part 120 "$PYTHON" benchmarks/end_to_end.py --photos demo --cases vit_tiny --forms files --rounds 1 --seconds 0.1 \
         --device cpu --name end_to_end_tiny
     part 60 "$PYTHON" benchmarks/gpu_decode.py --device cpu --batch-size 8 --rounds 1 --seconds 0.1
+    part 90 "$PYTHON" benchmarks/gpu_choices.py --device cpu --tiny --eager --batch-size 2 --name gpu_choices_tiny
 else
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-    part 90 "$PYTHON" -m pytest -m gpu tests/torch_engine/test_gpu.py -q --timeout=80
+    part 80 "$PYTHON" -m pytest -m gpu tests/torch_engine/test_gpu.py -q --timeout=80
     peers() { # SECONDS CASE BATCH
         part "$1" "$PYTHON" benchmarks/step_vs_peers.py --cases "$2" --device cuda --batch-size "$3" --rounds 2 \
             --steps 6 --name "step_vs_peers_cuda_$2" --profile "$RESULTS/profiles"
     }
-    peers 105 vit 256
-    peers 115 swin 256
+    peers 90 vit 256
+    # Attention, memory format, CUDA graphs, batches, one at a time; the most promising first.
+    part 135 "$PYTHON" benchmarks/gpu_choices.py --seconds 110
+    peers 95 swin 256
     # PHOTOS is a folder of JPEG files; without one the emoji in the package are read.
-    part 75 "$PYTHON" benchmarks/end_to_end.py --photos "${PHOTOS:-demo}" --cases vit_base --forms files --rounds 1 \
+    part 60 "$PYTHON" benchmarks/end_to_end.py --photos "${PHOTOS:-demo}" --cases vit_base --forms files --rounds 1 \
         --device cuda
-    peers 60 resnet 256
-    part 45 "$PYTHON" benchmarks/gpu_decode.py --device cuda ${PHOTOS:+--photos "$PHOTOS"}
+    peers 45 resnet 256
+    part 25 "$PYTHON" benchmarks/gpu_decode.py --device cuda ${PHOTOS:+--photos "$PHOTOS"}
 fi
 exit $failed

@@ -53,7 +53,6 @@ def on_null_gpu(library: Path) -> Callable[..., subprocess.CompletedProcess[str]
             "LD_PRELOAD": str(library),
             "TRITON_LIBCUDA_PATH": str(library.parent),
             "TORCH_CUDNN_V8_API_DISABLED": "1",
-            "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",  # cuDNN's attention needs its graph interface, which is not here
             "TPU_SKIP_MDS_QUERY": "1",
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
             "OMP_NUM_THREADS": "1",

@@ -17,10 +17,13 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_engine import tiny
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.torch_engine.accelerators import choose_device
+from simmim.torch_engine.models.attention import attention_kernels
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.perf.trial import random_batch
 from simmim.torch_engine.train.distributed import World
@@ -46,6 +49,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sigreg": {"objectives": [{"kind": "sigreg"}]},
     "infonce": {"objectives": [{"kind": "infonce"}]},
 }
+ATTENTION = {"vit": ("efficient", "flash", "products"), "beit": ("efficient", "products"), "swin": ("efficient",)}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{kind}, {precision}": (kind, {"precision": precision}) for kind in FAMILIES for precision in PRECISIONS},
     **{f"vit, {name}": ("vit", {"precision": "bf16", **settings}) for name, settings in OBJECTIVES.items()},
@@ -64,12 +68,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit, drop path": ("vit", {"precision": "bf16", "drop_path": 0.2}),
     "swin, drop path, fp16": ("swin", {"precision": "fp16", "drop_path": 0.2}),
     "vit, clipped": ("vit", {"precision": "bf16", "clip_grad": 1.0}),
+    **{
+        f"{kind}, attention {way}": (kind, {"precision": "bf16", "gpu": {"attention": way}})
+        for kind, ways in ATTENTION.items()
+        for way in ways
+    },
     "vit, five channels": (
         "vit",
         {"precision": "bf16", "channels": 5, "mean": (0.5,) * 5, "std": (0.2,) * 5, "decode": "cpu"},
     ),
 }
 """Family and settings by name. To cover a new objective, add it to `OBJECTIVES`."""
+PARTS = {"flash": "flash_fwd", "efficient": "fmha_cutlassF"}
+"""What the names of fused attention kernels contain."""
 
 
 class NoPageableCopies(TorchDispatchMode):
@@ -127,13 +138,12 @@ def configuration(name: str, folder: Path) -> PretrainConfig:
     return dataclasses.replace(tiny.config(kind, **(settings | more)), device="cuda")
 
 
-def step_twice(config: PretrainConfig) -> int:
-    """Step twice, the second time without any wait allowed; return how many kernels that launched."""
+def step_twice(config: PretrainConfig) -> dict[str, int]:
+    """Step twice, the second time without any wait allowed; return how often that launched which kernel."""
     update = tiny.update(config, world=GPU)
     batch = random_batch(config, config.batch_size, update.model)  # type: ignore[arg-type]
     update(0, batch)  # allocates and builds what is kept
     null = ctypes.CDLL("libcuda.so.1")
-    null.nullgpu_report.restype = ctypes.c_long
     null.nullgpu_reset()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -142,20 +152,39 @@ def step_twice(config: PretrainConfig) -> int:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert figures.device == GPU.device, f"the figures are on {figures.device}"
-    return int(null.nullgpu_report(b"/dev/null"))
+    with tempfile.NamedTemporaryFile("r") as kernels:
+        null.nullgpu_report(kernels.name.encode())
+        rows = (line.rstrip("\n").split("\t") for line in kernels)
+        return {name: int(calls) for calls, name in rows}
 
 
 def report(name: str, config: PretrainConfig) -> None:
     gc.collect()
-    launches, error = 0, ""
+    kernels, error = {}, ""
     try:
-        launches = step_twice(config)
+        with attention_kernels(config.gpu.attention):
+            kernels = step_twice(config)
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
-    print(json.dumps({"case": name, "error": error, "launches": launches}), flush=True)
+    attention = {way: sum(calls for kernel, calls in kernels.items() if part in kernel) for way, part in PARTS.items()}
+    found = {"case": name, "error": error, "launches": sum(kernels.values()), "attention": attention}
+    print(json.dumps(found), flush=True)
+
+
+def report_choices() -> None:
+    """Print which attention kernel PyTorch would choose for a ViT in bf16, before and after a device is chosen."""
+    q = torch.empty(2, 3, 197, 64, dtype=torch.bfloat16, device="cuda")
+    bias = torch.empty(1, 3, 197, 197, dtype=torch.bfloat16, device="cuda")
+    before = SDPBackend(torch._fused_sdp_choice(q, q, q)).name
+    choose_device("cuda")
+    after, biased = (SDPBackend(torch._fused_sdp_choice(q, q, q, each)).name for each in (None, bias))
+    with attention_kernels("cudnn"):
+        named = SDPBackend(torch._fused_sdp_choice(q, q, q)).name
+    print(json.dumps({"case": "choices", "before": before, "after": after, "biased": biased, "named": named}))
 
 
 def main(cases: list[str]) -> None:
+    report_choices()
     with tempfile.TemporaryDirectory() as folder:
         for name in cases:
             if name in FAULTS:

@@ -30,6 +30,33 @@ def test_a_step_neither_fails_nor_waits(found: dict[str, dict[str, Any]], case: 
 
 
 @pytest.mark.parametrize(
+    ("case", "attention"),
+    [
+        ("vit, bf16", {"flash": 2, "efficient": 0}),
+        ("vit, fp32", {"flash": 0, "efficient": 2}),
+        ("beit, bf16", {"flash": 0, "efficient": 2}),  # which has a bias
+        ("swin, bf16", {"flash": 0, "efficient": 0}),  # timm's choice
+        ("vit, attention flash", {"flash": 2, "efficient": 0}),
+        ("vit, attention efficient", {"flash": 0, "efficient": 2}),
+        ("vit, attention products", {"flash": 0, "efficient": 0}),
+        ("beit, attention products", {"flash": 0, "efficient": 0}),
+        ("swin, attention efficient", {"flash": 0, "efficient": 5}),  # a launch for each of its blocks
+    ],
+)
+def test_attention_is_by_the_kernel_that_is_named(
+    found: dict[str, dict[str, Any]], case: str, attention: dict[str, int]
+) -> None:
+    assert found[case]["attention"] == attention
+
+
+def test_attention_by_cudnn_is_used_only_where_it_is_named(found: dict[str, dict[str, Any]]) -> None:
+    """PyTorch prefers it for compute capability 9.0."""
+    chosen = {name: value for name, value in found["choices"].items() if name != "case"}
+    assert chosen["before"] == chosen["named"] == "CUDNN_ATTENTION"
+    assert (chosen["after"], chosen["biased"]) == ("FLASH_ATTENTION", "EFFICIENT_ATTENTION")
+
+
+@pytest.mark.parametrize(
     ("fault", "message"),
     [
         ("cpu tensor", "Expected all tensors to be on the same device"),

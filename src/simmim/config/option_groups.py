@@ -19,7 +19,7 @@ _GROUPS = {
     ),
     "hardware": (
         "device precision engine backend compile accumulate-steps checkpoint-activations shard plain-step workers "
-        "readers decode antialias kernels.*"
+        "readers decode antialias kernels.* gpu.*"
     ),
     "run": (
         "config save-every-steps keep max-hours extend fresh log-every-steps log "

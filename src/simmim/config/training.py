@@ -44,6 +44,14 @@ class Kernels:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """Choices on an NVIDIA GPU, with results that are equal but for rounding."""
+
+    attention: Literal["auto", "efficient", "flash", "cudnn", "products"] = "auto"
+    """Attention kernel. auto: PyTorch's choice without cuDNN's, and products in Swin's windows."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Settings shared by all trainings: data, optimiser, accelerator, checkpoints."""
 
@@ -118,6 +126,8 @@ class TrainingConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     kernels: Kernels = Kernels()
     """CPU kernels (default: the fastest in a short measurement; a resumed run keeps its choice)."""
+    gpu: Gpu = Gpu()
+    """Choices on an NVIDIA GPU (a resumed run keeps its own)."""
 
     save_every_steps: Count = None
     """Steps between checkpoints (default: one epoch, at least 100 steps)."""

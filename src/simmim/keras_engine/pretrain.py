@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.pretraining import PretrainConfig
-from simmim.config.training import Kernels
+from simmim.config.training import Gpu, Kernels
 from simmim.config.validation import validated
 from simmim.data.pipeline import Reading
 from simmim.errors import UserError
@@ -95,6 +95,7 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
         "--plain-step": (config.plain_step, "leave it out: a step of this engine is always the plain one"),
         "--no-compile": (config.compile is False and backend == "jax", "leave it out: JAX's step is always compiled"),
         "--kernels": (config.kernels != Kernels(), "leave it out: XLA has kernels of its own"),
+        "--gpu": (config.gpu != Gpu(), "leave it out: XLA has kernels of its own"),
         "--shard": (config.shard and backend != "jax", "use --backend jax"),
         "--checkpoint-activations": (
             config.checkpoint_activations and (backend != "jax" or family == "resnet"),

@@ -56,6 +56,8 @@ class Accelerator:
     """Make an event that marks a place in the device's work, and the milliseconds to another; `None` if not known."""
     synchronize: Callable[[], None] = lambda: None
     """Wait until the device has finished its work."""
+    prepare: Callable[[], None] = lambda: None
+    """Set what every command needs on the device, once it is chosen."""
     arithmetic: Callable[[str], contextlib.AbstractContextManager[None]] = lambda precision: contextlib.nullcontext()
     """Set how fp32 numbers are multiplied in a training of this precision; restore it at the end."""
     fit: Callable[[nn.Module], None] = lambda module: None
@@ -75,11 +77,12 @@ def find_accelerator(device: torch.device | str) -> Accelerator:
 
 
 def choose_device(wanted: str) -> str:
-    """Resolve `auto` to the first automatic device found. Raises `UserError` for a device that is not here."""
+    """Resolve `auto` to the first automatic device found, and prepare it. Raises `UserError` if it is not here."""
     if wanted == "auto":
-        return next(row.name for row in ACCELERATORS.values() if row.automatic and row.find() is None)
+        wanted = next(row.name for row in ACCELERATORS.values() if row.automatic and row.find() is None)
     if fault := find_accelerator(wanted).find():
         raise UserError(f"device {wanted!r} {fault}")
+    ACCELERATORS[wanted].prepare()
     return wanted
 
 
@@ -149,6 +152,8 @@ ACCELERATORS: dict[str, Accelerator] = {
             peak_memory=torch.cuda.max_memory_allocated,
             timed_event=lambda: torch.cuda.Event(enable_timing=True),
             synchronize=torch.accelerator.synchronize,
+            # PyTorch prefers cuDNN's attention on new GPUs; it has given wrong results with a learned bias in bf16.
+            prepare=lambda: torch.backends.cuda.enable_cudnn_sdp(False),
             arithmetic=_without_tf32,
         ),
         Accelerator(

@@ -7,7 +7,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.data.augment import FLIP_AXES
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.method.schedules import CosineSchedule
-from simmim.torch_engine.accelerators import ACCELERATORS, choose_precision
+from simmim.torch_engine.accelerators import ACCELERATORS, choose_device, choose_precision
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_optimizer
@@ -57,7 +57,7 @@ def try_devices() -> dict[str, str]:
     """Run a step of a tiny model on each device; returns `training on DEVICE` → result."""
     found = {}
     for device in [row.name for row in ACCELERATORS.values() if row.automatic and row.find() is None]:
-        precision = choose_precision("auto", device)
+        precision = choose_precision("auto", choose_device(device))
         config = PretrainConfig(
             model="vit_tiny_patch16_224",
             model_args={"depth": 1, "embed_dim": 48},

@@ -14,6 +14,8 @@ from simmim.data.bad_images import BadImages
 from simmim.data.pipeline import Reading
 from simmim.hardware.host import reading_cores
 from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
+from simmim.torch_engine.models.attention import asked_gpu, attention_kernels, check_attention, set_attention
+from simmim.torch_engine.models.encoders import sketch_encoder
 from simmim.torch_engine.models.kernels import set_kernels
 from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.perf.pieces import find_pieces
@@ -32,13 +34,15 @@ from simmim.training.trainer import find_start
 
 def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, Outcome]:
     """Fine-tune, or resume; see `simmim.finetune`. Raises `UserError` for settings that cannot work."""
-    asked = config = validated(config)
+    config = validated(config)
     spec = find_spec(config.task)
     device = choose_device(config.device)
+    asked = config = dataclasses.replace(config, gpu=asked_gpu(config, device))
     precision = choose_precision(asked_precision(config), device)
     origin = find_origin(config)
     data = spec.open_data(config)
-    with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main):
+    held = attention_kernels(config.gpu.attention)
+    with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main), held:
         distributed.check_world(config, world)
         config = with_encoder_facts(
             config,
@@ -52,6 +56,8 @@ def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, O
             classes=tuple(data.classes),
         )
         config = dataclasses.replace(config, kernels=choose_kernels(config, world.main_says, world.rank))
+        assert config.image_size is not None
+        check_attention(config, sketch_encoder(config.model, config.image_size, config.model_args).backbone)
         task = spec.create(config, data, origin.weights)
         plan = TaskPlan.complete(config, task.train_count)
         if config.accumulate_steps is None:
@@ -84,6 +90,8 @@ def build_update(step: TaskStep, plan: TaskPlan, world: distributed.World) -> Up
     distributed.place(step, world.device)
     if world.device.type == "cpu":
         set_kernels(step, step.backbone, config.kernels)
+    elif world.device.type == "cuda":
+        set_attention(step.backbone, config.gpu.attention)
     if config.checkpoint_activations:
         step.backbone.set_grad_checkpointing(True)  # type: ignore[operator]
     if config.compile:

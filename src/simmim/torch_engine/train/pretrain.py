@@ -15,6 +15,7 @@ from simmim.data.pipeline import Reading
 from simmim.errors import TrainingFailedError
 from simmim.method.masks import upsample_mask
 from simmim.torch_engine.accelerators import choose_device, choose_precision, describe_device, find_accelerator
+from simmim.torch_engine.models.attention import asked_gpu, attention_kernels, check_attention
 from simmim.torch_engine.models.encoders import default_image_size, sketch_encoder
 from simmim.torch_engine.models.evaluating import by_halves, evaluating
 from simmim.torch_engine.models.family import find_family
@@ -48,12 +49,14 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
     config = validated(config)
     find_family(config.model)
     device = choose_device(config.device)
+    config = dataclasses.replace(config, gpu=asked_gpu(config, device))
     precision = choose_precision(asked_precision(config), device)
     image_size = config.image_size or default_image_size(config.model)
     encoder = sketch_encoder(config.model, image_size, config.model_args)
     images = open_images(config)
     check = KnnCheck(config) if config.probe else None
-    with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main):
+    held = attention_kernels(config.gpu.attention)
+    with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main), held:
         distributed.check_world(config, world)
         plan = Plan.complete(
             config,
@@ -67,6 +70,7 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
             compile=find_accelerator(device).compiles if config.compile is None else config.compile,
         )
         plan = plan.replace(kernels=choose_kernels(plan.config, world.main_says, world.rank))
+        check_attention(plan.config, encoder.backbone)
         decoder = open_decoder(plan, world.device)
 
         def attempt(pieces: int) -> tuple[Update, DeviceBatch]:
@@ -87,6 +91,7 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
         step = build_step(plan.config, begin=begin)  # before the run directory is made, since sizes may not fit
         if not start:
             prepare(step, plan, world)
+        check_attention(plan.config, step)  # a teacher may have a bias where the encoder has none
         try:
             return TorchPretrainSession(
                 plan,

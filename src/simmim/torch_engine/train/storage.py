@@ -20,6 +20,7 @@ from simmim.errors import UserError
 from simmim.interop.checkpoints import read_checkpoint
 from simmim.interop.weight_names import BACKBONE, MASK_TOKEN, from_timm
 from simmim.method.objectives import PixelReconstruction
+from simmim.torch_engine.models.attention import set_attention
 from simmim.torch_engine.models.encoders import load_timm
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
@@ -182,6 +183,8 @@ def build_step(
         if not savings.products:
             kernels = dataclasses.replace(kernels, linear="default")
         set_kernels(model, backbone, kernels)
+    elif config.device == "cuda":
+        set_attention(model.encoder.backbone, config.gpu.attention)
     wanted = tuple(each for each in config.objectives if trains or isinstance(each, PixelReconstruction))
     objectives = create_objectives(model, dataclasses.replace(config, objectives=wanted))
     if config.checkpoint_activations:

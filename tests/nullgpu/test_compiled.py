@@ -1,0 +1,105 @@
+"""Compiled steps are one graph that is compiled once, without spilled registers, on three generations of GPUs."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import compiled
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # of a first test that compiles all cases
+Run = Callable[..., subprocess.CompletedProcess[str]]
+Found = dict[str, dict[str, Any]]
+FAMILIES = ("vit", "beit", "swin", "resnet18")
+EVERY = [
+    *((90, case) for case in compiled.CASES if "sharded" not in case),
+    *((sm, case) for sm in (80, 100) for case in FAMILIES),
+]
+
+
+def settings(folder: Path, **more: str) -> dict[str, str]:
+    """The environment of a run whose compiler begins with nothing."""
+    caches = {"TRITON_CACHE_DIR": str(folder / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    return {**caches, "TORCHINDUCTOR_COMPILE_THREADS": "1", **more}
+
+
+def lines(done: subprocess.CompletedProcess[str]) -> Found:
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    return {row["case"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def found(on_null_gpu: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
+    """What the cases of a compute capability did; compiled when first asked for."""
+    known: dict[int, Found] = {}
+
+    def ask(sm: int) -> Found:
+        if sm not in known:
+            folder = tmp_path_factory.mktemp(f"sm_{sm}")
+            cases = [case for each, case in EVERY if each == sm]
+            if sm == 90:
+                cases += [f"{case} by {mode}" for mode in compiled.MODES for case in compiled.MODES[mode]]
+                cases += compiled.FAULTS
+            known[sm] = lines(
+                on_null_gpu("-m", "nullgpu.compiled", str(folder), *cases, **settings(folder, NULLGPU_SM=str(sm)))
+            )
+        return known[sm]
+
+    return ask
+
+
+@pytest.mark.parametrize(("sm", "case"), EVERY)
+def test_a_run_compiles_one_graph_once(found: Callable[[int], Found], sm: int, case: str) -> None:
+    row = found(sm)[case]
+    assert row["error"] == ""
+    assert (row["graphs"], row["breaks"], row["recompiles"]) == (1, [], [])
+    steps = row["launches"][1:]
+    assert len(steps) >= 4 and len(set(steps)) == 1, "steps after the first differ"
+    assert 50 < steps[0] < row["eager"][-1]
+
+
+@pytest.mark.parametrize("sm", [80, 90, 100])
+def test_no_kernel_keeps_registers_in_memory(found: Callable[[int], Found], sm: int) -> None:
+    row = found(sm)["cubins"]
+    assert row["kernels"] > 50
+    assert row["spilled"] == {}
+
+
+@pytest.mark.parametrize(("mode", "case"), [(mode, case) for mode, cases in compiled.MODES.items() for case in cases])
+def test_a_mode_of_the_compiler_runs(found: Callable[[int], Found], mode: str, case: str) -> None:
+    row = found(90)[f"{case} by {mode}"]
+    assert row["error"] == ""
+    assert (row["graphs"], row["breaks"], row["recompiles"]) == (1, [], [])
+    if mode == "reduce-overhead":  # forward and backward pass are a graph each; what is left is the optimiser's
+        assert row["in_graphs"][-1] > row["launches"][-1]
+
+
+@pytest.mark.parametrize(
+    ("fault", "graphs", "breaks", "recompiles"),
+    [
+        ("a question to the device", 2, "item", 0),
+        ("a print", 2, "print", 0),
+        ("a smaller batch", 2, "", 1),
+    ],
+)
+def test_a_fault_that_is_put_in_is_caught(
+    found: Callable[[int], Found], fault: str, graphs: int, breaks: str, recompiles: int
+) -> None:
+    row = found(90)[fault]
+    assert row["graphs"] >= graphs
+    assert len(row["recompiles"]) >= recompiles
+    assert breaks in " ".join(row["breaks"])
+    assert row["breaks"] if breaks else not row["breaks"]
+
+
+@pytest.mark.parametrize("case", ["vit", "vit, sharded"])
+def test_two_processes_train_compiled(on_null_gpu: Run, tmp_path: Path, case: str) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "nullgpu.compiled"]
+    done = on_null_gpu(*launch, str(tmp_path), case, **settings(tmp_path, NULLGPU_DEVICES="2"))
+    row = lines(done)[case]
+    assert row["error"] == ""
+    assert (row["breaks"], row["recompiles"]) == ([], [])
