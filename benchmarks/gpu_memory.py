@@ -4,17 +4,19 @@
 
 truth  the most bytes of tensors, and what the allocator reserved for them, in a second update: 12 models, two batches
 cards  the largest batch, a multiple of 8, whose update fits cards of 8 to 80 GiB: five models in bf16
+compiled  as truth, of compiled steps, which take minutes each to compile: five models, one batch (only if asked for)
 
 Run it on an NVIDIA GPU, or on the one of tests/nullgpu, which computes nothing. The allocator is the same, so that its
 figures are exact, but for workspaces of cuDNN and the driver's context, of which it knows nothing:
 
     python tests/nullgpu/build.py FOLDER   # an empty one
-    LD_PRELOAD=FOLDER/libcuda.so.1 TORCH_CUDNN_V8_API_DISABLED=1 TORCH_CUDNN_SDPA_DEPRIORITIZED=1 \\
+    LD_PRELOAD=FOLDER/libcuda.so.1 TRITON_LIBCUDA_PATH=FOLDER TORCH_CUDNN_V8_API_DISABLED=1 \\
         NULLGPU_BYTES=100000000000 python benchmarks/gpu_memory.py
 """
 
 import argparse
 import gc
+import importlib
 import math
 from typing import Any
 
@@ -25,6 +27,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.hardware.accelerators import read_facts
 from simmim.hardware.roofline import StepWork
+from simmim.torch_engine.accelerators import choose_device
 from simmim.torch_engine.perf.cost import measure_work
 from simmim.torch_engine.perf.trial import build_update, random_batch
 from simmim.torch_engine.train.distributed import World
@@ -57,7 +60,17 @@ CONTEXT_GIB = 0.6
 STEP, MOST = 8, 4096
 
 
-def configuration(model: str, batch: int, precision: str = "bf16") -> PretrainConfig:
+COMPILED = (
+    "vit_small_patch16_224",
+    "resnet50",
+    "swin_tiny_patch4_window7_224",
+    "beit_base_patch16_224",
+    "convnext_base",
+)
+COMPILED_BATCH = 128
+
+
+def configuration(model: str, batch: int, precision: str = "bf16", *, compiled: bool = False) -> PretrainConfig:
     pixels = MODELS[model]
     return PretrainConfig(
         model=model,
@@ -67,6 +80,7 @@ def configuration(model: str, batch: int, precision: str = "bf16") -> PretrainCo
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
         device="cuda",
+        compile=compiled,
     )
 
 
@@ -97,6 +111,24 @@ def truth(models: list[str]) -> list[dict[str, Any]]:
             row["reserved_ratio"] = predicted / found["reserved_gib"]
             rows.append(row)
             print(row, flush=True)
+    return rows
+
+
+def compiled(models: list[str]) -> list[dict[str, Any]]:
+    """The first of the two updates compiles, and measures kernels: only the second counts."""
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    inductor.triton.autotune_pointwise = False  # fewer variants to compile, in the same memory
+    rows = []
+    for model in (each for each in COMPILED if each in models):
+        torch.compiler.reset()
+        work = measure_work(configuration(model, 2))
+        found = peak(configuration(model, COMPILED_BATCH, compiled=True))
+        predicted = work.peak_bytes(COMPILED_BATCH) / 2**30
+        row = {"model": model, "pixels": MODELS[model], "batch": COMPILED_BATCH, "predicted_gib": predicted, **found}
+        row["allocated_ratio"] = predicted / found["allocated_gib"]
+        row["reserved_ratio"] = predicted / found["reserved_gib"]
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
@@ -150,14 +182,16 @@ def advised(work: StepWork, gib: float) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="memory of an update on CUDA against simmim advise")
-    parser.add_argument("--parts", nargs="+", choices=("truth", "cards"), default=["truth", "cards"])
+    parser.add_argument("--parts", nargs="+", choices=("truth", "cards", "compiled"), default=["truth", "cards"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--name", default="gpu_memory", help="of the results' file")
     arguments = parser.parse_args()
+    choose_device("cuda")
     found: dict[str, list[dict[str, Any]]] = {}
     for part in arguments.parts:
-        found[part] = {"truth": truth, "cards": cards}[part](arguments.models)
-        save("gpu_memory", {**machine(), "device": torch.cuda.get_device_name(), **found})
-    if rows := found.get("truth", []):
+        found[part] = {"truth": truth, "cards": cards, "compiled": compiled}[part](arguments.models)
+        save(arguments.name, {**machine(), "device": torch.cuda.get_device_name(), **found})
+    if rows := found.get("truth", []) + found.get("compiled", []):
         for name in ("allocated_ratio", "reserved_ratio"):
             ratios = [row[name] for row in rows]
             print(f"{name}: {min(ratios):.3f} to {max(ratios):.3f}, mean {math.fsum(ratios) / len(ratios):.3f}")

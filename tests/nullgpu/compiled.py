@@ -121,15 +121,32 @@ def configuration(name: str, folder: Path, **more: Any) -> PretrainConfig:
 
 
 def spilled(cache: Path) -> dict[str, int]:
-    """Return the bytes that a thread keeps in local memory for lack of registers, by kernel of a Triton cache."""
+    """Return the bytes of registers that a thread spills to memory, by kernel of a Triton cache, in its best variant.
+
+    Inductor leaves out a variant that spills where another does not.
+
+    cuobjdump shows which kernels use local memory at all; ptxas then says what of that are spills, and not a call's
+    arguments (of an assertion) or an array (of a sine).
+    """
     from triton.backends import nvidia
 
-    found = {}
+    tools, found = Path(nvidia.__file__).parent / "bin", {}
     for cubin in cache.rglob("*.cubin"):
-        tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
-        done = subprocess.run([tool, "--dump-resource-usage", cubin], check=True, capture_output=True, text=True)
-        found[cubin.stem] = sum(int(each) for each in re.findall(r"(?:STACK|LOCAL):(\d+)", done.stdout))
+        used = _say(tools / "cuobjdump", "--dump-resource-usage", cubin)
+        spills = 0
+        if any(int(each) for each in re.findall(r"(?:STACK|LOCAL):(\d+)", used)):
+            arch = json.loads(cubin.with_suffix(".json").read_text())["target"]["arch"]
+            ptxas = tools / ("ptxas-blackwell" if arch >= 100 else "ptxas")
+            target = f"sm_{arch}{'a' if arch >= 90 else ''}"  # as Triton does
+            said = _say(ptxas, "-v", "--gpu-name", target, "-o", os.devnull, cubin.with_suffix(".ptx"))
+            spills = sum(map(int, re.findall(r"(\d+) bytes spill stores", said)))
+        found[cubin.stem] = min(spills, found.get(cubin.stem, spills))
     return found
+
+
+def _say(*command: Any) -> str:
+    done = subprocess.run([*command], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def train(config: PretrainConfig, fault: str = "", mode: str | None = None) -> dict[str, Any]:

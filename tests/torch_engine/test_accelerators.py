@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -143,3 +144,29 @@ def test_joining_on_cuda_sets_the_arithmetic_of_the_precision(precision: str, mo
         assert world.device == torch.device("cuda", 0)
         assert torch.backends.cudnn.allow_tf32 == (before and precision != "fp32")
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.parametrize(("device", "pinned", "numbered"), [("mps", False, False), ("xpu", True, True)])
+def test_a_step_follows_the_rows_that_have_not_been_run(
+    device: str, pinned: bool, numbered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's meta device takes the place of the hardware: shapes and calls are real, numbers are not."""
+    calls: list[str] = []
+    row = dataclasses.replace(ACCELERATORS[device], name="meta", find=lambda: None)
+    monkeypatch.setattr("simmim.torch_engine.accelerators.ACCELERATORS", {"meta": row})
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pin") or self)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # there is none for meta
+    optimizer = importlib.import_module("torch.optim.optimizer")
+    monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    monkeypatch.setattr(torch, "get_device_module", lambda device: torch.cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: calls.append(str(place)))
+    settings = tiny.config("vit", precision=choose_precision("fp32", choose_device("auto")), device="cpu")
+    with join("meta", settings.precision) as world:
+        step = tiny.update(settings, world=world)
+        place(step.model, world.device)
+        _, figures = step(0, tiny.batch(settings))
+    assert (figures.device.type, figures.shape) == ("meta", (3,))
+    assert ("pin" in calls, "meta:0" in calls) == (pinned, numbered)
+    for precision in row.autocasts:
+        assert choose_precision(precision, "meta") == precision
+    assert not row.compiles and not row.decodes_jpegs

@@ -10,11 +10,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from simmim.commands.tpu_check import TpuCheckConfig, tpu_check
+from simmim.config.validation import from_settings
 from simmim.torch_engine.tpu import lower
+from simmim.torch_engine.train.storage import save_hub
+
+from . import tiny
 
 _MISSING = [name for name in ("torch_tpu", "libtpu", "jax") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -96,3 +101,26 @@ def test_a_batch_that_does_not_divide_is_refused_in_one_line(monkeypatch: pytest
     monkeypatch.setattr(lower, "topology_devices", lambda _: [object()] * 8)  # libtpu is for processes of their own
     with pytest.raises(ValueError, match=r"^batch size 30 does not divide among the 8 devices of v5e:2x4 × 1 .* of 8$"):
         lower.compile_step(TpuCheckConfig(batch_size=30), "v5e:2x4")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ema", "clusters", "sigreg", "infonce", "teacher", "descriptor"])
+def test_the_step_of_every_objective_compiles_for_a_tpu(kind: str, tmp_path: Path) -> None:
+    objective: dict[str, Any] = {"kind": kind}
+    if kind == "teacher":
+        backbone = tiny.encoder("vit", size=(64, 64)).backbone
+        save_hub(tmp_path, backbone, backbone.state_dict(), tiny.config("vit"))
+        objective["source"] = str(tmp_path)
+    small = {"model": "vit_tiny_patch16_224", "model_args": {"depth": 1, "embed_dim": 48}, "image_size": (64, 64)}
+    report = tpu_check(from_settings(TpuCheckConfig, {**small, "batch_size": 8, "objectives": [objective]}))
+    assert report.fits
+    assert 0 < report.hbm["temporaries"] < report.hbm["total"] < 2**30
+    assert report.hbm["aliased"] > 0  # the new state takes the place of the old
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "kernels"), [("vit_tiny_patch16_224", 3), ("beit_base_patch16_224", 0)])
+def test_bf16_attention_is_by_torchtpus_kernel_unless_it_has_a_bias(model: str, kernels: int) -> None:
+    """`simmim advise` counts on it (`simmim.torch_engine.perf.cost`): forward, queries, keys and values."""
+    small = {"model_args": {"depth": 1, "embed_dim": 48, "num_heads": 3}, "image_size": (64, 64), "batch_size": 8}
+    assert tpu_check(TpuCheckConfig(model=model, **small)).kernels == kernels

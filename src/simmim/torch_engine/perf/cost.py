@@ -227,16 +227,10 @@ _FP32_ON_CUDA = {
 }  # fmt: skip
 
 
-class _LikeCuda(TorchFunctionMode):
-    """Follows what CUDA would do where the CPU does something else: autocast to fp32, and fused attention with a bias.
-
-    Fake tensors of a CUDA device cannot run backward where PyTorch has no CUDA.
-    """
+class _LikeDevice(TorchFunctionMode):
+    """Follows what a device would do where the CPU does something else, in recomputed activations too."""
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in _FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
-            args = tuple(arg.float() if isinstance(arg, Tensor) and arg.dtype.itemsize == 2 else arg for arg in args)
         if func is Tensor.backward:
             # A mode is off while it handles a call, and in this one checkpointing runs the forward pass again. So go
             # straight to the engine, since `torch.autograd.backward` would come back here.
@@ -246,16 +240,70 @@ class _LikeCuda(TorchFunctionMode):
                     (args[0],), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
             return None
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a function of PyTorch as the device would."""
+        raise NotImplementedError
+
+
+class _LikeCuda(_LikeDevice):
+    """Follows CUDA: autocast to fp32, and fused attention with a bias.
+
+    Fake tensors of a CUDA device cannot run backward where PyTorch has no CUDA.
+    """
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            args = tuple(arg.float() if isinstance(arg, Tensor) and arg.dtype.itemsize == 2 else arg for arg in args)
         if func is F.scaled_dot_product_attention:
             return _cuda_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-# Devices that do not autocast as CUDA does. TorchTPU's autocast leaves norms and softmax in the precision of their
-# input, as the CPU's does. Its kernel for bf16 attention is not followed, so memory is on the safe side.
+class _LikeTpu(_LikeDevice):
+    """Follows TorchTPU, which has a kernel for bf16 attention without a bias and computes the other by products.
+
+    Its autocast leaves norms and softmax in the precision of their input, as the CPU's does.
+    """
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        mixed = torch.is_autocast_enabled("cpu")
+        if mixed and kwargs.get("attn_mask") is None and len(args) < 4:
+            return _TpuAttention.apply(*(each.bfloat16() for each in args))
+        with sdpa_kernel(SDPBackend.MATH):
+            return func(*args, **kwargs)
+
+
+class _TpuAttention(torch.autograd.Function):
+    """Attend, (B, heads, N, D), and keep for the backward pass what TorchTPU's kernel keeps: no N × N numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, *qkv: Tensor) -> Tensor:
+        q, k, v = map(_tiled, qkv)
+        out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        out = _tiled(out)
+        ctx.save_for_backward(q, k, v, out, logsumexp)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Any:  # type: ignore[override]
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(slope, *ctx.saved_tensors, 0.0, False)
+
+
+def _tiled(x: Tensor) -> Tensor:
+    """Copy (…, N, D) to where a TPU's kernel reads it: in tiles of 128 columns, so that heads of 64 take twice."""
+    wide = x.new_empty(*x.shape[:-1], -(-x.shape[-1] // _TPU_LANES) * _TPU_LANES)
+    return wide[..., : x.shape[-1]].copy_(x)
+
+
+_TPU_LANES = 128
+# Devices that do not compute as CUDA does.
 _LIKE: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "cpu": contextlib.nullcontext,
-    "tpu": lambda: sdpa_kernel(SDPBackend.MATH),
+    "tpu": _LikeTpu,
 }
 
 
