@@ -21,10 +21,12 @@ RESNET = "--from scratch --model resnet18 --model-args channels=[8,16,32,64]"
 USUAL = "--device cuda --batch-size 4 --steps 2 --precision bf16 --no-compile --workers 1"
 SIMMIM = "--objective pixels"
 AUTO = "--accumulate-steps auto"
+EFFICIENT, PRODUCTS = "--gpu.attention efficient", "--gpu.attention products"
+FEW = "--labels-per-class 2"
 COMMANDS = {
     "doctor": "doctor",
     "pretrain": f"pretrain {SIMMIM} --data demo --out F/pixels {VIT} {USUAL} --probe demo --picture-every-steps 1",
-    "pretrain fp16": f"pretrain {SIMMIM} --data demo --out F/fp16 {VIT} {USUAL} --precision fp16",
+    "pretrain fp16": f"pretrain {SIMMIM} --data demo --out F/fp16 {VIT} {USUAL} --precision fp16 {EFFICIENT}",
     "pretrain descriptor": f"pretrain --data demo --out F/descriptor {VIT} {USUAL} {DESCRIPTOR}",
     "pretrain views": f"pretrain --data demo --out F/views {VIT} {USUAL} --objective sigreg=1 infonce=1",
     "pretrain teacher": f"pretrain --data demo --out F/taught {VIT} {USUAL} --objective teacher=1 --teacher F/pixels",
@@ -32,7 +34,7 @@ COMMANDS = {
     "reconstruct": "reconstruct F/pixels demo --out F/picture.png --count 2",
     "probe": "probe F/pixels --data demo --device cuda --labels-per-class 2 --k 5",
     "embed": "embed F/pixels --data demo --out F/features.npz --device cuda",
-    "finetune classify": f"finetune classify --from F/pixels --data demo --out F/classify {USUAL} --labels-per-class 2",
+    "finetune classify": f"finetune classify --from F/pixels --data demo --out F/classify {USUAL} {FEW} {PRODUCTS}",
     "finetune segment": f"finetune segment {RESNET} --data F/cells --out F/segment --image-size 32 {USUAL} --dice 1",
     "finetune detect": f"finetune detect {RESNET} --data F/boxes --out F/detect --image-size 64 {USUAL} {AUTO}",
     "finetune fcos": f"finetune detect {RESNET} --data F/boxes --out F/fcos --image-size 64 {USUAL} --detector fcos",
