@@ -48,7 +48,7 @@ def library() -> Path:
 def on_null_gpu(library: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run Python with that GPU: `on_null_gpu("-m", "simmim", "doctor", NULLGPU_BYTES="8000000000")`."""
 
-    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, timeout: float = 550, **environment: str) -> subprocess.CompletedProcess[str]:
         known = {
             "LD_PRELOAD": str(library),
             "TRITON_LIBCUDA_PATH": str(library.parent),
@@ -64,7 +64,7 @@ def on_null_gpu(library: Path) -> Callable[..., subprocess.CompletedProcess[str]
             env={**os.environ, **known, **environment},
             capture_output=True,
             text=True,
-            timeout=550,
+            timeout=timeout,
         )
 
     return run

@@ -10,7 +10,8 @@ import pytest
 
 from . import compiled
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # of a first test that compiles all cases
+_LONGEST = 7200  # seconds of a first test, which compiles all cases of a GPU
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(_LONGEST)]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Found = dict[str, dict[str, Any]]
 FAMILIES = ("vit", "beit", "swin", "resnet18")
@@ -45,7 +46,11 @@ def found(on_null_gpu: Run, tmp_path_factory: pytest.TempPathFactory) -> Callabl
                 cases += [f"{case} by {mode}" for mode in compiled.MODES for case in compiled.MODES[mode]]
                 cases += compiled.FAULTS
             known[sm] = lines(
-                on_null_gpu("-m", "nullgpu.compiled", str(folder), *cases, **settings(folder, NULLGPU_SM=str(sm)))
+                on_null_gpu(
+                    *("-m", "nullgpu.compiled", str(folder), *cases),
+                    timeout=_LONGEST,
+                    **settings(folder, NULLGPU_SM=str(sm)),
+                )
             )
         return known[sm]
 
