@@ -59,9 +59,27 @@ def test_the_hours_are_flops_over_what_the_accelerator_reaches():
     assert option.hours[1] == pytest.approx(steps * 512 * 100e9 / (312e12 * 0.80) / 3600, rel=0.01)
 
 
-def test_it_says_what_it_counts_and_counts_each_step_once(capsys):
-    answer(accelerator=("a100-80gb", "h100-pcie"), devices=1)
-    assert capsys.readouterr().err == "counting the operations of a step on cuda in bf16\n"
+def test_a_step_is_counted_once_and_kept_for_the_next_call(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path))
+    monkeypatch.setattr("simmim.torch_engine.perf.cost.measure_work", measure)
+    told = "counting the operations of a step on cuda in bf16\n"
+    asked = request(accelerator=("a100-80gb", "h100-pcie"), devices=1)
+    first = advise(asked)
+    assert capsys.readouterr().err == told
+    assert advise(asked) == first and capsys.readouterr().err == ""
+    next(tmp_path.rglob("*.npz")).write_bytes(b"damaged")
+    assert advise(asked) == first and capsys.readouterr().err == told
+    advise(request(accelerator=("a100-80gb",), devices=1, image_size=128))
+    assert capsys.readouterr().err == told
+
+
+def test_a_step_with_a_teacher_is_counted_each_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SIMMIM_CACHE", str(tmp_path))
+    monkeypatch.setattr("simmim.torch_engine.perf.cost.measure_work", measure)
+    asked = request(accelerator=("a100-80gb",), devices=1, objective=("teacher",), teacher="timm:resnet18")
+    for _ in range(2):
+        advise(asked)
+        assert "counting" in capsys.readouterr().err
 
 
 def test_the_cost_is_hours_times_devices_times_price():

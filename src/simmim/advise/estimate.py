@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from simmim.advise.kept_work import measure_once
 from simmim.advise.request import Option, Range, Request
 from simmim.config.pretraining import PretrainConfig, ask_objectives
 from simmim.config.strategies import parse_strategy
@@ -21,7 +22,6 @@ from simmim.errors import UserError
 from simmim.hardware.accelerators import Accelerator, Facts, read_facts
 from simmim.hardware.roofline import Rates, StepWork, fit_rates
 from simmim.method.heads import Head
-from simmim.output import say
 
 Measure = Callable[[PretrainConfig], StepWork]
 OWN = "this-machine"
@@ -37,20 +37,15 @@ class Estimator:
         self.batch_size = request.batch_size or _default_batch(request.images)
         if self.batch_size > request.images:
             raise UserError(f"batch size {self.batch_size} is more than {request.images} images; use a smaller one")
-        if measure is None:  # after what is a mistake without PyTorch, which takes seconds to load
-            from simmim.torch_engine.perf.cost import measure_work as measure
+        measure = measure or measure_once
         self.own = read_own_machine(request.calibration, measure) if request.calibration else None
         self.rows = self._choose(self.facts.accelerators | ({OWN: self.own[0]} if self.own else {}))
         self._measure = measure
         self._work = functools.cache(self._count)
 
     def _count(self, device: str, precision: str, checkpoint: bool) -> StepWork:
-        """Count the work of a step; it takes seconds, so it says what it does."""
-        less = ", activations recomputed" if checkpoint else ""
-        say(f"counting the operations of a step on {device} in {precision}{less}")
-        return self._measure(
-            dataclasses.replace(self.config, device=device, precision=precision, checkpoint_activations=checkpoint)
-        )
+        config = dataclasses.replace(self.config, device=device, precision=precision, checkpoint_activations=checkpoint)
+        return self._measure(config)
 
     def _choose(self, rows: dict[str, Accelerator]) -> dict[str, Accelerator]:
         for name in self.request.accelerator:
