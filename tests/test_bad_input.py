@@ -113,12 +113,14 @@ BAD_OPTIONS = {
     "--head big": "head 'big' is not known; choose from linear, mlp, transformer",
     # data
     "--data nowhere": "nowhere does not exist; "
-    "pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo",
+    "pass a folder of images or shards, a .zip or .tar, a .txt list of "
+    "paths, an .npz, hf:NAME or demo",
     "--data empty": f"folder empty holds no images; files read end in {SUFFIXES}",
     "--data texts": f"folder texts holds no images; files read end in {SUFFIXES}",
     "--data renamed": "none of the first 6 images can be read, such as renamed/0.jpg: not an image in a format that is "
     "read here",
-    "--data file": "file is neither a folder nor a .txt or .lst of image paths; pass one of these",
+    "--data file": "file is neither a folder, nor an archive, nor a list of image paths; pass a folder of images or "
+    "shards, a .zip or .tar, a .txt list of paths, an .npz, hf:NAME or demo",
     "--data empty.txt": "list empty.txt names no images; write one path a line",
     "--data astray.txt": "none of the first 1 paths in astray.txt is a file, such as nowhere/1.png; write paths "
     "relative to the list's folder",
@@ -149,7 +151,8 @@ BAD_OPTIONS = {
     "save_pretrained wrote",
     "--init-from nothing.pth": "--init-from nothing.pth is empty; copy or download it again",
     "--init-from file": "--init-from file is damaged or not a PyTorch checkpoint: unpickling stack underflow",
-    "--probe nowhere": "nowhere does not exist; give a folder of classes, a .csv, an .npz, hf:NAME or demo",
+    "--probe nowhere": "nowhere does not exist; give a folder of classes, loose or in a .zip or .tar, a .csv, an "
+    ".npz, hf:NAME or demo",
     "--probe images": "folder images has no class folders; put each class's images in a folder of its name",
     # the machine
     "--device gpu": "--device 'gpu' is not known; choose from auto, cuda, xpu, mps, tpu, cpu",
@@ -211,7 +214,8 @@ def test_a_missing_option_gets_its_line(missing, line, capsys):
         ("bench --seconds 0", "seconds 0.0 is not above 0; the default is 10.0"),
         (
             "bench --data nowhere",
-            "nowhere does not exist; pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo",
+            "nowhere does not exist; pass a folder of images or shards, a .zip or .tar, a .txt list of "
+            "paths, an .npz, hf:NAME or demo",
         ),
         ("reconstruct", "RUN is missing; see `simmim reconstruct --help`"),
         ("reconstruct foreign", "no image is given; name files, a folder, a list, hf:NAME or demo after the run"),

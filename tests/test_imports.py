@@ -50,7 +50,7 @@ probe timm:resnet18 --data demo --k 0
 embed nowhere --data demo --out a.npz
 embed timm:resnet18 --data nowhere --out a.npz
 embed timm:resnet18 --data demo
-search nowhere --data demo --query images.zip
+search nowhere --data demo --query images.tgz
 search timm:resnet18 --data demo --query nowhere.png
 predict nowhere demo
 reconstruct nowhere demo
@@ -65,7 +65,8 @@ report nowhere
 
 def test_mistakes_in_arguments_and_paths_are_told_without_torch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "images.zip").write_bytes(b"")
+    for name in ("images.zip", "images.tgz"):
+        (tmp_path / name).write_bytes(b"")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.toml").write_text('model = "resnet18"\n')
     code = (

@@ -106,13 +106,15 @@ def finetune(argv: list[str]) -> int:
     config = parse_with_defaults(kind, _about("finetune"), argv[1:], lambda name: find_finetune_recipe(name, kind))
 
     from simmim.config.validation import validated
-    from simmim.data.sources import check_there
+    from simmim.data.sources import check_there, refuse_archive
     from simmim.training.origins import check_start
 
     config = validated(config)
     if config.task in OWN_TASKS:
         assert config.data is not None
         check_there(config.data, f"give {config.data_forms}")
+        if config.task != "classify":
+            refuse_archive(config.data)
     check_start(config)
     from simmim.engines import finetune as run
 

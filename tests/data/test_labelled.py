@@ -192,7 +192,7 @@ def csv(text: str, encoding: str = "utf-8") -> Callable[[Path], Path]:
 FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (
         lambda folder: folder / "none",
-        "{0} does not exist; give a folder of classes, a .csv, an .npz, hf:NAME or demo",
+        "{0} does not exist; give a folder of classes, loose or in a .zip or .tar, a .csv, an .npz, hf:NAME or demo",
     ),
     "csv without header": (
         csv("1.png,cat\n2.png,dog\n"),

@@ -136,7 +136,7 @@ def test_classes_and_splits_of_a_packed_folder_are_those_of_the_loose_one(classe
 
 def test_packed_images_without_class_folders_are_no_labelled_ones(photos: Path, tmp_path: Path):
     pack(PackConfig(images=str(photos / "a b"), out=str(tmp_path / "flat")))
-    with pytest.raises(ValueError, match=r"were not in class folders when packed; pack a folder of class folders"):
+    with pytest.raises(ValueError, match=r"are in no class folders; pack a folder of class folders"):
         open_labelled(str(tmp_path / "flat"))
 
 

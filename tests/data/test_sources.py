@@ -84,11 +84,19 @@ def test_a_subset_has_the_chosen_images_in_their_order(tmp_path: Path):
             {},
             "none",
             "{0}/none does not exist; "
-            "pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo",
+            "pass a folder of images or shards, a .zip or .tar, a .txt list of paths, an .npz, hf:NAME or demo",
         ),
         ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in .avif, .bmp, .gif, "),
-        ({"a.jpg": ""}, "a.jpg", "{0}/a.jpg is neither a folder nor a .txt or .lst of image paths; pass one of these"),
-        ({"a.tar.gz": ""}, "a.tar.gz", "{0}/a.tar.gz is an archive; unpack it and give the folder, which simmim pack "),
+        (
+            {"a.jpg": ""},
+            "a.jpg",
+            "{0}/a.jpg is neither a folder, nor an archive, nor a list of image paths; ",
+        ),
+        (
+            {"a.tar.gz": ""},
+            "a.tar.gz",
+            "{0}/a.tar.gz is an archive whose files cannot be read one by one here; unpack",
+        ),
         ({"a.txt": "\n# b.jpg\n"}, "a.txt", "list {0}/a.txt names no images; write one path a line"),
         (
             {"a.lst": "b.jpg\nc.jpg\n"},
@@ -217,8 +225,8 @@ def test_a_scheme_that_cannot_be_registered_is_refused(scheme: str, message: str
 
 
 def test_an_unknown_scheme_is_refused_with_those_that_are_known():
-    with pytest.raises(ValueError, match="scheme lmdb of lmdb:faces is not known; use one of demo, hf"):
-        open_source("lmdb:faces")
+    with pytest.raises(ValueError, match="scheme faces of faces:all is not known; use one of demo, hf, lmdb"):
+        open_source("faces:all")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

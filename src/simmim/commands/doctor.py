@@ -16,6 +16,7 @@ _OPTIONAL = {
     "transformers": "to load encoders with transformers.AutoModel",
     "datasets": "for --data hf:NAME",
     "pyarrow": "for simmim embed --out FILE.parquet",
+    "lmdb": "for --data lmdb:PATH",
     "tifffile": "for TIFF with many bands or deep colour",
     "torch_tpu": "for --device tpu and simmim tpu-check",
     "libtpu": "for --device tpu and simmim tpu-check",

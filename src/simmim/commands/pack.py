@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 
 from simmim.config.field_types import HINT, Count, Positive, one_word
 from simmim.config.validation import from_settings
+from simmim.data.archives import ArchiveImages
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.files import PathList
@@ -128,6 +129,8 @@ def pack(config: PackConfig) -> list[str]:
 def _names(source: ImageSource, data: str) -> list[str]:
     """List the images' names, relative to the folder that holds them all, if there is one."""
     names = [source.name(index) for index in range(len(source))]
+    if isinstance(source, ArchiveImages) and len(set(source.names())) == len(source):
+        return list(source.names())
     if isinstance(source, PathList) and Path(data).is_dir():
         return [os.path.relpath(name, data) for name in names]
     return names

@@ -45,12 +45,18 @@ def read_file(path: str) -> bytes:
 
     Raises `ValueError` for what is no file, such as a named pipe, which would be waited for, else `OSError`.
     """
+    return read_part(path, 0, -1)
+
+
+def read_part(path: str, place: int, size: int) -> bytes:
+    """Read `size` bytes of a file from `place` on, or fewer where it ends; all with -1. As `read_file`."""
     for wait in (*_WAITS, None):
         try:
             with open(path, "rb", opener=_open_at_once) as file:  # Path.open takes no opener
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise ValueError("is no regular file")
-                return file.read()
+                file.seek(place)
+                return file.read(size)
         except OSError as error:
             if wait is None or errno.errorcode.get(error.errno or 0) not in _PASSING:
                 raise

@@ -54,14 +54,17 @@ def find_split(name: str) -> tuple[str, str, dict[str, Any]]:
 
 
 def load_hugging_face(path: str) -> dict[str, Any]:
-    """Load the splits of a set: a directory that `save_to_disk` wrote, or whatever `load_dataset` takes."""
+    """Load the splits of a set: a directory that `save_to_disk` wrote, a .parquet, or whatever `load_dataset` takes."""
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"hf:{path} needs the library datasets; pip install simmim[data]") from error
     saved = any(Path(path, file).exists() for file in ("state.json", "dataset_dict.json"))
     try:
-        loaded: Any = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
+        if path.lower().endswith(".parquet"):
+            loaded: Any = datasets.load_dataset("parquet", data_files=path)
+        else:
+            loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path)
     except Exception as error:  # its back ends raise anything at all
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

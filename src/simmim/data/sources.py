@@ -15,15 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.field_types import Flip
+from simmim.data.archives import ARCHIVES, ArchiveImages, find_archives
 from simmim.data.decode import BadImage, Raw, open_picture
 from simmim.data.files import SUFFIXES, PathList, open_folder, open_list
 from simmim.data.hugging_face import open_hugging_face
+from simmim.data.key_value import open_lmdb
 from simmim.data.packed.format import is_packed, open_packed
 from simmim.errors import UserError
 
-_LISTS = (".txt", ".lst", ".npz")  # files that hold or list many images
-_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
-_REMEDY = "pass a folder of images or shards, a .txt list of paths, an .npz, hf:NAME or demo"
+_LISTS = (".txt", ".lst", ".npz", ".parquet", *ARCHIVES)  # files that hold or list many images
+_COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst", ".7z", ".rar")
+_REMEDY = "pass a folder of images or shards, a .zip or .tar, a .txt list of paths, an .npz, hf:NAME or demo"
 
 
 class ImageSource(Protocol):
@@ -116,7 +118,11 @@ class ArrayImages:
         return self._images[index]
 
 
-_SCHEMES: dict[str, Callable[[str], ImageSource]] = {"demo": lambda _: DemoImages(), "hf": open_hugging_face}
+_SCHEMES: dict[str, Callable[[str], ImageSource]] = {
+    "demo": lambda _: DemoImages(),
+    "hf": open_hugging_face,
+    "lmdb": open_lmdb,
+}
 
 
 def register_source(scheme: str, open: Callable[[str], ImageSource]) -> None:
@@ -136,8 +142,9 @@ def register_source(scheme: str, open: Callable[[str], ImageSource]) -> None:
 def open_source(data: str) -> ImageSource:
     """Open the images that `--data` names.
 
-    That is a registered scheme (`demo`, `hf:NAME_OR_PATH[:SPLIT]`), a folder, a .txt or .lst of paths, an .npz, or a
-    directory that `simmim pack` wrote, also by a URL of object storage. Raises `UserError` if there is nothing to read.
+    That is a registered scheme (`demo`, `hf:NAME_OR_PATH[:SPLIT]`, `lmdb:PATH`), a folder of images or of archives, a
+    .zip or .tar, a .parquet, a .txt or .lst of paths, an .npz, or a directory that `simmim pack` wrote, also by a URL
+    of object storage. Raises `UserError` if there is nothing to read.
     """
     check_there(data)
     scheme, _, rest = data.partition(":")
@@ -147,11 +154,26 @@ def open_source(data: str) -> ImageSource:
     if "://" in data or is_packed(path):
         return open_packed(data)
     if path.is_dir():
-        return open_folder(path)
+        return _open_directory(path)
     suffix = path.suffix.lower()
     if not path.is_file() or suffix not in _LISTS:
-        raise UserError(f"{path} is neither a folder nor a .txt or .lst of image paths; pass one of these")
+        raise UserError(f"{path} is neither a folder, nor an archive, nor a list of image paths; {_REMEDY}")
+    if suffix in ARCHIVES:
+        return ArchiveImages([path])
+    if suffix == ".parquet":
+        return open_hugging_face(str(path))
     return _open_arrays(path) if suffix == ".npz" else open_list(path)
+
+
+def _open_directory(path: Path) -> ImageSource:
+    """Open the images of a folder, or of the archives in it where there are no images."""
+    try:
+        return open_folder(path)
+    except UserError:
+        archives = find_archives(path)
+        if archives:
+            return ArchiveImages(archives)
+        raise
 
 
 def check_there(data: str, remedy: str = _REMEDY) -> None:
@@ -162,7 +184,7 @@ def check_there(data: str, remedy: str = _REMEDY) -> None:
     scheme, _, rest = data.partition(":")
     if _find_scheme(scheme) or "://" in data:
         return
-    refuse_archive(data)
+    refuse_archive(data, _COMPRESSED)
     if Path(data).expanduser().exists():
         return
     if rest and scheme.isidentifier():
@@ -172,12 +194,12 @@ def check_there(data: str, remedy: str = _REMEDY) -> None:
     raise UserError(f"{data} does not exist; {remedy}")
 
 
-def refuse_archive(data: str) -> None:
-    """Raise `UserError` for a file that holds others, by its name."""
+def refuse_archive(data: str, suffixes: tuple[str, ...] = (*ARCHIVES, *_COMPRESSED)) -> None:
+    """Raise `UserError` for a file that holds others and cannot be read as it is, by its name."""
     path = Path(data).expanduser()
-    if path.is_file() and path.name.lower().endswith(_ARCHIVES):
+    if path.is_file() and path.name.lower().endswith(suffixes):
         raise UserError(
-            f"{data} is an archive; unpack it and give the folder, which simmim pack turns into shards that load faster"
+            f"{data} is an archive whose files cannot be read one by one here; unpack it and give the folder"
         )
 
 

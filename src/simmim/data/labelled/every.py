@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.data.archives import ArchiveImages
 from simmim.data.files import PathList
 from simmim.data.hugging_face import find_split
 from simmim.data.labelled.classes import hugging_face_columns, number_classes, read_csv
@@ -35,8 +36,8 @@ class ClassLabels:
 def open_with_labels(data: str) -> tuple[ImageSource, ClassLabels]:
     """Open the images that `open_source` opens, or those of a .csv of path,label, and the label of each.
 
-    A label is a folder's name (below train, val or test, where there are such), a row's `label`, an array's `y_train`
-    or `labels`, or a Hugging Face column. Raises `UserError` where an image has none.
+    A label is a folder's name (below train, val or test, where there are such), WebDataset's `.cls`, a row's `label`,
+    an array's `y_train` or `labels`, or a Hugging Face column. Raises `UserError` where an image has none.
     """
     path = Path(data).expanduser()
     if path.suffix.lower() == ".csv" and path.is_file():
@@ -49,6 +50,8 @@ def open_with_labels(data: str) -> tuple[ImageSource, ClassLabels]:
     source = open_source(data)
     if path.suffix.lower() == ".npz" and path.is_file():
         return source, _of_arrays(path, len(source))
+    if isinstance(source, ArchiveImages):
+        return source, _numbered(source.labels() or [_folder(name, data) for name in source.names()])
     if path.is_file():
         raise UserError(f"{data} lists paths without labels; give a .csv of path,label, or a folder of classes")
     root = f"{path}/" if path.is_dir() and not is_packed(path) else ""
