@@ -21,6 +21,7 @@ import shutil
 import signal
 import struct
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -41,6 +42,7 @@ from simmim.data.augment import ScaleJitter
 from simmim.data.decode import decode
 from simmim.data.labelled.classes import open_labelled
 from simmim.data.labelled.detection import DetectionReader, encode_mask, open_detection
+from simmim.data.labelled.every import open_with_labels
 from simmim.data.labelled.segmentation import open_segmentation
 from simmim.data.pages import count_pages
 from simmim.data.sources import ImageSource, open_source, read_raw
@@ -188,6 +190,8 @@ def set_kinds(pictures: list[Image.Image], classes: bytes, work: Path) -> dict[s
     pack(PackConfig(images=str(work / "images"), out=str(work / "packed")))
     table = b"path,label\n0.png,one\n1.png,two\n2.png,one\n0.png,two\n"
     return {
+        "zip": Kind(read_zip, {"a.zip": zipped(pngs)}),
+        "tar": Kind(read_tar, {"a.tar": tarred(pngs | {"0.cls": b"3", "1.cls": b"4", "2.cls": b"3"})}),
         "npz": Kind(read_arrays, {"a.npz": arrays.getvalue()}),
         "list": Kind(read_list, {"a.txt": b"0.png\n# none\n1.png\n", **pngs}, ["a.txt"]),
         "csv": Kind(read_table, {"a.csv": table, **pngs}, ["a.csv"]),
@@ -195,6 +199,24 @@ def set_kinds(pictures: list[Image.Image], classes: bytes, work: Path) -> dict[s
         "masks": Kind(read_masks, masks | parts, list(masks)),
         "packed shards": Kind(read_packed, {path.name: path.read_bytes() for path in (work / "packed").glob("[!.]*")}),
     }
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return out.getvalue()
+
+
+def tarred(files: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        for name, content in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            archive.addfile(header, io.BytesIO(content))
+    return out.getvalue()
 
 
 def run_kinds() -> dict[str, Kind]:
@@ -250,6 +272,14 @@ def read_images(folder: Path) -> None:
 def read_arrays(folder: Path) -> None:
     read_all(open_source(str(folder / "a.npz")))
     open_labelled(str(folder / "a.npz"))
+
+
+def read_zip(folder: Path) -> None:
+    read_all(open_source(str(folder / "a.zip")))
+
+
+def read_tar(folder: Path) -> None:
+    read_all(open_with_labels(str(folder / "a.tar"))[0])
 
 
 def read_list(folder: Path) -> None:

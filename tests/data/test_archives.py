@@ -141,7 +141,16 @@ def test_an_archive_that_cannot_be_read_is_one_line(tmp_path: Path, make: Callab
 def test_a_tar_that_is_cut_off_is_told(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"1.png": picture(1), "2.png": bytes(5000)})
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"a.tar is cut off within 2.png; copy it again|cannot be read as an archive"):
+    with pytest.raises(
+        UserError, match=r"a.tar is cut off, and 2.png beyond its end; copy it again|cannot be read as an archive"
+    ):
+        open_source(str(path))
+
+
+def test_a_zip_that_lost_its_beginning_is_told(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip")
+    path.write_bytes(path.read_bytes()[700:])
+    with pytest.raises(UserError, match=r"a.zip is cut off, and \S+ beyond its end; copy it again"):
         open_source(str(path))
 
 

@@ -133,8 +133,8 @@ def _read_directory(path: Path) -> tuple[list[_Member], list[str | None]]:
     except Exception as error:  # damaged files raise arbitrary errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} cannot be read as an archive ({reason}); copy it again, or write it anew") from error
-    if beyond := next((each for each in members if each.place + each.stored > size), None):
-        raise UserError(f"{path} is cut off within {beyond.name}; copy it again")
+    if beyond := next((each for each in members if not 0 <= each.place <= size - each.stored), None):
+        raise UserError(f"{path} is cut off, and {beyond.name} beyond its end; copy it again")
     images = sorted((each for each in members if each.name.lower().endswith(SUFFIXES)), key=lambda each: each.name)
     texts = {_key(each.name): each for each in members if each.name.lower().endswith(".cls") and each.size <= 1000}
     return images, [_read_label(path, texts.get(_key(each.name))) for each in images]
