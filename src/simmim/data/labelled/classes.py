@@ -219,8 +219,9 @@ def read_csv(path: Path) -> list[tuple[str, str, str]]:
     for number, row in enumerate(rows, 2):
         split = row.get("split") or "train"
         if not row["path"] or not row["label"] or split not in ("train", "val", "test"):
+            shown = ",".join(" ".join(str(value).split()) for value in row.values())
             raise UserError(
-                f"row {number} of {path} is {','.join(map(str, row.values()))}; "
+                f"row {number} of {path} is {shown}; "
                 "give a path, a label and, where there is a column split, train, val or test"
             )
         found.append((split, row["path"], row["label"]))
