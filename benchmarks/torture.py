@@ -1,129 +1,272 @@
-"""Disturb tiny trainings at random moments: each must end in the bits of one that nothing disturbed.
+"""Disturb tiny commands at random moments: each must end in the bits of one that nothing disturbed.
 
-    python benchmarks/torture.py --kills 15 --seed 0
+    python benchmarks/torture.py --kills 8 --seed 0
 
-Pretraining and fine-tuning of a classifier, fp32 on the CPU, one process each. A disturbance is SIGKILL, SIGTERM,
-SIGINT, SIGHUP or SIGSTOP followed by SIGCONT, after a time drawn by the seed from that of an undisturbed run. A
-training that ended early is resumed by the same command. Compared are the weights that users take (encoder or model)
-and the figures of every step, once each. Processes are forked from a server that has imported PyTorch.
+The commands are those of `torture_jobs.py`, fp32 on the CPU. A disturbance is a signal (SIGCONT follows on SIGSTOP)
+or a power cut (`power_cut.py`), after a time drawn by the seed from that of an undisturbed command, which begins
+after its imports. What ended early is repeated by the same command, which is disturbed too, until all were sent. Then
+weights and figures, or the bytes of files, must be the same, and no other file may be there. Nothing that a power cut
+should leave may be done again.
+
+Processes are forked from a server that has imported PyTorch and JAX. Those of two processes are started by torchrun's
+agent, whose workers are forked from it too; their signals go to one of the ranks or to the agent.
 """
 
 import argparse
-import json
+import contextlib
+import importlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+import power_cut
+from torture_jobs import JOBS, PRETRAIN, Job, draw_data
 
-COMMON = "--steps 40 --save-every-steps 7 --batch-size 4 --device cpu --precision fp32 --workers 1 --log-every-steps 3"
-MODEL = "--model vit_tiny_patch16_224 --model-args depth=1 embed_dim=48 num_heads=3 --image-size 64"
-SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGSTOP")
-KEPT = {"pretrain": "encoder/model.safetensors", "finetune": "model/model.safetensors"}
-FIGURES = ("step", "loss", "lr", "grad_norm", "val_loss", "top1")
+CUTS = ("names lost", "names kept")
+"""Power cuts, by what became of names that were not synced."""
+FAULTS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGSTOP", *CUTS)
+TIMED_OUT = 120
+"""Seconds after which a command counts as hanging."""
 
 _context = multiprocessing.get_context("forkserver")
 
 
-def simmim(argv: list[str], log: Path) -> None:
+class Place(NamedTuple):
+    """Where a command works: `data` beside, and `box`, which it writes `out` into."""
+
+    data: Path
+    box: Path
+    out: Path
+    log: Path
+    syncs: Path
+
+
+def run_command(job: Job, place: Place, begun: Connection) -> None:
     """Run a command in this process, which it ends."""
     import torch
 
     from simmim.cli import main
 
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.setsid()
+    output = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)  # as a program starts, and not as a fork server's child
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    sys.exit(main(argv))
+    for module in job.modules.split():
+        importlib.import_module(module)
+    for module, name, value in job.settings:
+        setattr(importlib.import_module(module), name, value)
+    power_cut.record(place.box, place.syncs)
+    begun.send(None)
+    argv = job.argv(place.data, place.out)
+    if job.processes == 1:
+        sys.exit(main(argv))
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config: dict[str, Any] = {"start_method": "fork", "monitor_interval": 0.1, "max_restarts": 0}
+    config |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
+    elastic_launch(LaunchConfig(1, 1, job.processes, **config), run_rank)(argv)
 
 
-def start(argv: list[str], log: Path) -> BaseProcess:
-    process = _context.Process(target=simmim, args=(argv, log))
+def run_rank(argv: list[str]) -> None:
+    from simmim.cli import main
+
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)  # the agent has handlers of its own
+    if code := main(argv):
+        sys.exit(code)
+
+
+def start(job: Job, place: Place) -> BaseProcess:
+    """Begin a command; return when its imports are done."""
+    ours, theirs = _context.Pipe()
+    process = _context.Process(target=run_command, args=(job, place, theirs))
     process.start()
+    theirs.close()
+    ours.recv()
     return process
 
 
-def disturb(process: BaseProcess, name: str, seconds: float) -> bool:
+def wait(job: Job, process: BaseProcess, place: Place) -> int:
+    """Wait for the command and its ranks to end; return its exit code."""
+    process.join(TIMED_OUT)
+    end = time.monotonic() + TIMED_OUT
+    while job.processes > 1 and _group(process) and time.monotonic() < end:  # ranks that outlive torchrun
+        time.sleep(0.05)
+    if process.exitcode is None or _group(process):
+        _kill_all(process)
+        raise AssertionError(f"{job.name} hangs:\n{place.log.read_text()}")
+    return process.exitcode
+
+
+def _group(process: BaseProcess) -> list[int]:
+    """Find the living processes of a command's session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+            except OSError:
+                continue
+            if int(session) == process.pid and state != "Z":
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def _kill_all(process: BaseProcess) -> None:
+    for pid in _group(process):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def disturb(process: BaseProcess, name: str, seconds: float, draw: np.random.Generator) -> bool:
     """Send a signal after `seconds`, unless the process has ended; return whether it was sent."""
     process.join(seconds)
     if process.exitcode is not None or process.pid is None:
         return False
-    os.kill(process.pid, getattr(signal, name))
-    if name == "SIGSTOP":
-        time.sleep(0.2)
-        os.kill(process.pid, signal.SIGCONT)
+    if name in CUTS:
+        _kill_all(process)
+        return True
+    pid = int(draw.choice(_group(process) or [process.pid]))
+    try:
+        os.kill(pid, getattr(signal, name))
+        if name == "SIGSTOP":
+            time.sleep(0.2)
+            os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        return False
     return True
 
 
-def outcome(run: Path, command: str) -> tuple[bytes, list[list[float | None]]]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return (run / KEPT[command]).read_bytes(), [[row.get(name) for name in FIGURES] for row in rows]
+def check_end(job: Job, name: str, sent: bool, code: int, place: Place) -> None:
+    """Raise `AssertionError` for an end that a disturbance does not explain, or a traceback of ours."""
+    log = place.log.read_text()
+    number = signal.SIGKILL if name in CUTS else getattr(signal, name)
+    usual = {0} | ({-number, 128 + number} if sent else set())
+    if sent and name == "SIGUSR1":
+        usual.add(75)
+    if sent and job.processes > 1:
+        usual |= {1, -signal.SIGTERM}  # torchrun's own
+    done = "exists already" in log or "finished already" in log
+    assert code in usual or (code == 2 and done), f"{job.name}: code {code} after {name}\n{log}"
+    if job.processes == 1:
+        # Python shows and drops a KeyboardInterrupt that comes in a callback of the garbage collector.
+        log = re.sub(r"Exception ignored in: .*\nTraceback[^:]*:\n(  .*\n)*KeyboardInterrupt: \n", "", log)
+        assert "Traceback" not in log, f"{job.name}: {name}\n{log}"
 
 
-def torture(command: str, argv: list[str], folder: Path, kills: int, draw: np.random.Generator) -> Counter[str]:
-    """Disturb trainings until `kills` signals were sent; return how many of each, and the trainings that they hit."""
-    start(["--version"], folder / "log").join()  # the server imports PyTorch, which is no time of a training
-    begun, whole = time.monotonic(), start([*argv, "--out", str(folder / f"{command} whole")], folder / "log")
-    whole.join()
-    seconds = time.monotonic() - begun
-    assert whole.exitcode == 0, (folder / "log").read_text()
-    wanted = outcome(folder / f"{command} whole", command)
+def cut_power(job: Job, name: str, place: Place, counts: Counter[str]) -> None:
+    before = job.progress(place.out)
+    power_cut.cut(place.box, place.syncs, names_kept=name == CUTS[1])
+    after = job.progress(place.out)
+    counts["kept"] += after
+    assert after >= before - job.at_stake, f"{job.name}: {name} loses {before - after} of {before}"
+
+
+def outcome(job: Job, place: Place) -> dict[str, Any]:
+    return job.outcome(place.out) | {"beside": sorted(path.name for path in place.box.iterdir())}
+
+
+def compare(job: Job, found: dict[str, Any], wanted: dict[str, Any], history: list[str]) -> None:
+    for key in wanted.keys() | found.keys():
+        told = f"{job.name}, after {history}: {key} is {found.get(key)}, not {wanted.get(key)}"
+        assert found.get(key) == wanted.get(key), told
+
+
+def torture(job: Job, data: Path, kills: int, faults: Sequence[str], draw: np.random.Generator) -> Counter[str]:
+    """Disturb a command until `kills` disturbances hit it; return how many of each, and the commands that they hit."""
+    box = data / "box"
+    place = Place(data, box, box / job.out, data / "log", data / "syncs")
+    _undisturbed(job, place)  # which may also fill caches
+    wanted = outcome(job, place)
+    seconds = _undisturbed(job, place)
+    compare(job, outcome(job, place), wanted, [])
     counts: Counter[str] = Counter()
-    while sum(counts[name] for name in SIGNALS) < kills:
-        run, code = folder / f"{command} {counts['trainings']}", -1
-        while code != 0:
-            process, name = start([*argv, "--out", str(run)], folder / "log"), SIGNALS[draw.integers(len(SIGNALS))]
-            if sum(counts[each] for each in SIGNALS) < kills:
-                counts[name] += disturb(process, name, float(draw.uniform(0, seconds)))
-            process.join()
-            code = process.exitcode
-            number = getattr(signal, name)
-            assert code in (0, -number, 128 + number), f"code {code} after {name}\n{(folder / 'log').read_text()}"
-        found = outcome(run, command)
-        assert found[0] == wanted[0], f"{run}: other weights"
-        assert found[1] == wanted[1], f"{run}: other figures"
-        counts["trainings"] += 1
-        shutil.rmtree(run)
+    while sum(counts[name] for name in faults) < kills:
+        _clear(place)
+        history: list[str] = []
+        while True:
+            process, name = start(job, place), str(draw.choice(faults))
+            sent = False
+            if sum(counts[each] for each in faults) < kills:
+                moment = float(draw.uniform(0, seconds))
+                if sent := disturb(process, name, moment, draw):
+                    counts[name] += 1
+                    history.append(f"{name} at {moment:.2f} s")
+            code = wait(job, process, place)
+            check_end(job, name, sent, code, place)
+            place.log.unlink()
+            if sent and name in CUTS:
+                cut_power(job, name, place, counts)
+                continue
+            if code in (0, 2):
+                break
+        compare(job, outcome(job, place), wanted, history)
+        counts["commands"] += 1
     return counts
+
+
+def _undisturbed(job: Job, place: Place) -> float:
+    _clear(place)
+    begun = time.monotonic()
+    code = wait(job, start(job, place), place)
+    assert code == 0, place.log.read_text()
+    return time.monotonic() - begun
+
+
+def _clear(place: Place) -> None:
+    shutil.rmtree(place.box, ignore_errors=True)
+    place.box.mkdir()
+    place.log.unlink(missing_ok=True)
+
+
+def prepare(folder: Path, draw: np.random.Generator) -> None:
+    """Write the images, and pretrain what the other commands begin with."""
+    draw_data(folder, draw)
+    place = Place(folder, folder / "box", folder / "pretrained", folder / "log", folder / "syncs")
+    _undisturbed(PRETRAIN, place)
+    (folder / "timm").mkdir()
+    shutil.copy(folder / "pretrained/encoder/model.safetensors", folder / "timm")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=15, help="disturbances of each command")
+    parser.add_argument("--kills", type=int, default=8, help="disturbances of each command")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="commands whose name begins so")
+    parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
     options = parser.parse_args()
-    os.environ["SIMMIM_KERNELS"] = "rules"  # a measurement would choose by the machine's load
-    _context.set_forkserver_preload(["simmim.cli", "simmim.torch_engine.train.finetune", "grain", "tensorboardX"])
+    os.environ |= {"SIMMIM_KERNELS": "rules"}  # a measurement would choose by the machine's load
+    os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    modules = {module for job in JOBS for module in job.modules.split() if job.name.startswith(options.only)}
+    _context.set_forkserver_preload(["simmim.cli", *sorted(modules | set(PRETRAIN.modules.split()))])
     draw = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for index in range(32):
-            (folder / f"images/{index % 2}").mkdir(parents=True, exist_ok=True)
-            pixels = draw.integers(0, 128, (64, 64, 3)) + 100 * (index % 2)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"images/{index % 2}/{index}.png")
-        images = ["--data", str(folder / "images")]
-        pretrain = ["pretrain", *images, *MODEL.split(), *COMMON.split(), "--objective", "pixels", "--val-images", "2"]
-        begin = ["--from", str(folder / "pretrain whole"), "--val-fraction", "0.25"]
-        for command, argv in (
-            ("pretrain", pretrain),
-            ("finetune", ["finetune", "classify", *images, *begin, *COMMON.split()]),
-        ):
-            counts = torture(command, argv, folder, options.kills, draw)
-            sent = ", ".join(f"{counts[each]} {each}" for each in SIGNALS)
-            when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
-            print(f"{when}  {command}: {sent}; {counts['trainings']} trainings, all with the same bits", flush=True)
+        prepare(Path(name), draw)
+        print(f"| command | {' | '.join(FAULTS)} | commands | seconds |", flush=True)
+        for job in JOBS:
+            if job.name.startswith(options.only):
+                begun = time.monotonic()
+                counts = torture(job, Path(name), options.kills, options.faults, draw)
+                row = [counts[each] for each in (*FAULTS, "commands")]
+                print(f"| {job.name} | {' | '.join(map(str, row))} | {time.monotonic() - begun:.0f} |", flush=True)
+    print(datetime.now(UTC).strftime("%Y-%m-%d %H:%M"))
 
 
 if __name__ == "__main__":

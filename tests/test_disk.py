@@ -2,19 +2,23 @@
 
 import contextlib
 import errno
+import multiprocessing
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from simmim import disk
 from simmim.cli import explain
 from simmim.disk import WriteError, writing
 from simmim.errors import UserError
 from simmim.training import checkpoint_directory, run_directory
 from simmim.training.checkpoint_directory import begin, checkpoint_path, filling, newest_checkpoint, publish
 from simmim.training.run_directory import Run, new_directory, written_whole
+from simmim.training.run_lock import locked
 from simmim.training.tracking import MetricsFile, TensorBoard
 
 
@@ -151,6 +155,39 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monk
         f"rename {written} run/checkpoints/step-00000007",
         "sync run/checkpoints",
     ]
+
+
+def test_the_names_of_new_directories_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(disk, "to_disk", synced.append)
+    with locked(tmp_path / "runs/a"):
+        assert {tmp_path, tmp_path / "runs"} == set(synced)
+        synced.clear()
+        with written_whole(tmp_path / "runs/a/pictures/file") as aside:
+            aside.write_text("new")
+        assert tmp_path / "runs/a" in synced
+
+
+def fill_and_wait(target: Path, begun: Path) -> None:
+    with new_directory(target) as new:
+        (new / "half").touch()
+        begun.touch()
+        time.sleep(60)
+
+
+def test_a_directory_being_filled_refuses_a_second_and_a_kill_leaves_nothing(tmp_path: Path) -> None:
+    place, begun = tmp_path / "place", tmp_path / "begun"
+    process = multiprocessing.get_context("fork").Process(target=fill_and_wait, args=(place / "new", begun))
+    process.start()
+    while not begun.exists():
+        time.sleep(0.01)
+    with pytest.raises(UserError, match=f"is in use by process {process.pid} on "), new_directory(place / "new"):
+        pass
+    process.kill()
+    process.join()
+    with new_directory(place / "new") as new:
+        assert list(new.iterdir()) == []
+    assert [path.name for path in place.iterdir()] == ["new"]
 
 
 def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

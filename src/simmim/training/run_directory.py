@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-import tempfile
+import shutil
 import textwrap
 import time
 import tomllib
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.toml import changed_fields, read_toml, to_toml
 from simmim.config.training import TrainingConfig
-from simmim.disk import to_disk, writing
+from simmim.disk import make_directory, to_disk, writing
 from simmim.errors import UserError
 from simmim.output import say
 from simmim.training.run_lock import LOCK, locked, move_lock
@@ -38,7 +38,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     aside = _aside(path)  # always the same name: what a killed process left is written over
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(path.parent)
         try:
             yield aside
             to_disk(aside)
@@ -68,20 +68,28 @@ def _aside(path: Path) -> Path:
 def new_directory(out: str | Path) -> Iterator[Path]:
     """Give a directory to fill, renamed to `out` at the end; after an error, nothing is there.
 
-    Raises `UserError` if `out` exists and is not an empty directory.
+    Raises `UserError` if `out` exists and is not an empty directory, or another process is filling it.
     """
     target = Path(out)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--out {out} exists already; give a new directory")
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=target.parent) as parent:
-            aside = Path(parent) / target.name
-            aside.mkdir()
-            yield aside
-            for path in (*aside.rglob("*"), aside):
-                to_disk(path)
-            aside.rename(target)
+        parent = target.with_name(f".writing-{target.name}")  # always the same: what a killed process left is removed
+        try:
+            with locked(parent):
+                aside = parent / target.name
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                try:
+                    yield aside
+                    for path in (*aside.rglob("*"), aside):
+                        to_disk(path)
+                    aside.rename(target)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
+        finally:
+            with contextlib.suppress(OSError):  # another process fills it now
+                parent.rmdir()
         to_disk(target.parent)
 
 
@@ -305,7 +313,7 @@ def open_run(config: TrainingConfig, asked: TrainingConfig | None = None) -> Run
             )
     _check_place(run)
     try:
-        run.path.mkdir(parents=True, exist_ok=True)
+        make_directory(run.path)
         decided = {name: getattr(config, name) for name in _OF_THE_MACHINE}
         write_json(run.machine, run.machine_facts() | {"settings": decided})
         open_ones = {name: getattr(asked or config, name) for name in _OF_THE_MACHINE}

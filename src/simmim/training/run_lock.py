@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from simmim.disk import make_directory
 from simmim.errors import UserError
 
 LOCK = ".lock"
@@ -29,7 +30,7 @@ def locked(directory: Path) -> Iterator[None]:
     A new directory in which nothing was written is removed.
     """
     new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     descriptor = _acquire(directory)
     try:
         yield
