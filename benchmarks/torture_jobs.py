@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,8 @@ def training(out: Path) -> Outcome:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     weights = next(path for name in ("model", "encoder") if (path := out / name / "model.safetensors").exists())
     names = [name for name in _names(out) if not name.startswith(("tensorboard/", "report.html"))]
+    # A signal's checkpoint is of any step, and a kill in the last one may leave one more.
+    names = sorted({re.sub(r"checkpoints/step-\d+", "checkpoints/step", name) for name in names})
     return {"weights": _digest(weights), "figures": [[row.get(name) for name in FIGURES] for row in rows], "is": names}
 
 

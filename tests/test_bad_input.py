@@ -167,7 +167,7 @@ BAD_OPTIONS = {
     "--out file": "file exists and is not a run; give a new directory as --out",
     "--out foreign": "foreign exists and is not a run; give a new directory as --out",
     "--out file/run": "file/run cannot be written: Not a directory; give another --out",
-    "--out gs://bucket/run": "--out gs://bucket/run is a URL; give a directory: mount the storage first (docs/tpu.md)",
+    "--out gs://bucket/run": "--out gs://bucket/run is a URL; give a directory: mount the storage first (docs/data.md)",
     "--keep 0": "keep 0 is less than 1; the default is 2",
     "--max-bad-fraction 2": "max bad fraction 2.0 is more than 1; the default is 0.01",
     "--log mlflow": "--log 'mlflow' is not known; choose from wandb, trackio",

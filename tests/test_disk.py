@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import multiprocessing
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -166,6 +167,17 @@ def test_the_names_of_new_directories_are_on_the_disk(tmp_path: Path, monkeypatc
         with written_whole(tmp_path / "runs/a/pictures/file") as aside:
             aside.write_text("new")
         assert tmp_path / "runs/a" in synced
+
+
+@pytest.mark.parametrize("opened", [locked, new_directory, written_whole])
+def test_nothing_is_written_to_a_folder_that_is_named_as_a_url(
+    opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = "s3://bucket/… is a URL; give a path on a disk: mount the storage first, or copy the result there (docs/data"
+    with pytest.raises(UserError, match=re.escape(line)), opened(Path("s3://bucket/a/b")):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def fill_and_wait(target: Path, begun: Path) -> None:

@@ -86,7 +86,15 @@ def to_disk(path: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory and its parents, where they are missing; their names would outlast a power cut."""
+    """Make a directory and its parents, where they are missing; their names would outlast a power cut.
+
+    Raises `UserError` for a URL, which would else become folders such as `s3:`.
+    """
+    if re.fullmatch(r"[a-z][a-z0-9+.-]+:", path.parts[0] if path.parts else "") and not path.exists():
+        raise UserError(
+            f"{'//'.join(path.parts[:2])}/… is a URL; give a path on a disk: mount the storage first, or copy the "
+            "result there (docs/data.md#object-storage)"
+        )
     missing = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for each in missing:

@@ -71,6 +71,25 @@ def test_workers_restart_after_a_kill_and_end_in_the_same_bits(undisturbed: Path
     assert losses(run) == losses(undisturbed)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells of a parent's death")
+def test_ranks_end_with_a_torchrun_that_was_killed_and_what_they_did_is_saved(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    torchrun = start([*COMMAND.split(), "--out", str(run)], log)
+    deadline = time.monotonic() + 200
+    while len(list((run / "checkpoints").glob("step-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    left = [pid for _, pid in ranks(torchrun)]
+    torchrun.kill()
+    while any(Path(f"/proc/{pid}").exists() for pid in left) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert "stopped at step " in log.read_text()
+    assert start([*COMMAND.split(), "--out", str(run)], log).wait(300) == 0, log.read_text()
+    tiny.assert_same(load_model(run).state_dict(), load_model(undisturbed).state_dict())
+    assert losses(run) == losses(undisturbed)
+
+
 def test_torchruns_summary_says_why_a_rank_failed(tmp_path: Path) -> None:
     torchrun = start([*COMMAND.split(), "--mask-cell", "24", "--out", str(tmp_path / "run")], tmp_path / "log")
     assert torchrun.wait(300) == 1

@@ -160,7 +160,7 @@ class TrainingConfig:
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing; give {remedy}")
         if "://" in (self.out or ""):
-            raise UserError(f"--out {self.out} is a URL; give a directory: mount the storage first (docs/tpu.md)")
+            raise UserError(f"--out {self.out} is a URL; give a directory: mount the storage first (docs/data.md)")
         self.check_colours()
         if self.schedule == "multistep" and not self.milestones:
             raise UserError("schedule multistep needs milestones; give the epochs, such as --milestones 700")

@@ -1,7 +1,10 @@
 """Processes that train together, and how a model is spread over them."""
 
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -25,6 +28,7 @@ from simmim.torch_engine.accelerators import find_accelerator
 from simmim.torch_engine.models.family import blocks_to_shard
 
 T = TypeVar("T")
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +125,8 @@ def join(device: str, precision: str = "fp32") -> Iterator[World]:
     started = size > 1 and not dist.is_initialized()
     if started and row.backend is None:
         raise UserError(f"--device {device} trains in one process, not {size}; start it without torchrun")
+    if started:
+        _end_with_torchrun()
     with row.arithmetic(precision):
         try:
             if started:
@@ -136,6 +142,12 @@ def join(device: str, precision: str = "fp32") -> Iterator[World]:
         finally:
             if started and dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _end_with_torchrun() -> None:
+    """Have Linux send SIGTERM to this rank when torchrun dies: a lone rank would wait for half an hour, or train on."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _meeting_place(rank: int, size: int) -> Store:
