@@ -179,6 +179,14 @@ def test_fresh_moves_the_old_run_aside(tmp_path: Path) -> None:
     assert Run(aside).read_config(PretrainConfig) == old
 
 
+def test_a_clock_that_is_set_back_mixes_no_old_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda form: "20261129-120000")
+    for lr in (1e-3, 2e-3, 3e-3):
+        open_run(dataclasses.replace(config(tmp_path / "run"), lr=lr, fresh=True))
+    olds = [tmp_path / "run.old-20261129-120000", tmp_path / "run.old-20261129-120000-2"]
+    assert [Run(old).read_config(PretrainConfig).lr for old in olds] == [1e-3, 2e-3]
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_directory_with_something_else_in_it_is_refused_and_left_alone(tmp_path: Path, fresh: bool) -> None:
     (tmp_path / "thesis.tex").write_text("…")

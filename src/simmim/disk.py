@@ -13,6 +13,7 @@ _REMEDIES = {
     errno.ENOSPC: "free space there, then repeat the command",
     errno.EDQUOT: "free some of your quota, then repeat the command",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), then repeat the command",
+    errno.ENOENT: "its directory was removed, or its storage is gone; bring it back, then repeat the command",
     errno.EROFS: "make the file system writable, then repeat the command",
 }
 _UNKNOWN = "unexpected pos|PytorchStreamWriter failed|file write failed|iostream error"
@@ -52,7 +53,7 @@ def find_write_error(error: BaseException, path: Path) -> WriteError | None:
         if match := re.search(r"os error (\d+)", str(each)):  # as Rust has it
             number = int(match[1])
         ours = isinstance(each, OSError) and _is_of(str(each.filename or ""), path)
-        if number is not None and (number in _REMEDIES or ours):
+        if number is not None and (ours or (number in _REMEDIES and number != errno.ENOENT)):
             return WriteError(number, os.strerror(number), str(path))
         if re.search(_UNKNOWN, str(each)):
             found = WriteError(errno.EIO, "writing failed", str(path))

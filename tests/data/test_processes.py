@@ -21,6 +21,7 @@ from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.pipeline import Batch, Reading, train_batches
 from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sources import ArrayImages, ImageSource, open_source
+from simmim.errors import UserError
 
 
 def batches(source: ImageSource, folder: Path, *, processes: bool, **changes: Any) -> Any:
@@ -155,7 +156,7 @@ def test_a_signal_to_stop_is_left_to_the_process_that_trains(running: tuple[Any,
 @linux
 def test_a_process_that_was_killed_is_said_in_one_line(running: tuple[Any, list[int]]):
     os.kill(running[1][1], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"^a reading process ended with exit code -9.*--readers threads$"):
+    with pytest.raises(UserError, match=r"^a reading process ended with exit code -9.*--readers threads$"):
         list(islice(running[0], 20))
 
 

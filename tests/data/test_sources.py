@@ -3,6 +3,8 @@
 import errno
 import os
 import socket
+import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -268,3 +270,19 @@ def test_a_read_that_a_network_broke_is_tried_again(
         with pytest.raises(BadImage, match=os.strerror(number)):
             read_raw(PathList([path]), 0)
         assert left == [0] and len(waited) == failures - 1
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_files_in_a_folder_are_listed_in_seconds_and_little_memory(tmp_path: Path) -> None:
+    for number in range(100_000):
+        (tmp_path / f"image-{number:06d}.jpg").touch()
+    begun = time.monotonic()
+    assert len(open_source(str(tmp_path))) == 100_000
+    assert time.monotonic() - begun < 10
+    tracemalloc.start()
+    source = open_source(str(tmp_path))
+    held, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(f"{held / 1e6:.1f} MB held, {most / 1e6:.1f} MB at most")
+    assert source.name(99_999).endswith("image-099999.jpg")
+    assert held < 5e6 and most < 40e6

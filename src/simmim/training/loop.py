@@ -4,6 +4,7 @@ Figures stay on the device until the next line of progress fetches them, all at 
 """
 
 import contextlib
+import errno
 import math
 import os
 import signal
@@ -138,6 +139,8 @@ class Loop:
             with stop_requests(self._config.max_hours) as stop:
                 return self._train(stop)
         except WriteError as error:
+            if error.errno == errno.ENOENT:  # the run was removed, with what was saved
+                raise TrainingFailedError(str(error)) from error
             saved = f"step {self._saved} is saved" if self._saved else "no step was saved yet"
             raise TrainingFailedError(f"{error} ({saved})") from error
         finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 import textwrap
@@ -362,7 +363,9 @@ def _forget_attempt(run: Run) -> None:
 
 def _set_aside(run: Run) -> Path:
     """Move an old run to RUN.old-TIME: `--fresh` never deletes what may have cost days."""
-    old = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+    base = f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))  # clocks are set back
+    old = next(path for name in names if not (path := run.path.with_name(name)).exists())
     run.path.rename(old)
     move_lock(old, run.path)
     return old

@@ -4,6 +4,7 @@ Workers write images into memory shared with the training process, a few images 
 two such pieces. Order, crops and bad images are those of `stream_from_threads`, to the bit.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import pickle
@@ -106,7 +107,7 @@ class _Reader:
             found = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(10)
-            raise RuntimeError(
+            raise UserError(
                 f"a reading process ended with exit code {self._process.exitcode}, for want of memory, or of "
                 "if __name__ == '__main__' in a script that trains; use fewer --workers, or --readers threads"
             ) from None
@@ -114,7 +115,8 @@ class _Reader:
             raise found
         room, index, epoch = found
         images[:] = self._rooms[room, : len(images)]
-        self._connection.send(room)
+        with contextlib.suppress(OSError):  # it was killed, which the next piece tells
+            self._connection.send(room)
         return index, epoch
 
 
