@@ -103,7 +103,7 @@ def start(job: Job, place: Place) -> BaseProcess:
     return process
 
 
-def wait(job: Job, process: BaseProcess, place: Place) -> int:
+def wait(job: Job, process: BaseProcess, place: Place, history: Sequence[str] = ()) -> int:
     """Wait for the command and its ranks to end; return its exit code."""
     process.join(TIMED_OUT)
     end = time.monotonic() + TIMED_OUT
@@ -111,7 +111,7 @@ def wait(job: Job, process: BaseProcess, place: Place) -> int:
         time.sleep(0.05)
     if process.exitcode is None or _group(process):
         _kill_all(process)
-        raise AssertionError(f"{job.name} hangs:\n{place.log.read_text()}")
+        raise AssertionError(f"{job.name} hangs after {history}:\n{place.log.read_text()}")
     return process.exitcode
 
 
@@ -209,7 +209,7 @@ def torture(job: Job, data: Path, kills: int, faults: Sequence[str], draw: np.ra
                 if sent := disturb(process, name, moment, draw):
                     counts[name] += 1
                     history.append(f"{name} at {moment:.2f} s")
-            code = wait(job, process, place)
+            code = wait(job, process, place, history)
             check_end(job, name, sent, code, place)
             place.log.unlink()
             if sent and name in CUTS:
