@@ -163,7 +163,7 @@ def check_end(job: Job, name: str, sent: bool, code: int, place: Place) -> None:
         usual.add(75)
     if sent and job.processes > 1:
         usual |= {1, -signal.SIGTERM}  # torchrun's own
-    done = "exists already" in log or "finished already" in log
+    done = any(words in log for words in ("exists already", "finished already", "holds a run; give a new"))
     assert code in usual or (code == 2 and done), f"{job.name}: code {code} after {name}\n{log}"
     if job.processes == 1:
         # Python shows and drops a KeyboardInterrupt that comes in a callback of the garbage collector.
