@@ -54,7 +54,7 @@ def test_a_run_whose_gradients_overflow(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rate", "title"), [(1000, "Diverged"), (100, "Unstable")])
 def test_clipped_gradients_hide_no_rate_that_is_too_high(tmp_path: Path, rate: float, title: str) -> None:
-    """Steps stay finite, for longer on some CPUs than on others, and at the end, as the rate falls, the loss does too."""
+    """Steps stay finite, on some CPUs for longer, and at the end, as the rate falls, the loss does too."""
     with contextlib.suppress(TrainingDivergedError):
         verdict(tmp_path / "run", steps=60, lr=rate)
     assert judge(Facts.read(tmp_path / "run"))[0].title == title
