@@ -59,13 +59,18 @@ def embed(here: Path, **settings: Any) -> tuple[list[str], NDArray[Any]]:
     return simmim.embed(here / "run", here / "images", **USUAL, **settings)
 
 
-def cells(here: Path, names: list[str]) -> torch.Tensor:
-    """timm's own feature map (N, h·w, D) of the images' middles."""
+def cells(here: Path, names: list[str], *, by_transformers: bool = False) -> torch.Tensor:
+    """timm's own feature map (N, h·w, D) of the images' middles, or Transformers'."""
     backbone: Any = timm.create_model(f"local-dir:{here}/run/encoder", pretrained=True, num_classes=0).eval()
     mean, std = (torch.tensor(backbone.pretrained_cfg[name]) for name in ("mean", "std"))
     pixels = eval_images(PathList(names), range(len(names)), size=(64, 64), channels=3, dtype=np.uint8)
+    images = ((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2)
     with torch.no_grad():
-        tokens = backbone.forward_features(((torch.from_numpy(pixels) / 255 - mean) / std).permute(0, 3, 1, 2))
+        if by_transformers:
+            model = pytest.importorskip("transformers").AutoModel.from_pretrained(here / "run" / "encoder").eval()
+            tokens = model(pixel_values=images).last_hidden_state
+        else:
+            tokens = backbone.forward_features(images)
     return tokens[:, backbone.num_prefix_tokens :]
 
 
@@ -93,6 +98,12 @@ def test_features_are_the_mean_of_timms_feature_map(here: Path) -> None:
     names, features = embed(here)
     assert len(names) == len(features) == 13
     np.testing.assert_allclose(features, cells(here, names).mean(dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_features_are_those_of_transformers(here: Path) -> None:
+    names, features = embed(here)
+    expected = cells(here, names, by_transformers=True).mean(dim=1)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_patches_are_timms_feature_map_row_by_row(here: Path) -> None:
