@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path, help="folder with photos and stamps_detseg")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--set", nargs="+", default=["photo-crops", "emoji"])
+    parser.add_argument("--set", nargs="+", default=["photo-crops", "emoji", "stamps"])
     parser.add_argument("--arm", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seconds", type=float, default=1500)
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
@@ -49,7 +49,7 @@ def main() -> None:
                 row = judge(images, options.work / f"{name}-{arm}-{seed}", ARMS[arm], seed, options.seconds)
                 found.setdefault(name, {}).setdefault(arm, {})[seed] = row
                 print(name, arm, seed, row, flush=True)
-                results.save("first_run", {**results.machine(), "seconds": options.seconds, "sets": found}, quiet=True)
+                results.save("first_run", {**results.machine(), "sets": found}, quiet=True)
 
 
 def judge(images: str, out: Path, settings: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def judge(images: str, out: Path, settings: dict[str, Any], seed: int, seconds: 
     row: dict[str, Any] = json.loads(notes.read_text()) if notes.exists() else {}
     arguments = {"data": images, "seed": seed, "save_every_steps": 50, **settings}
     if "steps" not in row:
-        row["steps"] = max(round(seconds / seconds_a_step(arguments, out)), 1)
+        row |= {"seconds": seconds, "steps": max(round(seconds / seconds_a_step(arguments, out)), 1)}
         notes.write_text(json.dumps(row))
     begun = time.process_time()
     run = simmim.pretrain(**arguments, steps=row["steps"], out=str(out))

@@ -30,12 +30,13 @@ def default_small() -> PretrainConfig:
     """ViT-S/16 at 128 for 1,000 to 100,000 images and one GPU: useful frozen features in little time.
 
     Paper: none; a descriptor of the whole image, predicted from half of its patches (docs/objectives.md).
-    Expected: no figure at this size. A ViT of width 128 at 32 pixels was above raw pixels, the untrained encoder and
-    training from scratch on four sets (docs/objectives.md).
-    Cost: not measured.
+    Expected: k-NN on 60 classes of crops of photographs 0.560 after 10 passes (raw pixels 0.197, untrained 0.409), one
+    seed. A ViT of width 128 at 32 pixels was above raw pixels, the untrained encoder and training from scratch on four
+    sets (docs/objectives.md).
+    Cost: those 10 passes over 6,000 images, about 35 minutes of one CPU core.
     Command: simmim pretrain --recipe default-small --data IMAGES --out runs/small
     Smaller images: --image-size 32 --model-args patch_size=4.
-    Not reproduced here at this size.
+    Not reproduced here over all its steps.
     """
     return replace(
         _DESCRIPTOR,
