@@ -103,15 +103,19 @@ def truth(models: list[str]) -> list[dict[str, Any]]:
     rows = []
     for model in models:
         work = measure_work(configuration(model, 2))
-        for batch in BATCHES:
-            found = peak(configuration(model, batch))
-            predicted = work.peak_bytes(batch) / 2**30
-            row = {"model": model, "pixels": MODELS[model], "batch": batch, "predicted_gib": predicted, **found}
-            row["allocated_ratio"] = predicted / found["allocated_gib"]
-            row["reserved_ratio"] = predicted / found["reserved_gib"]
-            rows.append(row)
-            print(row, flush=True)
+        rows += [beside_advise(model, batch, work) for batch in BATCHES]
     return rows
+
+
+def beside_advise(model: str, batch: int, work: StepWork, *, compiled: bool = False) -> dict[str, Any]:
+    """Return the peak of a step beside what `advise` counts for it; print it too."""
+    found = peak(configuration(model, batch, compiled=compiled))
+    predicted = work.peak_bytes(batch) / 2**30
+    row = {"model": model, "pixels": MODELS[model], "batch": batch, "predicted_gib": predicted, **found}
+    row["allocated_ratio"] = predicted / found["allocated_gib"]
+    row["reserved_ratio"] = predicted / found["reserved_gib"]
+    print(row, flush=True)
+    return row
 
 
 def compiled(models: list[str]) -> list[dict[str, Any]]:
@@ -122,13 +126,7 @@ def compiled(models: list[str]) -> list[dict[str, Any]]:
     for model in (each for each in COMPILED if each in models):
         torch.compiler.reset()
         work = measure_work(configuration(model, 2))
-        found = peak(configuration(model, COMPILED_BATCH, compiled=True))
-        predicted = work.peak_bytes(COMPILED_BATCH) / 2**30
-        row = {"model": model, "pixels": MODELS[model], "batch": COMPILED_BATCH, "predicted_gib": predicted, **found}
-        row["allocated_ratio"] = predicted / found["allocated_gib"]
-        row["reserved_ratio"] = predicted / found["reserved_gib"]
-        rows.append(row)
-        print(row, flush=True)
+        rows.append(beside_advise(model, COMPILED_BATCH, work, compiled=True))
     return rows
 
 

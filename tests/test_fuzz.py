@@ -1,7 +1,7 @@
 """Damaged and hostile files are read or refused in one line (benchmarks/fuzz.py), and what else happens is noticed."""
 
+import importlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +11,16 @@ import pytest
 
 from simmim.errors import UserError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-fuzz: Any = pytest.importorskip("fuzz")
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_no_damaged_file_does_harm(tmp_path: Path) -> None:
+@pytest.fixture
+def fuzz(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    return importlib.import_module("fuzz")
+
+
+def test_no_damaged_file_does_harm(fuzz: Any, tmp_path: Path) -> None:
     for number, (name, kind) in enumerate(fuzz.make_kinds(tmp_path).items()):
         tally = fuzz.fuzz(kind, range(number * 1000, number * 1000 + 60), tmp_path / "trial")
         assert not tally.faults, (name, tally.faults)
@@ -47,7 +51,6 @@ def refuse_in_two_lines(folder: Path) -> None:
     raise UserError("one\ntwo")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("read", "fault"),
     [
@@ -60,7 +63,7 @@ def refuse_in_two_lines(folder: Path) -> None:
     ],
 )
 def test_harm_is_noticed(
-    read: Callable[[Path], None], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fuzz: Any, read: Callable[[Path], None], fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fuzz, "_SECONDS", 1)
     tally = fuzz.fuzz(fuzz.Kind(read, {"a": b"content"}), range(2), tmp_path / "trial")

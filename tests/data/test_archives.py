@@ -71,6 +71,14 @@ def test_a_folder_of_archives_is_one_set(tmp_path: Path) -> None:
     assert source.name(0) == f"{tmp_path}/0.zip/a/2.png"
 
 
+def test_loose_images_come_before_archives_beside_them(tmp_path: Path) -> None:
+    write_zip(tmp_path / "more.zip")
+    (tmp_path / "a.png").write_bytes(FILES["a/2.png"])
+    assert list(contents(open_source(str(tmp_path)))) == [f"{tmp_path}/a.png"]
+    with pytest.raises(UserError, match="has no class folders; put each class's images in a folder of its name"):
+        open_labelled(str(tmp_path))
+
+
 def test_archives_are_read_in_another_process(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     sources = [open_source(str(write_zip(tmp_path / "a.zip"))), open_source(f"lmdb:{write_lmdb(tmp_path / 'set')}")]
@@ -191,7 +199,11 @@ def test_an_lmdb_is_read_by_its_keys(tmp_path: Path) -> None:
 def test_a_parquet_of_images_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = {"image": [{"bytes": content, "path": None} for content in FILES.values()]}
-    features = datasets.Features({"image": datasets.Image()})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
-    assert list(contents(open_source(str(tmp_path / "a.parquet"))).values())[::-1] == list(FILES.values())
+    rows = {"image": [{"bytes": content, "path": None} for content in FILES.values()], "label": [0, 1, 0, 1, 0, 1, 0]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    path = str(tmp_path / "a.parquet")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    assert list(contents(open_source(path)).values())[::-1] == list(FILES.values())
+    source, labels = open_with_labels(path)
+    assert labels.names(np.arange(len(source))) == ["cat", "dog"] * 3 + ["cat"]
+    assert open_labelled(path).classes == ("cat", "dog")

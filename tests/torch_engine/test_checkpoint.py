@@ -1,13 +1,21 @@
 """Checkpoints: whole or not at all, and what is done about damage."""
 
+import contextlib
 import json
+import os
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load as load_state
+from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
+from simmim.errors import UserError
 from simmim.torch_engine.train.checkpoint import EXTRA, load_checkpoint, load_model_state, save_checkpoint
 from simmim.torch_engine.train.update import Update
 from simmim.training import checkpoint_directory as checkpoints
@@ -142,3 +150,32 @@ def test_every_file_is_in_the_manifest(trained: Update, tmp_path: Path) -> None:
     path = save(tmp_path, 1, trained)
     listed = json.loads((path / MANIFEST).read_text())
     assert {file.name for file in path.iterdir()} == {MANIFEST, *listed}
+
+
+class Command:
+    """Runs a command where it is read."""
+
+    def __init__(self, place: Path):
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.place}",)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("place", ["description", "value"])
+def test_a_checkpoint_that_would_run_code_is_refused(trained: Update, tmp_path: Path, place: str) -> None:
+    ran, model = tmp_path / "ran", trained.model
+    path = save(tmp_path, 1, trained)
+    if place == "description":
+        (path / ".metadata").write_bytes(pickle.dumps(Command(ran)))
+    else:
+        state = {"model": model.state_dict(), "optimizer": {"rate": Command(ran)}}
+        save_state(state, checkpoint_id=path, no_dist=True)
+    with contextlib.suppress(Exception, CheckpointException):
+        load_state({"optimizer": {"rate": 0.0}}, checkpoint_id=path, no_dist=True)
+    assert ran.exists()  # PyTorch alone runs it
+    ran.unlink()
+    with pytest.raises(UserError, match=r"^checkpoint \S+ is refused: .*; use runs of those whom you trust$"):
+        load_model_state(path, model)
+    assert not ran.exists()

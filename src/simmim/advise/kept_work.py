@@ -19,7 +19,7 @@ from simmim.method.objectives import FrozenTeacher
 from simmim.output import say
 from simmim.training.run_directory import written_whole
 
-_MOST = 100  # files, of some 100 KB
+_MOST = 100  # files, of some 10 KB
 
 
 def measure_once(config: PretrainConfig) -> StepWork:

@@ -63,7 +63,7 @@ class TrainingConfig:
     data_forms: ClassVar[str] = "a folder, a text file of paths, hf:NAME or demo"
     """What --data takes, for messages."""
     data: Word = None
-    """Images: a folder (searched recursively), a text file of paths, hf:NAME_OR_PATH, or demo (emoji). Required."""
+    """Images: a folder (searched recursively), a .zip, .tar or list of paths, hf:NAME_OR_PATH, or demo. Required."""
     out: Word = None
     """Run directory. An existing run resumes. Required."""
     model: str = "vit_small_patch16_224"

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simmim.data.decode import BadImage
-from simmim.data.files import SUFFIXES, read_part
+from simmim.data.files import SUFFIXES, find_images, read_part
 from simmim.data.names import Names
 from simmim.errors import UserError
 
 ARCHIVES = (".zip", ".tar")
 """Suffixes of archives whose images can be read one by one."""
+_LABEL = ".cls"
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _LOCAL_HEADER, _LENGTHS = 30, slice(26, 30)  # bytes; lengths of name and extra field (APPNOTE.TXT, 4.3.7)
 _LARGEST = 2**30  # bytes of an image file
@@ -35,22 +36,26 @@ class _Member(NamedTuple):
     size: int
     """Bytes of the file."""
     deflated: bool
-    crc: int
+    crc: int | None
+    """Checksum; a tar has none."""
 
 
 class ArchiveImages:
     """Images of archives, by name within each; an `ImageSource`. A name is `ARCHIVE/NAME`."""
 
     def __init__(self, paths: Sequence[Path]):
-        """Raise `UserError` for an archive that is damaged, encrypted, or holds no image."""
+        """Raise `UserError` for an archive that is damaged or encrypted, or where none holds an image."""
         self._paths = [str(path) for path in paths]
-        self._ends, self._labels = [], []
+        self._ends: list[int] = []
+        self._texts: list[dict[str, _Member]] = []  # WebDataset's labels, by the key of a sample
         members: list[_Member] = []
         for path in paths:
-            found, labels = _read_directory(path)
-            members += found
+            found = _read_directory(path)
+            members += sorted(
+                (each for each in found if each.name.lower().endswith(SUFFIXES)), key=lambda each: each.name
+            )
             self._ends.append(len(members))
-            self._labels += labels
+            self._texts.append({_key(each.name): each for each in found if each.name.lower().endswith(_LABEL)})
         if not members:
             raise UserError(f"{self._paths[0]} holds no images; files read end in {', '.join(SUFFIXES)}")
         self._names = Names(member.name for member in members)
@@ -58,21 +63,28 @@ class ArchiveImages:
         self._stored = array("Q", (member.stored for member in members))
         self._sizes = array("Q", (member.size for member in members))
         self._deflated = array("B", (member.deflated for member in members))
-        self._crcs = array("L", (member.crc for member in members))
+        self._crcs = array("q", (-1 if member.crc is None else member.crc for member in members))
 
     def __len__(self) -> int:
         return len(self._names)
 
     def name(self, index: int) -> str:
-        return f"{self._archive(index)}/{self._names[index]}"
+        return f"{self._paths[self._number(index)]}/{self._names[index]}"
 
     def names(self) -> Sequence[str]:
         """Return the names of all images within their archives."""
         return self._names
 
     def labels(self) -> list[str] | None:
-        """Return the text of the `.cls` file beside each image, as WebDataset has it; `None` if any has none."""
-        return None if None in self._labels else [str(label) for label in self._labels]
+        """Read the text of the `.cls` file beside each image, as WebDataset has it; `None` if any image has none."""
+        found = []
+        for index, name in enumerate(self._names):
+            number = self._number(index)
+            member = self._texts[number].get(_key(name))
+            if member is None:
+                return None
+            found.append(_read_member(self._paths[number], member).decode(errors="replace").strip())
+        return found
 
     def parts(self) -> list[str]:
         """Return train, val or test for each image, where its archive's name begins so, else an empty word."""
@@ -81,30 +93,54 @@ class ArchiveImages:
         return [words[self._number(index)] for index in range(len(self))]
 
     def read(self, index: int) -> bytes:
-        path, place, size = self._archive(index), self._places[index], self._sizes[index]
-        if max(size, self._stored[index]) > _LARGEST:
-            raise BadImage(f"is a file of {size} bytes; {_LARGEST} are read at most")
-        if not path.lower().endswith(".zip"):
-            return _all_of(read_part(path, place, size), size)
-        header = _all_of(read_part(path, place, _LOCAL_HEADER), _LOCAL_HEADER)
-        place += _LOCAL_HEADER + sum(struct.unpack("<HH", header[_LENGTHS]))
-        data = _all_of(read_part(path, place, self._stored[index]), self._stored[index])
-        if self._deflated[index]:
-            data = _inflate(data, size)
-        if zlib.crc32(data) != self._crcs[index]:
-            raise BadImage("does not match its checksum in the archive")
-        return data
-
-    def _archive(self, index: int) -> str:
-        return self._paths[self._number(index)]
+        crc = self._crcs[index]
+        member = _Member(
+            self._names[index],
+            self._places[index],
+            self._stored[index],
+            self._sizes[index],
+            bool(self._deflated[index]),
+            None if crc < 0 else crc,
+        )
+        return _read_member(self._paths[self._number(index)], member)
 
     def _number(self, index: int) -> int:
         return bisect.bisect_right(self._ends, range(len(self))[index])
 
 
+def open_archives(path: Path) -> ArchiveImages | None:
+    """Open an archive, or the archives in a folder that holds no loose image; `None` where `path` is neither.
+
+    Raises `UserError` for what `ArchiveImages` does not read.
+    """
+    if not path.is_dir():
+        return ArchiveImages([path]) if path.name.lower().endswith(ARCHIVES) and path.is_file() else None
+    found = find_archives(path)
+    return ArchiveImages(found) if found and not find_images(path) else None
+
+
 def find_archives(folder: Path) -> list[Path]:
-    """List the archives in a folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(ARCHIVES) and path.is_file())
+    """List the archives in a folder, sorted by name; none in a closed one, of which who opens it says so."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.name.lower().endswith(ARCHIVES) and path.is_file())
+    except OSError:
+        return []
+
+
+def _read_member(path: str, member: _Member) -> bytes:
+    """Read a file of an archive. Raises `BadImage` for a damaged one, and `OSError`."""
+    place, stored = member.place, member.stored
+    if max(member.size, stored) > _LARGEST:
+        raise BadImage(f"is a file of {member.size} bytes; {_LARGEST} are read at most")
+    if path.lower().endswith(".zip"):
+        header = _all_of(read_part(path, place, _LOCAL_HEADER), _LOCAL_HEADER)
+        place += _LOCAL_HEADER + sum(struct.unpack("<HH", header[_LENGTHS]))
+    data = _all_of(read_part(path, place, stored), stored)
+    if member.deflated:
+        data = _inflate(data, member.size)
+    if member.crc is not None and zlib.crc32(data) != member.crc:
+        raise BadImage("does not match its checksum in the archive")
+    return data
 
 
 def _all_of(data: bytes, size: int) -> bytes:
@@ -123,8 +159,8 @@ def _inflate(data: bytes, size: int) -> bytes:
     return found
 
 
-def _read_directory(path: Path) -> tuple[list[_Member], list[str | None]]:
-    """List the images of an archive by name, and the label beside each."""
+def _read_directory(path: Path) -> list[_Member]:
+    """List the images of an archive and WebDataset's labels beside them. Raises `UserError`."""
     try:
         members = list(_zipped(path) if path.name.lower().endswith(".zip") else _tarred(path))
         size = path.stat().st_size
@@ -135,15 +171,7 @@ def _read_directory(path: Path) -> tuple[list[_Member], list[str | None]]:
         raise UserError(f"{path} cannot be read as an archive ({reason}); copy it again, or write it anew") from error
     if beyond := next((each for each in members if not 0 <= each.place <= size - each.stored), None):
         raise UserError(f"{path} is cut off, and {beyond.name} beyond its end; copy it again")
-    images = sorted((each for each in members if each.name.lower().endswith(SUFFIXES)), key=lambda each: each.name)
-    texts = {_key(each.name): each for each in members if each.name.lower().endswith(".cls") and each.size <= 1000}
-    return images, [_read_label(path, texts.get(_key(each.name))) for each in images]
-
-
-def _read_label(path: Path, member: _Member | None) -> str | None:
-    if member is None or member.deflated or path.name.lower().endswith(".zip"):
-        return None
-    return read_part(str(path), member.place, member.size).decode(errors="replace").strip()
+    return members
 
 
 def _key(name: str) -> str:
@@ -154,7 +182,7 @@ def _key(name: str) -> str:
 
 def _is_wanted(name: str) -> bool:
     hidden = any(part.startswith(".") for part in name.split("/")) or name.startswith("__MACOSX/")
-    return not hidden and name.lower().endswith((*SUFFIXES, ".cls"))
+    return not hidden and name.lower().endswith((*SUFFIXES, _LABEL))
 
 
 def _zipped(path: Path) -> Iterator[_Member]:
@@ -186,4 +214,4 @@ def _tarred(path: Path) -> Iterator[_Member]:
             archive.members = []  # which would hold every header in memory
             name = each.name.removeprefix("./")
             if each.isreg() and not each.issparse() and _is_wanted(name):
-                yield _Member(name, each.offset_data, each.size, each.size, False, 0)
+                yield _Member(name, each.offset_data, each.size, each.size, False, None)

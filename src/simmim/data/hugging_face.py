@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.data.decode import BadImage
+from simmim.data.files import read_file
 from simmim.errors import UserError
 
 _WHOLE = "whole"  # the only part of a set without splits
@@ -30,7 +31,7 @@ class HuggingFaceImages:
             raise BadImage("the data set holds no image here")
         if stored["bytes"] is not None:
             return stored["bytes"]
-        return Path(stored["path"]).read_bytes()
+        return read_file(stored["path"])
 
 
 def open_hugging_face(name: str) -> HuggingFaceImages:

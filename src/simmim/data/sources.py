@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.field_types import Flip
-from simmim.data.archives import ARCHIVES, ArchiveImages, find_archives
+from simmim.data.archives import ARCHIVES, open_archives
 from simmim.data.decode import BadImage, Raw, open_picture
 from simmim.data.files import SUFFIXES, PathList, open_folder, open_list
 from simmim.data.hugging_face import open_hugging_face
@@ -153,27 +153,16 @@ def open_source(data: str) -> ImageSource:
     path = Path(data).expanduser()
     if "://" in data or is_packed(path):
         return open_packed(data)
+    if archives := open_archives(path):
+        return archives
     if path.is_dir():
-        return _open_directory(path)
+        return open_folder(path)
     suffix = path.suffix.lower()
     if not path.is_file() or suffix not in _LISTS:
         raise UserError(f"{path} is neither a folder, nor an archive, nor a list of image paths; {_REMEDY}")
-    if suffix in ARCHIVES:
-        return ArchiveImages([path])
     if suffix == ".parquet":
         return open_hugging_face(str(path))
     return _open_arrays(path) if suffix == ".npz" else open_list(path)
-
-
-def _open_directory(path: Path) -> ImageSource:
-    """Open the images of a folder, or of the archives in it where there are no images."""
-    try:
-        return open_folder(path)
-    except UserError:
-        archives = find_archives(path)
-        if archives:
-            return ArchiveImages(archives)
-        raise
 
 
 def check_there(data: str, remedy: str = _REMEDY) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.archives import ARCHIVES, ArchiveImages, find_archives
+from simmim.data.archives import ArchiveImages, open_archives
 from simmim.data.files import SUFFIXES, PathList, find_images
 from simmim.data.hugging_face import HuggingFaceImages, image_column, load_hugging_face
-from simmim.data.packed.format import PackedImages, is_packed
-from simmim.data.sources import ArrayImages, DemoImages, ImageSource, Subset, check_there, open_source, read_npz
+from simmim.data.packed.format import PackedImages, is_packed, open_packed
+from simmim.data.sources import ArrayImages, DemoImages, ImageSource, Subset, check_there, read_npz
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys
 
@@ -53,7 +53,7 @@ def open_labelled(
 
     `data` is `train/CLASS/*` with `val|test/CLASS/*` or one folder of classes, loose, packed or in a zip or tar, tars
     of WebDataset with `.cls` files (`train-*.tar` and `val-*.tar` or `test-*.tar` where there are both), a CSV of
-    `path,label[,split]`, an `.npz` of x_train, y_train, x_test and y_test, `hf:NAME_OR_PATH`, or `demo`.
+    `path,label[,split]`, an `.npz` of x_train, y_train, x_test and y_test, a `.parquet`, `hf:NAME_OR_PATH`, or `demo`.
 
     Without a split, `val_fraction` of each class is held out for evaluation, drawn by `seed`. With `labels_per_class`,
     only this many images of each class are trained on, drawn by `label_seed`. Raises `UserError`.
@@ -65,12 +65,16 @@ def open_labelled(
         found = _split(demo, names, val_fraction, seed)
     elif data.startswith("hf:"):
         found = _open_hugging_face(data.removeprefix("hf:"), val_fraction, seed)
+    elif path.suffix.lower() == ".parquet" and path.is_file():
+        found = _open_hugging_face(str(path), val_fraction, seed)
     elif path.suffix.lower() == ".npz" and path.is_file():
         found = _open_npz(path)
     elif path.suffix.lower() == ".csv" and path.is_file():
         found = _open_csv(path, val_fraction, seed)
-    elif "://" in data or is_packed(path) or _holds_archives(path):
-        found = _open_named(data, val_fraction, seed)
+    elif "://" in data or is_packed(path):
+        found = _open_named(open_packed(data), data, val_fraction, seed)
+    elif archives := open_archives(path):
+        found = _open_archives(archives, data, val_fraction, seed)
     elif path.is_dir():
         found = _open_folders(path, val_fraction, seed)
     else:
@@ -161,27 +165,30 @@ def _read_classes(folder: Path) -> tuple[PathList, list[str]]:
     return PathList(files, root=folder), names
 
 
-def _open_named(data: str, val_fraction: float, seed: int) -> LabelledImages:
-    """Open packed folders of classes, or archives, by the names within or by WebDataset's `.cls` files."""
-    source = open_source(data)
-    assert isinstance(source, (PackedImages, ArchiveImages))
+def _open_named(source: PackedImages | ArchiveImages, data: str, val_fraction: float, seed: int) -> LabelledImages:
+    """Split packed images or those of archives by the names within."""
     names = source.names()
-    labels = source.labels() if isinstance(source, ArchiveImages) else None
-    if labels is not None and isinstance(source, ArchiveImages):
-        parts = np.array(source.parts())
-        train, val = (np.flatnonzero(parts == part) for part in ("train", "val" if "val" in parts else "test"))
-        if not len(train) or not len(val):
-            return _split(source, labels, val_fraction, seed)
-        both = [(Subset(source, chosen), [labels[index] for index in chosen]) for chosen in (train, val)]
-        return _pair(*both[0], *both[1])
     folders = {name.split("/")[0] for name in names}
     if "train" not in folders:
         return _split(*_in_class_folders(source, names, "", data), val_fraction, seed)
-    train_part = _in_class_folders(source, names, "train/", data)
+    train = _in_class_folders(source, names, "train/", data)
     for part in ("val", "test"):
         if part in folders:
-            return _pair(*train_part, *_in_class_folders(source, names, f"{part}/", data))
-    return _split(*train_part, val_fraction, seed)
+            return _pair(*train, *_in_class_folders(source, names, f"{part}/", data))
+    return _split(*train, val_fraction, seed)
+
+
+def _open_archives(source: ArchiveImages, data: str, val_fraction: float, seed: int) -> LabelledImages:
+    """Split the images of archives by WebDataset's `.cls` files and the names of archives, else by the names within."""
+    labels = source.labels()
+    if labels is None:
+        return _open_named(source, data, val_fraction, seed)
+    parts = np.array(source.parts())
+    train, val = (np.flatnonzero(parts == part) for part in ("train", "val" if "val" in parts else "test"))
+    if not len(train) or not len(val):
+        return _split(source, labels, val_fraction, seed)
+    both = [(Subset(source, chosen), [labels[index] for index in chosen]) for chosen in (train, val)]
+    return _pair(*both[0], *both[1])
 
 
 def _in_class_folders(source: ImageSource, names: Sequence[str], folder: str, data: str) -> tuple[Subset, list[str]]:
@@ -195,13 +202,6 @@ def _in_class_folders(source: ImageSource, names: Sequence[str], folder: str, da
         raise UserError(f"the images of {data} are in no class folders; pack a folder of class folders")
     found.sort()
     return Subset(source, np.array([index for _, _, index in found])), [label for label, _, _ in found]
-
-
-def _holds_archives(path: Path) -> bool:
-    """Return whether a path is an archive, or a folder of archives and of no folders."""
-    if path.is_dir():
-        return bool(find_archives(path)) and not any(each.is_dir() for each in path.iterdir())
-    return path.is_file() and path.name.lower().endswith(ARCHIVES)
 
 
 def read_csv(path: Path) -> list[tuple[str, str, str]]:

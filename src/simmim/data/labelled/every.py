@@ -43,7 +43,7 @@ def open_with_labels(data: str) -> tuple[ImageSource, ClassLabels]:
     if path.suffix.lower() == ".csv" and path.is_file():
         rows = read_csv(path)
         return PathList([file for _, file, _ in rows], root=path.parent), _numbered([label for _, _, label in rows])
-    if data.startswith("hf:"):
+    if data.startswith("hf:") or (path.suffix.lower() == ".parquet" and path.is_file()):
         name, split, splits = find_split(data.removeprefix("hf:"))
         source, labels = hugging_face_columns(splits[split], name)
         return source, _numbered(labels)

@@ -244,7 +244,7 @@ class _LikeDevice(TorchFunctionMode):
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call a function of PyTorch as the device would."""
-        raise NotImplementedError
+        raise AssertionError
 
 
 class _LikeCuda(_LikeDevice):

@@ -56,8 +56,9 @@ def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, O
             classes=tuple(data.classes),
         )
         config = dataclasses.replace(config, kernels=choose_kernels(config, world.main_says, world.rank))
-        assert config.image_size is not None
-        check_attention(config, sketch_encoder(config.model, config.image_size, config.model_args).backbone)
+        if config.gpu.attention != "auto":
+            assert config.image_size is not None
+            check_attention(config, sketch_encoder(config.model, config.image_size, config.model_args).backbone)
         task = spec.create(config, data, origin.weights)
         plan = TaskPlan.complete(config, task.train_count)
         if config.accumulate_steps is None:
