@@ -52,7 +52,7 @@ class PackConfig:
 
     command: ClassVar[str] = "pack"
     images: Positional[Annotated[str, arg(metavar="IMAGES")]]
-    """Images as --data takes them: a folder, .zip or .tar (names and classes are kept), a list, .npz, hf:NAME or demo."""
+    """Images as --data takes them: a folder, .zip or .tar (names and classes stay), a list, .npz, hf:NAME or demo."""
     out: str
     """The directory of shards to write. The same directory again resumes, or verifies."""
     form: Literal["original", "jpeg", "webp", "raw"] = "original"

@@ -32,8 +32,7 @@ class ProbeConfig:
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
-    """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, either in a .zip or .tar, .csv, .npz,
-    hf:NAME or demo."""
+    """Labelled images: train/CLASS and val/CLASS or test/CLASS, or CLASS alone, .zip, .tar, .csv, .npz, hf:NAME."""
     method: Method = "knn"
     """A vote of the nearest training images, or a linear classifier."""
     layer: int = -1
@@ -75,7 +74,7 @@ class EmbedConfig:
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
-    """Images as simmim pretrain takes them: a folder, a .zip or .tar, a list of paths, shards, .npz, hf:NAME or demo."""
+    """Images as simmim pretrain takes them: a folder, .zip, .tar, a list of paths, shards, .npz, hf:NAME or demo."""
     labels: bool = False
     """Write each image's label too: its class folder, or that of .csv (path,label), .npz (y_train), hf:NAME or demo."""
     out: Word = None

@@ -72,7 +72,7 @@ class ClassifyConfig(FinetuneConfig):
     task: Suppress[Literal["classify"]] = "classify"
     data_forms: ClassVar[str] = "a folder of classes, a .csv, an .npz, hf:NAME or demo"
     data: Word = None
-    """Labelled images: train/CLASS with val/CLASS or test/CLASS, one folder of classes, .csv, .npz, hf:NAME or demo."""
+    """Labelled images: train/CLASS and val/CLASS or test/CLASS, or CLASS alone, .zip, .tar, .csv, .npz, hf:NAME."""
     labels_per_class: Count = None
     """Train on this many images of each class only."""
     label_seed: int = 0
