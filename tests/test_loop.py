@@ -65,6 +65,11 @@ class Diary:
     def save(self, done: int) -> None:
         self.done.append(f"save {done}")
 
+    def settle(self) -> None:
+        pass
+
+    save_failed = False
+
     def largest(self, number: int) -> int:
         return max(number, self.others)
 
@@ -353,6 +358,22 @@ def test_a_checkpoint_that_does_not_fit_ends_a_training_with_one_line_and_what_i
         "runs/a/checkpoints/writing-00000008 cannot be written: No space left on device; free space there, then repeat "
         "the command (step 4 is saved)"
     )
+
+
+def test_a_checkpoint_that_fails_in_the_background_ends_a_training_at_the_next_step(tmp_path: Path) -> None:
+    class FullLater(Diary):
+        @property
+        def save_failed(self) -> bool:
+            return "save 8" in self.done
+
+        def settle(self) -> None:
+            if self.save_failed:
+                raise WriteError(errno.ENOSPC, "No space left on device", "runs/a/checkpoints/writing-00000008")
+
+    engine = FullLater()
+    with pytest.raises(TrainingFailedError, match=r"No space left on device.* \(step 4 is saved\)$"):
+        loop(engine, tmp_path, total=100).fit()
+    assert rows(tmp_path)[-1]["step"] == 9
 
 
 def test_figures_are_on_the_disk_before_the_checkpoint_that_holds_their_steps(

@@ -1,9 +1,11 @@
 """Checkpoints: whole or not at all, and what is done about damage."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +17,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
+from simmim.disk import WriteError
 from simmim.errors import UserError
-from simmim.torch_engine.train.checkpoint import EXTRA, load_checkpoint, load_model_state, save_checkpoint
+from simmim.torch_engine.train import checkpoint as checkpoint_module
+from simmim.torch_engine.train.checkpoint import (
+    EXTRA,
+    CheckpointSaver,
+    load_checkpoint,
+    load_model_state,
+    save_checkpoint,
+)
 from simmim.torch_engine.train.update import Update
 from simmim.training import checkpoint_directory as checkpoints
-from simmim.training.checkpoint_directory import MANIFEST, checkpoint_path, newest_checkpoint
+from simmim.training.checkpoint_directory import MANIFEST, aside_path, checkpoint_path, newest_checkpoint
 
 from . import tiny
 
@@ -121,6 +131,41 @@ def test_an_intact_checkpoint_gives_no_warning(trained: Update, tmp_path: Path) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert newest_checkpoint(tmp_path) == path
+
+
+def test_a_save_in_the_background_holds_the_state_from_which_training_went_on(
+    trained: Update, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, may_write = tiny.state(trained), threading.Event()
+    write = checkpoint_module.save
+    monkeypatch.setattr(checkpoint_module, "save", lambda *a, **b: (may_write.wait(60), write(*a, **b))[1])
+    saver = CheckpointSaver(tmp_path, tiny.CPU, keep=2, background=True)
+    saver.save(1, trained.model, trained.optimizer, trained.state())
+    trained(1, tiny.batch(SETTINGS, seed=1))
+    assert newest_checkpoint(tmp_path) is None
+    may_write.set()
+    saver.settle()
+    other = tiny.update(tiny.config("resnet18", seed=1))
+    load_checkpoint(checkpoint_path(tmp_path, 1), other.model, other.optimizer)
+    tiny.assert_same(tiny.state(other), expected)
+
+
+def test_a_disk_that_is_full_in_the_background_is_told_and_leaves_the_checkpoint_before(
+    trained: Update, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = CheckpointSaver(tmp_path, tiny.CPU, keep=2, background=True)
+    saver.save(1, trained.model, trained.optimizer, trained.state())
+    saver.settle()
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(checkpoints, "to_disk", full)
+    monkeypatch.setattr(checkpoint_module, "begin", lambda directory, step: aside_path(directory, step).mkdir())
+    saver.save(2, trained.model, trained.optimizer, trained.state())
+    with pytest.raises(WriteError, match=r"writing-00000002.* cannot be written: No space left"):
+        saver.settle()
+    assert names(tmp_path) == ["step-00000001"]
 
 
 @pytest.mark.parametrize("moment", ["_digest", "to_disk"])

@@ -31,7 +31,7 @@ slow = pytest.mark.slow
     "others",
     [
         {},
-        {"shard": True, "accumulate_steps": 2},
+        {"shard": True, "accumulate_steps": 2, "async_save": True},
         pytest.param({"accumulate_steps": 2}, marks=slow),
         pytest.param({"shard": True, "checkpoint_activations": True}, marks=slow),
         pytest.param({"checkpoint_activations": True}, marks=slow),
@@ -96,7 +96,8 @@ def test_one_process_resumes_what_two_began_and_two_what_one_began(
 
     def train(together: bool) -> None:
         if together:
-            worker.run_together(worker.pretrain, dataclasses.replace(config, shard=shard), log=tmp_path / "log")
+            two = dataclasses.replace(config, shard=shard, async_save=True)
+            worker.run_together(worker.pretrain, two, log=tmp_path / "log")
         else:
             worker.finish(config, tmp_path / "log")
 

@@ -22,7 +22,7 @@ _GROUPS = {
         "readers decode antialias kernels.* gpu.*"
     ),
     "run": (
-        "config save-every-steps keep max-hours extend fresh log-every-steps log "
+        "config save-every-steps keep async-save max-hours extend fresh log-every-steps log "
         "picture-every-steps probe probe-every-epochs eval-every-epochs help"
     ),
 }

@@ -22,8 +22,9 @@ FORMAT = 2
 # Fields that may change on resume: where and how a run executes and is monitored, never the result of training.
 OPERATIONAL = {
     "out", "backend", "device", "compile", "workers", "max_bad_fraction", "accumulate_steps", "checkpoint_activations",
-    "shard", "plain_step", "kernels", "gpu", "decode", "readers", "save_every_steps", "keep", "max_hours", "extend",
-    "fresh", "log_every_steps", "log", "accept_changed_data", "picture_every_steps", "probe", "probe_every_epochs",
+    "shard", "plain_step", "kernels", "gpu", "decode", "readers", "save_every_steps", "keep", "async_save", "max_hours",
+    "extend", "fresh", "log_every_steps", "log", "accept_changed_data", "picture_every_steps", "probe",
+    "probe_every_epochs",
 }  # fmt: skip
 
 

@@ -133,6 +133,8 @@ class TrainingConfig:
     """Steps between checkpoints (default: one epoch, at least 100 steps)."""
     keep: Positive = 2
     """Number of latest checkpoints to keep."""
+    async_save: YesNo = None
+    """Write checkpoints while training goes on, from a copy in the host's memory (default: on cuda only)."""
     max_hours: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
     """Hours from the first step, after which the run saves and ends with code 75, to be resumed (default: no limit)."""
     extend: bool = False

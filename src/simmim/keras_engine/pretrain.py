@@ -96,6 +96,7 @@ def check_options(config: PretrainConfig, backend: str, family: str) -> None:
         "--no-compile": (config.compile is False and backend == "jax", "leave it out: JAX's step is always compiled"),
         "--kernels": (config.kernels != Kernels(), "leave it out: XLA has kernels of its own"),
         "--gpu": (config.gpu != Gpu(), "leave it out: XLA has kernels of its own"),
+        "--async-save": (bool(config.async_save), "leave it out, or use --engine torch"),
         "--shard": (config.shard and backend != "jax", "use --backend jax"),
         "--checkpoint-activations": (
             config.checkpoint_activations and (backend != "jax" or family == "resnet"),

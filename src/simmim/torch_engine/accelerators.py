@@ -38,6 +38,8 @@ class Accelerator:
     """`torch.distributed` backend; `None` if only one process can train."""
     syncs_batch_norm: bool = False
     """Whether batch norms of several processes can share their statistics."""
+    copies_states: bool = False
+    """Whether PyTorch's stager copies training states to the host (`--async-save`)."""
     rate_is_tensor: bool = False
     """Whether the learning rate is a tensor on the device: TorchTPU compiles AdamW again for each other number."""
     decodes_jpegs: bool = False
@@ -139,6 +141,7 @@ ACCELERATORS: dict[str, Accelerator] = {
             find=_gpu("cuda", "NVIDIA or AMD GPU"),
             has_bf16=lambda: torch.cuda.is_bf16_supported(including_emulation=False),
             automatic=True,
+            copies_states=True,
             compiles=True,
             numbered=True,
             pins=True,
@@ -196,6 +199,7 @@ ACCELERATORS: dict[str, Accelerator] = {
             find=lambda: None,
             has_bf16=cpu_has_bf16,
             automatic=True,
+            copies_states=True,
             backend="gloo",
             device_name=lambda device: f"{cpu_name()} ({cpu_cores()} cores)",
         ),

@@ -47,7 +47,16 @@ class Engine(Protocol):
         ...
 
     def save(self, done: int) -> None:
-        """Write the whole state after `done` steps, and the encoder."""
+        """Write the whole state after `done` steps, and the encoder; it may go on while the next steps are done."""
+        ...
+
+    def settle(self) -> None:
+        """Wait until the last state is written. Raises `WriteError` where the disk does not take it."""
+        ...
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether the disk did not take the last state: `settle` will raise."""
         ...
 
     def largest(self, number: int) -> int:
@@ -126,7 +135,7 @@ class Loop:
         self.console = Console(total=total_steps, start=start, enabled=engine.is_main)
         self._clock = _Clock(start)
         self._failure: Exception | None = None
-        self._saved = start
+        self._saved = self._saving = start
 
     def fit(self) -> Outcome:
         try:
@@ -144,6 +153,9 @@ class Loop:
             saved = f"step {self._saved} is saved" if self._saved else "no step was saved yet"
             raise TrainingFailedError(f"{error} ({saved})") from error
         finally:
+            if self._engine.alone:  # others may be lost, and wait for nothing then
+                with contextlib.suppress(WriteError):  # after an error, which says more
+                    self._engine.settle()
             self.console.close()
             for tracker in self._trackers:
                 tracker.close()
@@ -167,7 +179,8 @@ class Loop:
                 with self._engine.meter.step():
                     self._rows.append((done, *self._engine.update(step, batch)))
                 # All processes save together, so those that can go on must hear of one that cannot.
-                request = self._engine.largest(_FAILED if self._failure else stop.request())
+                failed = self._failure or self._engine.save_failed
+                request = self._engine.largest(_FAILED if failed else stop.request())
                 stopping = request > 0 and done < self._total
                 last = done == self._total or stopping
                 due = [event for event in self._events if event.due(done, self._total)]
@@ -177,6 +190,8 @@ class Loop:
                     self._log(done, due)
                 if saving:
                     self._save(done)
+                    if last:
+                        self._settle()
                     if self._engine.is_main and not last:
                         self._after_save()
                     self._clock.restart(done)
@@ -207,13 +222,19 @@ class Loop:
             if self._rows:
                 self._log(step, [])
             self._save(step)
+        self._settle()
         raise TrainingFailedError(f"{error} (stopped after step {step} of {self._total})") from error
 
     def _save(self, done: int) -> None:
         for tracker in self._trackers:
             tracker.keep()
+        self._settle()
         self._engine.save(done)
-        self._saved = done
+        self._saving = done
+
+    def _settle(self) -> None:
+        self._engine.settle()
+        self._saved = self._saving
 
     def _log(self, done: int, due: Sequence[Event]) -> None:
         """Fetch the figures of the steps since the last line, add those of due events, then write and show them."""

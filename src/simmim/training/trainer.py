@@ -55,6 +55,14 @@ class Trainer(ABC):
     def largest(self, number: int) -> int:
         return self._world.largest(number)
 
+    def settle(self) -> None:
+        """Wait until what `save` began is written."""
+        return  # `save` itself has waited
+
+    @property
+    def save_failed(self) -> bool:
+        return False
+
     def fetch(self, figures: Sequence[Any]) -> list[dict[str, float]]:
         return [dict(zip(self.names, row, strict=True)) for row in self.read(figures)]
 

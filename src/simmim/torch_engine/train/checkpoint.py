@@ -7,13 +7,16 @@ import io
 import json
 import pickle
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -34,6 +37,9 @@ _DESCRIBES = {
     "pathlib.PosixPath", "pathlib.WindowsPath",
 }  # fmt: skip
 """What a checkpoint's description, which is a pickle, may name."""
+_AT_ONCE = StagingOptions(
+    use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+)
 
 
 def save_checkpoint(
@@ -51,24 +57,65 @@ def save_checkpoint(
     `extra` is what the trainer keeps on the host, as JSON can hold it. Without an optimiser the state is for looking at
     and starting from, not for resuming.
     """
-    with filling(directory, step) as aside:
-        if world.is_main:
-            begin(directory, step)
-        world.barrier()
-        model_state, optimizer_state = get_state_dict(model, optimizer or ())
-        with warnings.catch_warnings():  # it says that it runs on one process: we know
-            warnings.simplefilter("ignore", UserWarning)
-            save(
-                {"model": model_state, "optimizer": optimizer_state},
-                checkpoint_id=aside,
-                no_dist=world.size == 1,
-            )
-        world.barrier()
-        if world.is_main:
-            (aside / EXTRA).write_text(json.dumps(extra), encoding="utf-8")
-            publish(directory, step, keep=keep)
-        world.barrier()
+    saver = CheckpointSaver(directory, world, keep=keep)
+    saver.save(step, model, optimizer, extra)
     return checkpoint_path(directory, step)
+
+
+class CheckpointSaver:
+    """Write training states; with `background`, while the training goes on.
+
+    In the background a state is copied to the host's memory first, which takes that much of it. A thread writes the
+    copy, its checksums and its name, so that a kill at any moment leaves this checkpoint or those before it. One state
+    is written at a time.
+    """
+
+    def __init__(self, directory: Path, world: World, *, keep: int, background: bool = False):
+        """Prepare; all processes call it together, since the threads of several have a group of their own."""
+        self._directory, self._world, self._keep = directory, world, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
+        self._stager = DefaultStager(_AT_ONCE) if background else None
+        self._group: dist.ProcessGroup | None = None
+        if background and world.size > 1:
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._writing: Future[None] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether what is written in the background could not be; `settle` raises why."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: dict[str, Any]) -> None:
+        """Write a state, or begin to. Raises `WriteError` where the disk takes it, or the one before, no more."""
+        self.settle()
+        with filling(self._directory, step):
+            if self._world.is_main:
+                begin(self._directory, step)
+            self._world.barrier()
+            model_state, optimizer_state = get_state_dict(model, optimizer or ())
+            state = {"model": model_state, "optimizer": optimizer_state}
+        if self._thread is None or self._stager is None:
+            self._write(step, state, extra)
+        else:
+            copy = cast(dict[str, Any], self._stager.stage(state))
+            self._writing = self._thread.submit(self._write, step, copy, extra)
+
+    def settle(self) -> None:
+        """Wait until nothing is being written. Raises `WriteError` where that failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, step: int, state: dict[str, Any], extra: dict[str, Any]) -> None:
+        with filling(self._directory, step) as aside:
+            with warnings.catch_warnings():  # it says that it runs on one process: we know
+                warnings.simplefilter("ignore", UserWarning)
+                save(state, checkpoint_id=aside, process_group=self._group, no_dist=self._world.size == 1)
+            self._world.barrier(self._group)
+            if self._world.is_main:
+                (aside / EXTRA).write_text(json.dumps(extra), encoding="utf-8")
+                publish(self._directory, step, keep=self._keep)
+            self._world.barrier(self._group)
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -43,9 +43,9 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group)
 
     def largest(self, number: int) -> int:
         """Return the largest number of all ranks. Uses the CPU, so that no accelerator waits."""
@@ -178,6 +178,8 @@ def check_world(config: TrainingConfig, world: World) -> None:
             f"accumulation steps; use a multiple of {parts}, or to resume, processes and --accumulate-steps whose "
             f"product divides it"
         )
+    if config.async_save and not find_accelerator(world.device).copies_states:
+        raise UserError(f"--async-save is for --device cuda or cpu, not {world.device.type}; leave it out")
     if isinstance(config, PretrainConfig) and config.shard and world.size == 1:
         raise UserError(
             "--shard spreads a model over processes and there is one; start it with torchrun, or use --no-shard"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simmim.config.training import TrainingConfig
-from simmim.torch_engine.train.checkpoint import load_checkpoint, save_checkpoint
+from simmim.torch_engine.train.checkpoint import CheckpointSaver, load_checkpoint
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.meter import TorchMeter
 from simmim.torch_engine.train.update import Batch, Update
@@ -29,6 +29,8 @@ class TorchTrainer(Trainer):
     ):
         super().__init__(run, config, world, bad_limit=update.bad_limit, meter=TorchMeter(world.device))
         self._update, self._processes, self._on_save = update, world, on_save
+        background = world.device.type == "cuda" if config.async_save is None else config.async_save
+        self._saver = CheckpointSaver(run.checkpoints, world, keep=config.keep, background=background)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,13 +49,12 @@ class TorchTrainer(Trainer):
 
     def save(self, done: int) -> None:
         update = self._update
-        save_checkpoint(
-            self._run.checkpoints,
-            done,
-            update.model,
-            update.optimizer,
-            update.state(),
-            world=self._processes,
-            keep=self._config.keep,
-        )
+        self._saver.save(done, update.model, update.optimizer, update.state())
         self._on_save()
+
+    def settle(self) -> None:
+        self._saver.settle()
+
+    @property
+    def save_failed(self) -> bool:
+        return self._saver.failed
