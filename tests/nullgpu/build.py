@@ -7,7 +7,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 # What other libraries of CUDA PyTorch calls, and what of them is work to be counted.
-LIBRARIES = r"(?:__)?(?:cuda|cublas|cudnn|curand|nccl|cufft|cusparse|cusolver|cu[A-Z])\w+"
+LIBRARIES = r"(?:__)?(?:cuda|cublas|cudnn|curand|nccl|cufft|cusparse|cusolver|nvjpeg|cu[A-Z])\w+"
 WORK = re.compile(
     r"cublas\w*(gemm|matmul$|gemv|dot)|cudnn(conv\w*(forward|backward)|batchnorm\w*(ex|training)$|backendexecute)"
     r"|nccl(all|reduce|broad|send|recv)",

@@ -1,8 +1,9 @@
 """Compiled steps on the GPU that computes nothing, in a process of its own, with caches of its own.
 
 `python -m nullgpu.compiled FOLDER CASE ...` prints a JSON line for each case: what a compiled pretraining of three
-epochs did. `torchrun … -m nullgpu.compiled FOLDER CASE` does so in several processes. Dynamo traces, Inductor writes
-Triton, and ptxas compiles it for the GPU that `NULLGPU_SM` names; only the kernels do nothing.
+epochs did; the case "cubins" says which kernels spill. `torchrun … -m nullgpu.compiled FOLDER CASE` does so in several
+processes. Dynamo traces, Inductor writes Triton, and ptxas compiles it for the GPU that `NULLGPU_SM` names; only the
+kernels do nothing.
 """
 
 import contextlib
@@ -50,6 +51,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 MODES = {"reduce-overhead": ("vit", "swin", "resnet18"), "max-autotune-no-cudagraphs": ("vit",)}
 """Cases that are compiled in other modes of `torch.compile` too, as `CASE by MODE`. The first uses CUDA graphs."""
+
+CUBINS = "cubins"
+"""The name of what is told of all kernels in the caches."""
 
 _normalize, _call, _read = PretrainStep.normalize, Update.__call__, TorchTrainer.read
 
@@ -195,14 +199,20 @@ def report(name: str, folder: Path) -> None:
     print(json.dumps({"case": name, **found}), flush=True)
 
 
+def report_cubins() -> None:
+    """Print a line about all kernels that the cases with these caches have compiled."""
+    cubins = spilled(Path(os.environ["TRITON_CACHE_DIR"]))
+    local = {name: count for name, count in cubins.items() if count}
+    print(json.dumps({"case": CUBINS, "kernels": len(cubins), "spilled": local}), flush=True)
+
+
 def main(folder: Path, cases: list[str]) -> None:
     write_images(folder / "images")
     for name in cases:
-        report(name, folder)
-    if os.environ.get("RANK", "0") == "0":
-        cubins = spilled(Path(os.environ["TRITON_CACHE_DIR"]))
-        local = {name: count for name, count in cubins.items() if count}
-        print(json.dumps({"case": "cubins", "kernels": len(cubins), "spilled": local}), flush=True)
+        if name == CUBINS:
+            report_cubins()
+        else:
+            report(name, folder)
 
 
 if __name__ == "__main__":

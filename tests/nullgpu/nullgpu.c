@@ -1,5 +1,5 @@
-// An NVIDIA GPU that computes nothing. Preloaded, it answers PyTorch's calls of the CUDA runtime, driver, cuBLAS, cuDNN
-// and NCCL. Memory is real, lazily mapped and bounded; copies from and to the host are real; kernels are counted, not run.
+// An NVIDIA GPU that computes nothing. Preloaded, it answers PyTorch's calls of the CUDA runtime, driver, cuBLAS, cuDNN,
+// nvJPEG and NCCL. Memory is real, lazily mapped and bounded; copies from and to the host are real; kernels are counted, not run.
 //
 // NULLGPU_SM (80, 90, 100), NULLGPU_BYTES and NULLGPU_DEVICES say what it pretends to be. With NULLGPU_ZEROS=1 nothing is
 // copied to the device, whose memory then holds zeros, so that no result depends on what reused memory held. build.py
@@ -458,6 +458,11 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute which, CUdevicep
     else *(int *)value = which == CU_POINTER_ATTRIBUTE_MEMORY_TYPE ? CU_MEMORYTYPE_DEVICE : 0;
     return CUDA_SUCCESS;
 }
+// Tables of unnamed functions, which a library with a CUDA runtime of its own asks for (nvJPEG): there are none.
+CUresult cuGetExportTable(const void **table, const CUuuid *which) {
+    *table = NULL;
+    return CUDA_ERROR_NOT_SUPPORTED;
+}
 // PyTorch asks for driver functions by name. One that is not here does nothing and succeeds.
 static int nothing(void) { return 0; }
 static void *function_named(const char *name) {
@@ -530,6 +535,49 @@ int cudnnGetBatchNormalizationBackwardExWorkspaceSize(void *dnn, int mode, int o
 }
 int cudnnGetBatchNormalizationTrainingExReserveSpaceSize(void *dnn, int mode, int operation, void *a, void *b, size_t *bytes) {
     *bytes = 0;
+    return 0;
+}
+
+// nvJPEG's own library stops at `cuGetExportTable`. These take its place in torchvision: sizes come from a JPEG's header,
+// and no pixel is written.
+#define MAKES(NAME, ARGUMENTS) \
+    int NAME ARGUMENTS { \
+        *made = new_handle(); \
+        return 0; \
+    }
+MAKES(nvjpegCreateSimple, (void **made))
+MAKES(nvjpegCreateEx, (int backend, void *memory, void *pinned, unsigned flags, void **made))
+MAKES(nvjpegJpegStateCreate, (void *jpeg, void **made))
+MAKES(nvjpegDecoderCreate, (void *jpeg, int backend, void **made))
+MAKES(nvjpegDecoderStateCreate, (void *jpeg, void *decoder, void **made))
+MAKES(nvjpegBufferPinnedCreate, (void *jpeg, void *memory, void **made))
+MAKES(nvjpegBufferDeviceCreate, (void *jpeg, void *memory, void **made))
+MAKES(nvjpegJpegStreamCreate, (void *jpeg, void **made))
+MAKES(nvjpegDecodeParamsCreate, (void *jpeg, void **made))
+int nvjpegDecodeBatchedSupported(void *jpeg, void *stream, int *refused) { *refused = 0; return 0; }
+int nvjpegGetImageInfo(void *jpeg, const unsigned char *data, size_t bytes, int *channels, int *subsampling, int *widths,
+                       int *heights) {
+    size_t at = 2;  // after the start of the image: segments of a marker, a length and so many bytes
+    memset(widths, 0, 4 * sizeof *widths);
+    memset(heights, 0, 4 * sizeof *heights);
+    while (at + 10 <= bytes && data[at] == 0xFF) {
+        int marker = data[at + 1];
+        if (marker >= 0xC0 && marker <= 0xC2) {
+            *channels = data[at + 9];
+            *subsampling = 0;
+            for (int i = 0; i < *channels && i < 4; i++) {
+                heights[i] = data[at + 5] << 8 | data[at + 6];
+                widths[i] = data[at + 7] << 8 | data[at + 8];
+            }
+            return 0;
+        }
+        at += 2 + (data[at + 2] << 8 | data[at + 3]);
+    }
+    return 3;  // NVJPEG_STATUS_BAD_JPEG
+}
+int nvjpegDecodeBatched(void *jpeg, void *state, const unsigned char *const *data, const size_t *bytes, void *images,
+                        void *stream) {
+    nullgpu_call("nvjpegDecodeBatched");
     return 0;
 }
 
