@@ -27,19 +27,28 @@ def build(folder: Path) -> Path:
     import torch
 
     site = Path(torch.__file__).parents[1]
-    headers = site / "triton" / "backends" / "nvidia" / "include"
-    if torch.version.cuda is None or not headers.is_dir():
+    headers = include_folders(site)
+    if torch.version.cuda is None or not headers:
         raise FileNotFoundError(f"torch {torch.__version__} has no CUDA")
     stubs = folder / "stubs.c"
-    stubs.write_text("\n".join(stub_lines(site, headers / "cuda.h")) + "\n")
+    stubs.write_text("\n".join(stub_lines(site, headers[0] / "cuda.h")) + "\n")
     library = folder / "libcuda.so.1"
     sources = [HERE / "nullgpu.c", stubs]
-    flags = ["-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", headers]
+    flags = ["-O1", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", *(f"-I{each}" for each in headers)]
     subprocess.run(
         ["gcc", *flags, "-o", library, *sources, "-ldl", "-lpthread"], check=True, capture_output=True, text=True
     )
     (folder / "libcuda.so").symlink_to(library.name)
     return library
+
+
+def include_folders(site: Path) -> list[Path]:
+    """Return the folders of CUDA's headers: the runtime's that PyTorch uses, then Triton's, which have what those lack.
+
+    Triton's alone may be of an older version, in which functions and structures are others.
+    """
+    found = [*site.glob("nvidia/cu*/include"), site / "triton" / "backends" / "nvidia" / "include"]
+    return [folder for folder in found if (folder / "cuda.h").is_file()]
 
 
 def stub_lines(site: Path, driver: Path) -> list[str]:
