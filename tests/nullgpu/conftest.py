@@ -13,7 +13,7 @@ import pytest
 
 from . import build
 
-TRIED = ("2.14.1",)
+TRIED = ("2.11.0", "2.14.1")
 """Versions of torch whose CUDA calls nullgpu.c is known to answer."""
 
 

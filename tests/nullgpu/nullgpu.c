@@ -554,6 +554,8 @@ MAKES(nvjpegBufferPinnedCreate, (void *jpeg, void *memory, void **made))
 MAKES(nvjpegBufferDeviceCreate, (void *jpeg, void *memory, void **made))
 MAKES(nvjpegJpegStreamCreate, (void *jpeg, void **made))
 MAKES(nvjpegDecodeParamsCreate, (void *jpeg, void **made))
+int nvjpegGetCudartProperty(int part, int *value) { *value = part ? 0 : CUDA_VERSION / 1000; return 0; }
+int nvjpegGetProperty(int part, int *value) { return nvjpegGetCudartProperty(part, value); }
 int nvjpegDecodeBatchedSupported(void *jpeg, void *stream, int *refused) { *refused = 0; return 0; }
 int nvjpegGetImageInfo(void *jpeg, const unsigned char *data, size_t bytes, int *channels, int *subsampling, int *widths,
                        int *heights) {
