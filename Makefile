@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-gpu: each sets itself up on a fresh machine, in its own virtual environment.
+# make demo | test | lint | docs | dist | bench | bench-gpu: each sets itself up on a fresh machine, in its own virtual environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export TPU_SKIP_MDS_QUERY ?= 1
 export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
-.PHONY: demo test test-slow lint format bench bench-gpu clean
+.PHONY: demo test test-slow lint format docs dist bench bench-gpu clean
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --upgrade-strategy only-if-needed --editable
 
@@ -53,6 +53,26 @@ lint: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(VENV)/docs: $(VENV)/package
+	@echo "Installing what the docs site needs into $(VENV)"
+	$(INSTALL) '.[docs]'
+	touch $@
+
+# site/index.html; to read it: python -m http.server -d site
+docs: $(VENV)/docs
+	$(BIN)/python tools/docs_site.py build/docs
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "Read the docs: $(BIN)/python -m http.server -d site"
+
+$(VENV)/release: $(VENV)/package
+	$(INSTALL) '.[release]'
+	touch $@
+
+dist: $(VENV)/release
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 bench: $(VENV)/ready
 	$(BIN)/python benchmarks/masks.py
