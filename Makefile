@@ -62,7 +62,7 @@ $(VENV)/docs: $(VENV)/package
 # site/index.html; to read it: python -m http.server -d site
 docs: $(VENV)/docs
 	$(BIN)/python tools/docs_site.py build/docs
-	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict
 	@echo "Read the docs: $(BIN)/python -m http.server -d site"
 
 $(VENV)/release: $(VENV)/package

@@ -1,4 +1,4 @@
-"""Pages of docs/ agree with the code, and with one another in GitHub's view. The built site is in test_site.py."""
+"""Pages of docs/ agree with the code, and with one another in GitHub's view. The built site is in test_docs_site.py."""
 
 import ast
 import functools
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from simmim.config.pretrain_recipes import RECIPES, find_recipe
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -38,6 +40,13 @@ def test_links_lead_to_files_and_headings(page):
 def test_every_page_is_in_the_sites_navigation():
     listed = re.findall(r"\b([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert {page.name for page in DOCS} - set(listed) == set()
+
+
+def test_the_table_of_recipes_has_their_sizes_epochs_and_batches():
+    rows = re.findall(r"^\| `([\w-]+)` \| .*?, (\d+) \| (\d+) × (\d+) \|", (ROOT / "docs/recipes.md").read_text(), re.M)
+    told = {name: ((int(size), int(size)), float(epochs), int(batch)) for name, size, epochs, batch in rows}
+    recipes = {name: find_recipe(name) for name in RECIPES}
+    assert told == {name: (each.image_size, each.epochs, each.batch_size) for name, each in recipes.items()}
 
 
 def templates() -> list[str]:

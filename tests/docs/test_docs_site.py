@@ -34,7 +34,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 build(load_config(sys.argv[1], docs_dir=sys.argv[2], site_dir=sys.argv[3]))
 """
-PAGES = ["", "commands/pretrain/", "python/", "method/", "troubleshooting/"]
+PAGES = ["", "tutorial/", "commands/pretrain/", "python/", "method/", "troubleshooting/"]
 
 
 @pytest.fixture(scope="module")
