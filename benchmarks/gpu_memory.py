@@ -152,7 +152,7 @@ def leave_out_kernels() -> None:
     """Let Inductor write kernels that are never compiled: it allocates the same memory around them."""
     inductor: Any = importlib.import_module("torch._inductor.async_compile")
     inductor.AsyncCompile.triton = lambda *arguments, **settings: NoKernel()
-    importlib.import_module("torch._inductor.config").force_disable_caches = True
+    importlib.import_module("torch._inductor.config").force_disable_caches = True  # type: ignore[attr-defined]
 
 
 def compiled(models: list[str]) -> Iterator[dict[str, Any]]:
