@@ -336,7 +336,9 @@ def test_fine_tuned_classifier_has_no_official_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", ["timm", "official"])
 def test_other_tasks_have_no_export(format: str, tmp_path: Path) -> None:
     mark_task(Run(tmp_path / "run").model, "segment")
-    with pytest.raises(ValueError, match="is fine-tuned for segment, and exports are of encoders and classifiers"):
+    with pytest.raises(
+        ValueError, match=f"is fine-tuned for segment, which format {format} has no place for; use --format onnx"
+    ):
         export(tmp_path / "run", format=format, out=tmp_path / "out")
 
 

@@ -21,20 +21,22 @@ from simmim.errors import UserError
 from simmim.interop.weight_names import State, from_official_simmim, to_official_simmim
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, build_model
+from simmim.torch_engine.tasks.detect_step import load_detector
+from simmim.torch_engine.tasks.detectors import TWO_STAGES
 from simmim.torch_engine.tasks.segment import load_predictor
 from simmim.torch_engine.train.storage import load_run, save_hub
 from simmim.training.pretrain_plan import draw_masks
 from simmim.training.run_directory import find_model, find_task_of
 
-_TOLERANCE = 1e-4  # relative to the largest value; allows for other kernels and summation orders in fp32
+TOLERANCE = 1e-4  # relative to the largest value; allows for other kernels and summation orders in fp32
 
 
 @dataclass(frozen=True)
 class Source:
-    """Model to export: a run's backbone with its classifier, or with the whole pretraining model, or a segmenter."""
+    """Model to export: a backbone with its classifier or the whole pretraining model, a segmenter, or a detector."""
 
     run: Path
-    backbone: Any  # a timm module, or a `Segmenter`
+    backbone: Any  # a timm module, a `Segmenter`, or a detector of torchvision's
     input_size: tuple[int, int, int]  # C, H, W
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -62,11 +64,12 @@ def open_exported(path: Path, format: str = "timm") -> Source:
     if task := find_task_of(path):
         if task == "segment" and format == "onnx":
             return _open_segmenter(path)
+        if task == "detect" and format == "onnx":
+            return _open_detector(path)
         if task != "classify":
-            also = " (and ONNX of segmentation)" if task == "segment" else ""
             raise UserError(
-                f"{path} is fine-tuned for {task}, and exports are of encoders and classifiers{also}; "
-                "use it with simmim predict, or export the run that it began from"
+                f"{path} is fine-tuned for {task}, which format {format} has no place for; use --format onnx or simmim "
+                "predict, or export the run that it began from"
             )
         hub = find_model(path)
         settings = json.loads((hub / "config.json").read_text(encoding="utf-8"))
@@ -112,6 +115,18 @@ def _open_segmenter(path: Path) -> Source:
         crop=None,
         dtype=predictor.dtype.name,
     )
+
+
+def _open_detector(path: Path) -> Source:
+    step, config, classes = load_detector(find_model(path), "cpu")
+    if config.detector in TWO_STAGES:
+        raise UserError(
+            f"{path} is a {config.detector}, whose second stage cannot be exported; use it with simmim predict, or "
+            "fine-tune with --detector fcos or retinanet"
+        )
+    assert config.image_size is not None and isinstance(config.mean, tuple) and isinstance(config.std, tuple)
+    size = (config.channels, *config.image_size)
+    return Source(path, step.detector, size, config.mean, config.std, classes=classes, task="detect", crop=None)
 
 
 def export_timm(source: Source, out: Path, _allow_loss: bool) -> list[str]:
@@ -198,7 +213,7 @@ def compare(source: Source, tool: str, pairs: list[tuple[str, Outputs, Outputs]]
     for name, ours, theirs in pairs:
         expected = ours(images).float()
         distance = float((theirs(images).float() - expected).abs().max())
-        limit = _TOLERANCE * max(1.0, float(expected.abs().max()))
+        limit = TOLERANCE * max(1.0, float(expected.abs().max()))
         if not distance <= limit:
             raise UserError(
                 f"{tool} gives another {name} than {source.run} (off by {distance:.2g}, where rounding is at most "

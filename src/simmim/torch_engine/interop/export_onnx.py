@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from simmim.errors import UserError
 from simmim.torch_engine.interop.export import Outputs, Source, compare
+from simmim.torch_engine.interop.export_detector import export_detector
 
 _ONE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GB, larger weights go into a separate file
 
@@ -23,14 +24,16 @@ _ONE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GB, larger weights 
 def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
     """Export `model.onnx`: normalised images (B, C, H, W) → timm's `forward_features` and an embedding (B, D).
 
-    A fine-tuned classifier outputs logits (B, K) instead, and a segmenter logits (B, K, H, W). The file's metadata say
-    how to prepare an image.
+    A fine-tuned classifier outputs logits (B, K) instead, a segmenter logits (B, K, H, W), and a detector the objects
+    of one image. The file's metadata say how to prepare an image.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"--format onnx needs {package}: pip install 'simmim[onnx]'")
     import onnxruntime
 
+    if source.task == "detect":
+        return export_detector(source, _without_fused_attention(source.backbone), out / "model.onnx")
     names = ("features", "embedding") if source.task == "encoder" else ("logits",)
     file = out / "model.onnx"
     with warnings.catch_warnings():
