@@ -62,8 +62,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "sigreg": LATENT | {"objectives": [{"kind": "sigreg"}]},
     "infonce": LATENT | {"objectives": [{"kind": "infonce"}]},
     "descriptor + infonce": DESCRIPTOR | {"objectives": [{"kind": "descriptor"}, {"kind": "infonce", "weight": 0.1}]},
+    "pixels, hard mask": PIXELS | {"vit": {"mask": {"kind": "hard", "cell": 4}}},
+    "pixels, attention mask": PIXELS | {"vit": {"mask": {"kind": "attention", "cell": 4}}},
+    "teacher: descriptor": LATENT | {"objectives": [{"kind": "teacher"}]},
 }
 """Arguments of `simmim.pretrain` by arm, with those for one encoder under its name. They may replace an encoder's."""
+TEACHERS = {"teacher: descriptor": "descriptor"}
+"""The arm that trains an arm's teacher. Teacher and student have half of the processor time each."""
 
 
 def arm_settings(arm: str, encoder: str) -> dict[str, Any]:
@@ -143,12 +148,19 @@ class Bench:
         """Pretrain for the processor time, and keep the encoder. Raises `SystemExit` where the time cannot be met."""
         load_set(name, self.data, self.sets)
         settings = {**arm_settings(arm, encoder), "seed": seed, "data": str(self.sets / f"{name}.npz")}
+        seconds = self.seconds
+        if arm in TEACHERS:
+            seconds /= 2
+            half = dataclasses.replace(self, seconds=seconds, work=self.work / "teachers")
+            half.pretrain(name, encoder, TEACHERS[arm], seed)
+            source = str(half.encoder_path(name, encoder, TEACHERS[arm], seed) / "model.safetensors")
+            settings["objectives"] = [{**part, "source": source} for part in settings["objectives"]]
         shown = {key: str(value) for key, value in settings.items() if key != "data"} | {"seconds": str(self.seconds)}
         path = self.encoder_path(name, encoder, arm, seed)
 
         def measure() -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=self.work) as folder:
-                found, run = self._pretrain_for_seconds(settings, Path(folder))
+                found, run = self._pretrain_for_seconds(settings, seconds, Path(folder))
                 losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
                 shutil.rmtree(path, ignore_errors=True)
                 path.parent.mkdir(exist_ok=True)
@@ -160,7 +172,9 @@ class Bench:
             changed = ", ".join(key for key in shown | known if shown.get(key) != known.get(key))
             raise SystemExit(f"{self.work} holds arm {arm} with another {changed}; give the arm another name")
 
-    def _pretrain_for_seconds(self, settings: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Run]:
+    def _pretrain_for_seconds(
+        self, settings: dict[str, Any], seconds: float, folder: Path
+    ) -> tuple[dict[str, Any], Run]:
         """Pretrain as many steps as take the processor time; return steps and seconds, and the run."""
 
         def train(steps: int) -> tuple[float, Run]:
@@ -177,15 +191,15 @@ class Bench:
         start = max(short - 10 * step, 0.0)  # building, reading the first images and saving
         thrown_away = []
         for _ in range(ATTEMPTS):
-            steps = round((self.seconds - start) / step)
+            steps = round((seconds - start) / step)
             took, run = train(steps)
             found = {"steps": steps, "processor_seconds": round(took, 1), "expected_per_step": round(step, 5)}
-            if abs(took / self.seconds - 1) <= TOLERANCE:
+            if abs(took / seconds - 1) <= TOLERANCE:
                 return {**found, "thrown_away": thrown_away}, run
             thrown_away.append(found)
-            print(f"thrown away, since it took other than {self.seconds:g} s: {found}", flush=True)
+            print(f"thrown away, since it took other than {seconds:g} s: {found}", flush=True)
             step = (took - start) / steps
-        raise SystemExit(f"{ATTEMPTS} runs missed {self.seconds:g} s of processor time by more than {TOLERANCE:.0%}")
+        raise SystemExit(f"{ATTEMPTS} runs missed {seconds:g} s of processor time by more than {TOLERANCE:.0%}")
 
     def probe(
         self, part: tuple[str, str, str, int], read: Callable[[dict[str, Any]], Features], *, all_labels: bool = True

@@ -24,7 +24,7 @@ from simmim.method.objectives import DescriptorRegression
 from simmim.method.schedules import usual_lr
 
 NAMES = ("fashion", "photo-dev", "emoji")
-SIZES = ((32, 128, 32), (32, 192, 128), (64, 256, 16))
+SIZES = ((32, 128, 32), (32, 192, 64), (64, 256, 16))
 """Side in pixels, width of a ViT (of a ResNet's last stage twice as much), batch."""
 FACTORS = (1 / 3, 1.0, 3.0)
 FAMILIES = ("vit", "resnet")
