@@ -1,5 +1,6 @@
 import zlib
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from simmim.method.masks import (
     NoiseMask,
     RandomMask,
     SquareMask,
+    StripMask,
     UniformMask,
     upsample_mask,
 )
@@ -123,6 +125,7 @@ def test_every_cell_is_hidden_in_some_image_and_visible_in_another(strategy: typ
         ("uniform", 2692619491),
         ("inverse-block", 1263146292),
         ("noise", 1252044756),
+        ("strips", 2577410022),
     ],
 )
 def test_masks_never_change(name: str, checksum: int) -> None:
@@ -192,6 +195,23 @@ def test_inverse_blocks_have_compact_visible_parts() -> None:
         _boundary(kind(cell=16, ratio=0.8)(_keys(500), (224, 224))).mean() for kind in (InverseBlockMask, RandomMask)
     ]
     assert boundary[0] < 0.6 * boundary[1]
+
+
+# StripMask
+
+
+@pytest.mark.parametrize(("along", "axis"), [("time", 2), ("frequency", 1)])
+def test_strips_hide_whole_spans_of_time_or_bands_of_frequency(along: Literal["time", "frequency"], axis: int) -> None:
+    masks = StripMask(along=along, ratio=0.5, cell=16)(_keys(200), (1024, 128))
+    assert (masks.all(axis=axis) | ~masks.any(axis=axis)).all()
+    cut = StripMask(along=along, ratio=0.53, cell=16)(_keys(200), (1024, 128))
+    assert ((cut.any(axis=axis) & ~cut.all(axis=axis)).sum(axis=1) <= 1).all()
+
+
+def test_strips_of_both_kinds_hide_some_of_each() -> None:
+    masks = StripMask(along="both", ratio=0.8, cell=16)(_keys(500), (256, 256))
+    assert 0.4 < masks.all(axis=2).mean() < 0.6
+    assert 0.4 < masks.all(axis=1).mean() < 0.6
 
 
 # NoiseMask
@@ -358,6 +378,7 @@ def test_a_mask_of_the_whole_image_is_refused() -> None:
         (BlockMask, {"min_cells": 0}, "smallest mask block 0 is less than 1 cell; use for example 16"),
         (InverseBlockMask, {"block": 0}, "visible mask block 0 is less than 1 cell; use for example 3"),
         (InverseBlockMask, {"adjust": -1}, "mask adjustment -1 is not between 0 and 1; use for example 0.07"),
+        (StripMask, {"along": "space"}, "strips along 'space' are unknown; use time, frequency, both"),
         (NoiseMask, {"colour": "pink"}, "mask noise colour 'pink' is unknown; use green, red, blue, purple"),
         (
             NoiseMask,

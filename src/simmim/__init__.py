@@ -68,7 +68,8 @@ def __dir__() -> list[str]:
 def pretrain(*, recipe: str | None = None, **settings: Any) -> "Run":
     """Pretrain a backbone, or resume the run in `out`; settings are the fields of `PretrainConfig`.
 
-    All others are those of the recipe. Without one it is `default-small`, for useful features, or SimMIM where an
+    All others are those of the recipe. Without one it is `default-small`, for useful features (`audio-small` for
+    sounds), or SimMIM where an
     objective, target, loss, head or the Keras engine is given (docs/pretraining.md).
 
     Returns the run. Raises `UserError` for an invalid setting, images that cannot be read, or an `out` that holds a run
@@ -78,13 +79,14 @@ def pretrain(*, recipe: str | None = None, **settings: Any) -> "Run":
     from simmim.config.pretrain_recipes import find_recipe, first_config
     from simmim.config.pretraining import PretrainConfig
     from simmim.config.validation import from_settings
+    from simmim.data.files import names_sounds
     from simmim.engines import pretrain
 
-    first = (
-        find_recipe(recipe)
-        if recipe
-        else first_config(settings, str(settings["model"]) if "model" in settings else None)
-    )
+    if recipe:
+        first = find_recipe(recipe)
+    else:
+        model = str(settings["model"]) if "model" in settings else None
+        first = first_config(settings, model, sounds=names_sounds(settings.get("data")))
     return _run_of(*pretrain(from_settings(PretrainConfig, vars(first) | settings)))
 
 

@@ -5,7 +5,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -45,11 +45,12 @@ def parse_with_defaults(
     about: str | None,
     argv: list[str],
     find: Callable[[str], Config],
-    first: Callable[[Collection[str], str | None], Config] | None = None,
+    first: "Callable[..., Config] | None" = None,
 ) -> Config:
     """Parse arguments whose defaults may come from a recipe, looked up by `find`, or from a file.
 
-    Without either they are those of `first`, which gets the names of the options and the model, or of the class.
+    Without either they are those of `first`, which gets the names of the options, the model, and whether the data is
+    sounds, or of the class.
     """
     from simmim.config.field_types import Word
     from simmim.config.strategies import (
@@ -60,6 +61,7 @@ def parse_with_defaults(
         with_strategy_options,
     )
     from simmim.config.toml import read_toml
+    from simmim.data.files import names_sounds
 
     @dataclass(frozen=True, kw_only=True)
     class Command(kind):
@@ -69,11 +71,11 @@ def parse_with_defaults(
         """TOML file to take defaults from, such as RUN/config.toml."""
 
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--recipe", "--config", "--model"):
+    for name in ("--recipe", "--config", "--model", "--data"):
         known.add_argument(name, nargs="?")
     sources = vars(known.parse_known_args(argv)[0])
-    model = sources.pop("model")
-    defaults = first(_names(argv), model) if first else kind()
+    model, data = sources.pop("model"), sources.pop("data")
+    defaults = first(_names(argv), model, sounds=names_sounds(data)) if first else kind()
     if sources["recipe"] and sources["config"]:
         raise UserError("--recipe and --config both set the defaults; use one of them")
     if sources["recipe"]:

@@ -48,7 +48,7 @@ def _pretrain(config: "PretrainConfig") -> int:
 
 
 def reconstruct(argv: list[str]) -> int:
-    """Draw original, masked and reconstructed images side by side, or features as colours"""
+    """Draw original, masked and reconstructed images or sounds side by side, or features as colours"""
     from tyro.conf import Positional, arg
 
     from simmim.commands.reconstruct import reconstruct
@@ -58,7 +58,7 @@ def reconstruct(argv: list[str]) -> int:
         run: Positional[Annotated[str, arg(metavar="RUN")]]
         """Run directory of a pretraining."""
         images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE...")]]
-        """Image files, or any value of --data, from which the seed draws images."""
+        """Image or sound files, or any value of --data, from which the seed draws some."""
         out: str = "reconstruction.png"
         """Image file to write."""
         count: int = 8
@@ -67,8 +67,12 @@ def reconstruct(argv: list[str]) -> int:
         """Seed for masks and for drawing images."""
         features: bool = False
         """Draw features as colours (three principal axes) instead; for a run of any objective."""
+        wav: bool = False
+        """Of sounds, also write what can be heard of original, masked and reconstruction (Griffin-Lim)."""
 
-    show([reconstruct(**vars(parse(Command, "reconstruct", _about("reconstruct"), argv)))])
+    command = parse(Command, "reconstruct", _about("reconstruct"), argv)
+    picture = reconstruct(**vars(command))
+    show([picture, *([f"{picture.with_suffix('')}-*.wav"] if command.wav else [])])
     return 0
 
 

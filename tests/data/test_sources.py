@@ -227,7 +227,7 @@ def test_a_scheme_that_cannot_be_registered_is_refused(scheme: str, message: str
 
 
 def test_an_unknown_scheme_is_refused_with_those_that_are_known():
-    with pytest.raises(ValueError, match="scheme faces of faces:all is not known; use one of demo, hf, lmdb"):
+    with pytest.raises(ValueError, match="scheme faces of faces:all is not known; use one of audio, demo, hf, lmdb"):
         open_source("faces:all")
 
 

@@ -11,7 +11,10 @@ from collections.abc import Collection, Iterator
 # Options by group, in the order of the help; `mask.*` stands for every setting of a strategy.
 _GROUPS = {
     "common": "data out from recipe model image-size epochs batch-size lr objective mask target",
-    "data": "channels mean std flip crop-scale crop-ratio val-images val-fraction max-bad-fraction accept-changed-data",
+    "data": (
+        "channels mean std flip crop-scale crop-ratio val-images val-fraction max-bad-fraction accept-changed-data "
+        "sound.*"
+    ),
     "model": "model-args init-from positions head head.* drop-path",
     "method": ("mask.* target.* loss loss.* encode masks-per-image objectives"),
     "optimisation": (
@@ -32,9 +35,12 @@ _COLUMN = 28  # where the help text starts
 
 @contextlib.contextmanager
 def wide_output(stream: io.StringIO) -> Iterator[None]:
-    """Redirect standard output to `stream` without line breaks: on a narrow terminal tyro breaks inside words."""
+    """Redirect standard output to `stream` as for a terminal of 129 columns.
+
+    On a narrow one tyro breaks inside words; from 130 columns on it may put boxes of options side by side.
+    """
     columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000"
+    os.environ["COLUMNS"] = "129"
     try:
         with contextlib.redirect_stdout(stream):
             yield

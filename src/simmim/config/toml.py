@@ -41,7 +41,7 @@ def to_toml(config: TrainingConfig) -> str:
         elif isinstance(value, tuple) and value and isinstance(value[0], Strategy):
             value = [each.as_table() for each in value]
         elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            value = dataclasses.asdict(value)
+            value = {name: setting for name, setting in dataclasses.asdict(value).items() if setting is not None}
         if value is None and field.default is not None:
             value = "none"
         if value is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from tyro.conf import Suppress
 
 from simmim.config.field_types import (
     HINT,
@@ -28,7 +29,9 @@ from simmim.config.field_types import (
     YesNo,
     one_word,
 )
+from simmim.config.sound import Sound
 from simmim.errors import UserError
+from simmim.method.spectrogram import Spectrogram
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,8 @@ class TrainingConfig:
     data_forms: ClassVar[str] = "a folder, a text file of paths, hf:NAME or demo"
     """What --data takes, for messages."""
     data: Word = None
-    """Images: a folder (searched recursively), a .zip, .tar or list of paths, hf:NAME_OR_PATH, or demo. Required."""
+    """Images, or sounds: a folder (searched recursively), a .zip, .tar or list of paths, hf:NAME_OR_PATH, or demo;
+    sounds of any names as audio:DATA. Required."""
     out: Word = None
     """Run directory. An existing run resumes. Required."""
     model: str = "vit_small_patch16_224"
@@ -71,13 +75,17 @@ class TrainingConfig:
     model_args: ModelArgs = field(default_factory=dict)
     """Extra arguments of the timm model, such as depth=4 embed_dim=192."""
     image_size: ImageSize = None
-    """Image size in pixels, N or HxW (default: the model's)."""
+    """Image size in pixels, N or HxW; of sounds frames x mel bands (default: the model's, of sounds 1024x128)."""
     channels: Positive = 3
     """Image channels. Grey (1) and RGB (3) convert freely; other numbers must match the files."""
     mean: Colour = None
     """Mean of each channel, where 1 is white (default: ImageNet's for 8-bit RGB, else measured)."""
     std: Colour = None
     """Standard deviation of each channel (default: as for --mean)."""
+    input: Suppress[Literal["images", "sounds"]] = "images"
+    """What the files are; their names decide where it is left alone."""
+    sound: Sound = Sound()
+    """Front end of sounds."""
     flip: Annotated[Flip | None, one_word(str, "none|horizontal|both"), HINT] = None
     """Random flips; both means left-right and upside down (default: horizontal, or as the source declares)."""
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
@@ -147,6 +155,18 @@ class TrainingConfig:
     """Steps between progress lines; metrics.jsonl records every step."""
     log: Annotated[tuple[Literal["wandb", "trackio"], ...], HINT] = ()
     """Additional trackers, which must be installed."""
+
+    @property
+    def read_size(self) -> tuple[int, int]:
+        """Size in which the files are read: (H, W) of images, (samples, 1) of sounds."""
+        assert self.image_size is not None
+        return (self.spectrogram.samples, 1) if self.spectrogram else self.image_size
+
+    @property
+    def spectrogram(self) -> Spectrogram | None:
+        """Front end of sounds; `None` for images."""
+        assert self.image_size is not None
+        return self.sound.spectrogram(self.image_size) if self.input == "sounds" else None
 
     @property
     def pieces(self) -> int:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simmim.data.decode import BadImage
-from simmim.data.files import SUFFIXES, find_images, read_part
+from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, check_one_kind, find_images, read_part
 from simmim.data.names import Names
 from simmim.errors import UserError
 
 ARCHIVES = (".zip", ".tar")
 """Suffixes of archives whose images can be read one by one."""
 _LABEL = ".cls"
+_READ = (*SUFFIXES, *SOUND_SUFFIXES)
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 _LOCAL_HEADER, _LENGTHS = 30, slice(26, 30)  # bytes; lengths of name and extra field (APPNOTE.TXT, 4.3.7)
 _LARGEST = 2**30  # bytes of an image file
@@ -51,13 +52,12 @@ class ArchiveImages:
         members: list[_Member] = []
         for path in paths:
             found = _read_directory(path)
-            members += sorted(
-                (each for each in found if each.name.lower().endswith(SUFFIXES)), key=lambda each: each.name
-            )
+            members += sorted((each for each in found if each.name.lower().endswith(_READ)), key=lambda each: each.name)
             self._ends.append(len(members))
             self._texts.append({_key(each.name): each for each in found if each.name.lower().endswith(_LABEL)})
         if not members:
             raise UserError(f"{self._paths[0]} holds no images; files read end in {', '.join(SUFFIXES)}")
+        check_one_kind((member.name for member in members), self._paths[0])
         self._names = Names(member.name for member in members)
         self._places = array("Q", (member.place for member in members))
         self._stored = array("Q", (member.stored for member in members))
@@ -116,7 +116,7 @@ def open_archives(path: Path) -> ArchiveImages | None:
     if not path.is_dir():
         return ArchiveImages([path]) if path.name.lower().endswith(ARCHIVES) and path.is_file() else None
     found = find_archives(path)
-    return ArchiveImages(found) if found and not find_images(path) else None
+    return ArchiveImages(found) if found and not find_images(path, _READ) else None
 
 
 def find_archives(folder: Path) -> list[Path]:
@@ -182,7 +182,7 @@ def _key(name: str) -> str:
 
 def _is_wanted(name: str) -> bool:
     hidden = any(part.startswith(".") for part in name.split("/")) or name.startswith("__MACOSX/")
-    return not hidden and name.lower().endswith((*SUFFIXES, _LABEL))
+    return not hidden and name.lower().endswith((*_READ, _LABEL))
 
 
 def _zipped(path: Path) -> Iterator[_Member]:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from simmim.config.field_types import Flip
 from simmim.data.decode import Picture, Raw, open_picture
+from simmim.data.sounds import Clip
 from simmim.errors import UserError
 from simmim.method.random_keys import draws, sample_keys, uniforms
 
@@ -196,7 +197,13 @@ def show(
     out: NDArray[Any] | None = None,
     antialias: bool = True,
 ) -> NDArray[Any]:
-    """Do what `load` does, for an image that is open."""
+    """Do what `load` does, for an image that is open. Of a sound, it is `size[0]` samples around the box's middle."""
+    if isinstance(picture, Clip):
+        samples = picture.show(box, size[0], dtype=dtype)
+        if out is None:
+            return samples
+        out[:] = samples
+        return out
     pixels = picture.decode(channels=channels, dtype=dtype, reduction=reduction(box, size))
     height, width = pixels.shape[:2]
     if (height, width) != (picture.height, picture.width):

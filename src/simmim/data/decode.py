@@ -21,7 +21,7 @@ from simmim.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-Raw: TypeAlias = "bytes | NDArray[Any] | Image.Image"
+Raw: TypeAlias = "bytes | NDArray[Any] | Image.Image | Picture"
 
 MAX_PIXELS = 178_956_970
 """Limit against decompression bombs, Pillow's default."""
@@ -84,6 +84,10 @@ class Picture:
                 raise BadImage(f"has {self.dtype} values, but earlier images have 8 bits")
             return np.rint(pixels).astype(np.uint8)
 
+    def check(self, reduction: int = 1) -> None:
+        """Read all of it, to see whether that is possible. Raises `BadImage`."""
+        self.decode(channels=self.channels, dtype=np.float32, reduction=reduction)
+
 
 def decode(raw: Raw, *, channels: int, dtype: DTypeLike) -> NDArray[Any]:
     """Decode an image file's bytes, an array (H, W) or (H, W, C), or a Pillow image to pixels (H, W, `channels`).
@@ -97,6 +101,8 @@ def decode(raw: Raw, *, channels: int, dtype: DTypeLike) -> NDArray[Any]:
 def open_picture(raw: Raw) -> Picture:
     """Read an image's header. Raises `BadImage`, also for more than `MAX_PIXELS`."""
     with _BlameTheImage():
+        if isinstance(raw, Picture):
+            return raw
         if isinstance(raw, np.ndarray):
             return _open_array(raw)
         if not isinstance(raw, bytes):

@@ -1,10 +1,13 @@
 """Image files: in a folder of any depth, or listed in a text file."""
 
 import errno
+import json
 import os
 import stat
+import tarfile
 import time
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from simmim.data.names import Names
@@ -13,6 +16,9 @@ from simmim.errors import UserError
 _SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 SUFFIXES = tuple(_SUFFIXES.split())
 """Suffixes of the files in a folder that count as images."""
+_SOUND_SUFFIXES = ".aif .aifc .aiff .au .caf .flac .mp3 .oga .ogg .opus .rf64 .w64 .wav"
+SOUND_SUFFIXES = tuple(_SOUND_SUFFIXES.split())
+"""Suffixes of the files in a folder that count as sounds."""
 
 # Errors that may pass on a network file system (NFS, SMB, FUSE), and how long to wait before each further try.
 _PASSING = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "ENETDOWN", "ENETUNREACH", "EHOSTUNREACH", "ECONNRESET",
@@ -68,14 +74,78 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # of a regular file it changes nothing
 
 
-def open_folder(folder: Path) -> PathList:
-    """Open all images below a folder. Raises `UserError` if there are none or the folder cannot be listed."""
+def is_sound(name: str) -> bool:
+    """Tell whether a file is a sound, by its name."""
+    return name.lower().endswith(SOUND_SUFFIXES)
+
+
+def names_sounds(data: object) -> bool:
+    """Tell whether `--data` names sounds: by its scheme, or by the first file of a folder, list or archive.
+
+    Reads no more than that needs; what is wrong with the data shows when it is opened.
+    """
+    if not isinstance(data, str | os.PathLike):
+        return False
+    path = Path(data).expanduser()
+    if str(data).startswith("audio:"):
+        return True
     try:
-        names = find_images(folder)
+        return is_sound(_first_name(path) or "")
+    except (OSError, ValueError, tarfile.TarError, zipfile.BadZipFile):
+        return False
+
+
+def _first_name(path: Path) -> str | None:
+    """Return the name of the first picture or sound of a folder, list or archive; `None` where there is none."""
+    known = (*SUFFIXES, *SOUND_SUFFIXES)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        if (path / "00000.json").is_file():  # packed
+            return next(iter(json.loads((path / "00000.json").read_bytes()).get("names", ())), None)
+        names: Iterable[str] = _walk(path, "", set(), (*known, ".zip", ".tar"))
+        found = next(iter(names), None)
+        return _first_name(path / found) if found and found.lower().endswith((".zip", ".tar")) else found
+    if not path.is_file():
+        return None
+    if suffix in (".txt", ".lst"):
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
+            return next((name for line in lines if (name := line.strip()) and not name.startswith("#")), None)
+    if suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            return next((name for name in archive.namelist() if name.lower().endswith(known)), None)
+    if suffix == ".tar":
+        with tarfile.open(path) as members:
+            return next((each.name for each in members if each.name.lower().endswith(known)), None)
+    return None
+
+
+def check_one_kind(names: Iterable[str], where: object) -> None:
+    """Raise `UserError` for names of both pictures and sounds. `where` names what holds them."""
+    first: dict[bool, str] = {}
+    for name in names:
+        if name.lower().endswith(SOUND_SUFFIXES):
+            first.setdefault(True, name)
+        elif name.lower().endswith(SUFFIXES):
+            first.setdefault(False, name)
+        if len(first) == 2:
+            raise UserError(
+                f"{where} holds pictures, such as {first[False]}, and sounds, such as {first[True]}; "
+                "give a folder of one kind, or a .txt list of the paths of one"
+            )
+
+
+def open_folder(folder: Path) -> PathList:
+    """Open all images, or all sounds, below a folder.
+
+    Raises `UserError` if there are none or both, or the folder cannot be listed.
+    """
+    try:
+        names = find_images(folder, (*SUFFIXES, *SOUND_SUFFIXES))
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
     if not names:
         raise UserError(f"folder {folder} holds no images; files read end in {', '.join(SUFFIXES)}")
+    check_one_kind(names, f"folder {folder}")
     return PathList(names, root=folder)
 
 
@@ -98,9 +168,9 @@ def open_list(path: Path) -> PathList:
     return source
 
 
-def find_images(root: Path) -> Names:
+def find_images(root: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Names:
     """List image files in any depth, sorted, as paths relative to `root`. Hidden files and folders are left out."""
-    return Names(_walk(root, "", set()))
+    return Names(_walk(root, "", set(), suffixes))
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
@@ -108,7 +178,7 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not Path(entry.path).exists()
 
 
-def _walk(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+def _walk(root: Path, folder: str, seen: set[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
     status = Path(root, folder).stat()
     if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
         return
@@ -118,13 +188,13 @@ def _walk(root: Path, folder: str, seen: set[tuple[int, int]]) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.name.lower().endswith(SUFFIXES) and (entry.is_file() or _leads_nowhere(entry)):
+            if entry.name.lower().endswith(suffixes) and (entry.is_file() or _leads_nowhere(entry)):
                 found.append(entry.name)
             elif entry.is_dir():
                 found.append(f"{entry.name}/")
     found.sort()  # folders sort by name with the slash, so whole paths are in order without a list of all
     for name in found:
         if name.endswith("/"):
-            yield from _walk(root, folder + name, seen)
+            yield from _walk(root, folder + name, seen, suffixes)
         else:
             yield folder + name

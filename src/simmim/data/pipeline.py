@@ -23,6 +23,7 @@ from simmim.config.field_types import Flip
 from simmim.data.augment import RandomResizedCrop, draw_flips, load
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage
+from simmim.data.sound_augment import TimeCrop
 from simmim.data.sources import ImageSource, read_raw
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_key, sample_keys
@@ -38,6 +39,7 @@ Batch = dict[str, Any]
 """
 Read = Callable[[int, int, NDArray[Any] | None], Sample]
 """Epoch and index of an image, and the row to write it to, if any → sample."""
+Crop = RandomResizedCrop | TimeCrop
 Augment = Callable[[NDArray[Any], NDArray[np.uint64]], NDArray[Any]]
 """A cropped image (H, W, C) and its key (1,) → the image that is trained on."""
 
@@ -150,7 +152,7 @@ def train_batches(
     source: ImageSource,
     reading: Reading,
     *,
-    crop: RandomResizedCrop,
+    crop: Crop,
     channels: int,
     dtype: DTypeLike,
     augment: Augment | None = None,
@@ -159,11 +161,11 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of a reading: images cropped and resized (`load`), and augmented if asked for.
 
-    `stream` reads ahead: threads by default, or `stream_from_processes`, which takes no `augment`. Otherwise like
-    `sample_batches`.
+    `stream` reads ahead: threads by default, or `stream_from_processes`, to which `augment` must be sent. Otherwise
+    like `sample_batches`.
     """
     read = _ReadCrop(source, reading.seed, crop, channels, dtype, augment, antialias)
-    rows = None if augment else Rows((reading.batch_size // reading.world, *crop.size, channels), dtype)
+    rows = Rows((reading.batch_size // reading.world, *crop.size, channels), dtype)
     return read_ahead(open_loader(source, reading, read, rows), reading, stream)
 
 
@@ -173,7 +175,7 @@ class _ReadCrop:
 
     source: ImageSource
     seed: int
-    crop: RandomResizedCrop
+    crop: Crop
     channels: int
     dtype: DTypeLike
     augment: Augment | None
@@ -191,6 +193,8 @@ class _ReadCrop:
         )
         if self.augment is not None:
             image = self.augment(image, sample_keys(self.seed, epoch, index, stream="augment"))
+            if row is not None:
+                row[:] = image
         return {"image": image}
 
 

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from simmim.config.field_types import Flip
 from simmim.data.archives import ARCHIVES, open_archives
 from simmim.data.decode import BadImage, Raw, open_picture
-from simmim.data.files import SUFFIXES, PathList, open_folder, open_list
+from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, PathList, open_folder, open_list
 from simmim.data.hugging_face import open_hugging_face
 from simmim.data.key_value import open_lmdb
 from simmim.data.packed.format import is_packed, open_packed
+from simmim.data.sounds import Clip, Sounds
 from simmim.errors import UserError
 
 _LISTS = (".txt", ".lst", ".npz", ".parquet", *ARCHIVES)  # files that hold or list many images
@@ -119,6 +120,7 @@ class ArrayImages:
 
 
 _SCHEMES: dict[str, Callable[[str], ImageSource]] = {
+    "audio": lambda rest: Sounds(open_source(rest)),
     "demo": lambda _: DemoImages(),
     "hf": open_hugging_face,
     "lmdb": open_lmdb,
@@ -144,7 +146,8 @@ def open_source(data: str) -> ImageSource:
 
     That is a registered scheme (`demo`, `hf:NAME_OR_PATH[:SPLIT]`, `lmdb:PATH`), a folder of images or of archives, a
     .zip or .tar, a .parquet, a .txt or .lst of paths, an .npz, or a directory that `simmim pack` wrote, also by a URL
-    of object storage. Raises `UserError` if there is nothing to read.
+    of object storage. Sounds come likewise, and with `audio:` before any of these whatever their names.
+    Raises `UserError` if there is nothing to read.
     """
     check_there(data)
     scheme, _, rest = data.partition(":")
@@ -209,7 +212,7 @@ def check_files(images: Sequence[str]) -> None:
     """Raise `UserError` where `open_files` would find nothing. Opens nothing."""
     if not images:
         raise UserError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
-    if _is_set(images) and not images[0].lower().endswith(SUFFIXES):
+    if _is_set(images) and not images[0].lower().endswith((*SUFFIXES, *SOUND_SUFFIXES)):
         check_there(images[0])
         return
     for image in images:
@@ -225,22 +228,23 @@ def _is_set(images: Sequence[str]) -> bool:
 
 
 def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
-    """Look at the first readable images: uint8, or float32 if any of them is deeper than 8 bits.
+    """Look at the first readable images: uint8, or float32 if any of them is deeper than 8 bits (sounds: int16, 16).
 
     A dtype among the source's defaults decides instead. Raises `UserError` if most do not have `channels` channels, or
     none can be read.
     """
-    looked_at, deep, reason = 0, False, ""
+    looked_at, deep, reason, plain = 0, False, "", np.dtype(np.uint8)
     misfits: Counter[int] = Counter()
     for index in range(min(len(source), 100)):
         try:
             picture = open_picture(read_raw(source, index))
-            picture.decode(channels=picture.channels, dtype=np.float32)
+            picture.check()
         except BadImage as error:
             reason = reason or f"{source.name(index)}: {error}"
             continue
         looked_at += 1
-        deep |= picture.dtype not in (np.uint8, np.bool_)
+        plain = np.dtype(np.int16 if isinstance(picture, Clip) else np.uint8)
+        deep |= picture.dtype not in (plain, np.bool_)
         misfits[picture.channels] += not picture.fits(channels)
         if looked_at == 16:
             break
@@ -249,7 +253,7 @@ def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
     if 2 * misfits.total() > looked_at:  # fewer are bad images, counted and listed as such
         found = misfits.most_common(1)[0][0]
         raise UserError(f"images have {found} channels, not {channels}: pass --channels {found}")
-    return np.dtype(defaults_of(source).dtype or (np.float32 if deep else np.uint8))
+    return np.dtype(defaults_of(source).dtype or (np.float32 if deep else plain))
 
 
 def read_raw(source: ImageSource, index: int) -> Raw:

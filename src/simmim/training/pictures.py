@@ -23,6 +23,7 @@ _HIDDEN = 0.5  # grey of a hidden pixel
 _GAP = 4  # pixels between pictures
 _CAPTION = 16
 _HIGH = 128  # the least height of a picture
+_WIDE = 2  # width over height of pictures that are not put side by side
 PICTURED = 16
 """Images kept aside that a panel of reconstructions or features shows at most."""
 
@@ -79,9 +80,14 @@ def feature_panel(original: NDArray[np.floating], colours: NDArray[np.floating])
 
 
 def _in_columns(columns: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.uint8]:
-    """Draw pictures of one size, each column (B, H, W, 3) below its name; none is longer than the first."""
+    """Draw pictures of one size, each column (B, H, W, 3) below its name; none is longer than the first.
+
+    Wide ones lie below one another instead.
+    """
     pictures = [enlarged(column) for _, column in columns]
     B, height, width, _ = pictures[0].shape
+    if width > _WIDE * height:
+        return _in_rows([name for name, _ in columns], pictures)
     canvas = np.full((B * (height + _GAP) + _CAPTION, len(columns) * (width + _GAP) - _GAP, 3), 255, np.uint8)
     for column, picture in enumerate(pictures):
         left = column * (width + _GAP)
@@ -90,6 +96,18 @@ def _in_columns(columns: Sequence[tuple[str, NDArray[np.uint8]]]) -> NDArray[np.
             top = _CAPTION + row * (height + _GAP)
             canvas[top : top + height, left : left + width] = picture[row]
     return canvas[:-_GAP]
+
+
+def _in_rows(names: Sequence[str], pictures: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Draw pictures (B, H, W, 3) below one another, each below its name: all of the first image, then of the next."""
+    width = pictures[0].shape[2]
+    gap = np.full((_GAP, width, 3), 255, np.uint8)
+    rows = []
+    for number in range(len(pictures[0])):
+        for name, picture in zip(names, pictures, strict=True):
+            if number < len(picture):
+                rows += [_caption(name, width), picture[number], gap]
+    return np.concatenate(rows[:-1])
 
 
 def class_colours(count: int) -> NDArray[np.uint8]:

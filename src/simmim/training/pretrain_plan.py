@@ -19,9 +19,10 @@ from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, decode
 from simmim.data.evaluation import eval_images
-from simmim.data.pipeline import Reading, stream_from_threads, train_batches
+from simmim.data.pipeline import Crop, Reading, stream_from_threads, train_batches
 from simmim.data.readers.device_jpegs import Decode, device_batches
 from simmim.data.readers.processes import stream_from_processes
+from simmim.data.sound_augment import TimeCrop, sound_augment
 from simmim.data.sources import ImageSource, SourceDefaults, Subset, defaults_of, open_source, read_raw, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
@@ -35,6 +36,7 @@ from simmim.method.targets import ClusterTarget, block_means
 from simmim.method.views import View
 from simmim.training.plan import Batch, TrainingPlan, drop_path_numbers, measured_once
 from simmim.training.run_directory import recall
+from simmim.training.sounds import as_input
 from simmim.training.trainer import World
 
 VIEW = "view_"
@@ -56,6 +58,7 @@ class Images:
     dtype: np.dtype[Any]
     channels: int = 3
     defaults: SourceDefaults = field(default_factory=SourceDefaults)
+    sounds: bool = False
 
     @property
     def parts(self) -> dict[str, ImageSource]:
@@ -66,7 +69,8 @@ def open_images(config: PretrainConfig) -> Images:
     """Find the images and keep `val_images` of them aside, drawn by the seed. Raises `UserError`."""
     assert config.data is not None
     source = open_source(config.data)
-    defaults, channels = defaults_of(source), config.channels
+    source, sounds = as_input(source, config)
+    defaults, channels = defaults_of(source), 1 if sounds else config.channels
     if defaults.channels and defaults.channels not in (1, 3) and channels == type(config).channels:
         channels = defaults.channels  # the default number cannot be had
     dtype = sniff(source, channels=channels)
@@ -82,7 +86,7 @@ def open_images(config: PretrainConfig) -> Images:
             f"batch size {config.batch_size} is more than the {len(train)} images to train on "
             f"({len(val)} are kept aside); use --batch-size {len(train)} or less"
         )
-    return Images(Subset(source, train), Subset(source, val), dtype, channels, defaults)
+    return Images(Subset(source, train), Subset(source, val), dtype, channels, defaults, sounds)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,8 @@ class Plan(TrainingPlan):
         `None` for a convolutional net; `machine` gives at least image_size, device, precision and compile. Raises
         `UserError` where settings contradict each other.
         """
-        config = dataclasses.replace(config, channels=images.channels)
+        kind = "sounds" if images.sounds else "images"
+        config = dataclasses.replace(config, channels=images.channels, input=kind)
         workers, mask = (
             config.workers or reading_cores(),
             config.mask.for_patch(patch, machine.get("image_size", config.image_size)),
@@ -120,10 +125,15 @@ class Plan(TrainingPlan):
             old = begun and (begun.mean, begun.std)
             if config.mean == "measure" and old == (IMAGENET_MEAN, IMAGENET_STD):
                 old = None  # the run did not measure: let it be compared
-            numbers = measured_once(old, lambda: _mean_std(config, images), (2, config.channels), world)
+            sized = dataclasses.replace(config, image_size=machine.get("image_size", config.image_size))
+            numbers = measured_once(old, lambda: _mean_std(sized, images), (2, config.channels), world)
             changes |= {name: tuple(row) for name, row in zip(("mean", "std"), numbers.tolist(), strict=True)}
         plan = cls(dataclasses.replace(config, **changes), images)
-        plan = plan.replace(flip=plan.flip, crop_scale=plan.crop.scale, crop_ratio=plan.crop.ratio)
+        crop = plan.crop
+        if isinstance(crop, RandomResizedCrop):
+            plan = plan.replace(flip=plan.flip, crop_scale=crop.scale, crop_ratio=crop.ratio)
+        else:
+            plan = plan.replace(flip="none", crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))  # sounds are not resized
         if config.lr is None:
             old = begun and begun.lr
             usual = usual_lr(config.batch_size, width) * min(each.usual_rate for each in config.objectives)
@@ -160,11 +170,16 @@ class Plan(TrainingPlan):
     @property
     def flip(self) -> Flip:
         """Random flips: as configured, as the source declares, or the default."""
-        return self.config.flip or self.images.defaults.flip or super().flip
+        return self.config.flip or self.images.defaults.flip or ("none" if self.images.sounds else super().flip)
 
     @property
-    def crop(self) -> RandomResizedCrop:
-        """Random crop: as configured, as the source declares, as is usual for an objective, or the default."""
+    def crop(self) -> Crop:
+        """Random crop: as configured, as the source declares, as is usual for an objective, or the default.
+
+        Of a sound it is a part of its time.
+        """
+        if self.images.sounds:
+            return TimeCrop(size=self.config.read_size)
         config, declared = self.config, self.images.defaults
         usual = next(filter(None, (each.usual_crop for each in config.objectives)), RandomResizedCrop.scale)
         scale = config.crop_scale or declared.crop_scale or usual
@@ -186,6 +201,7 @@ class Plan(TrainingPlan):
     ) -> Iterator[Batch]:
         """Yield the batches of a reading: image (B, H, W, C) in 0..255, flip (B, axes), mask (B, H/p, W/p).
 
+        Of sounds an image is samples, (B, n, 1, 1), and a mask hides patches of the spectrogram (frames, bands).
         With drop path there is drop_path (B, layers) too, uniform in [0, 1). `patch` is the unit p of masks in pixels.
         With `decode` images are what it returns, and are on its device. For each of the `further` views there is
         view_NAME (B, 5), as `View.draw` gives it. Guided masks have mask_order (B, rows, columns) too. With M masks an
@@ -194,6 +210,7 @@ class Plan(TrainingPlan):
         config = self.config
         views: dict[str, Any] = {"crop": self.crop, "channels": config.channels}
         if decode is None:
+            views["augment"] = sound_augment(config.sound)
             views |= {"dtype": self.images.dtype, "antialias": config.antialias}
             stream = stream_from_processes if config.readers == "processes" else stream_from_threads
             batches = train_batches(self.images.train, reading, **views, stream=stream)
@@ -226,7 +243,8 @@ class Plan(TrainingPlan):
         With `most`, only so many of them are read at first, and more if none of these can be.
         """
         val = self.images.val
-        how: dict[str, Any] = {"size": self.size, "channels": self.config.channels, "dtype": self.images.dtype}
+        how: dict[str, Any] = {"size": self.config.read_size, "channels": self.config.channels}
+        how["dtype"] = self.images.dtype
         if most is not None and most < len(val):
             with contextlib.suppress(UserError):
                 return eval_images(val, range(most), **how, bad_images=bad_images)
@@ -238,7 +256,8 @@ class Plan(TrainingPlan):
         Unreadable ones are left out. Raises `UserError` if none can be read.
         """
         train = self.images.train
-        how: dict[str, Any] = {"size": self.size, "channels": self.config.channels, "dtype": self.images.dtype}
+        how: dict[str, Any] = {"size": self.config.read_size, "channels": self.config.channels}
+        how["dtype"] = self.images.dtype
         order = np.argsort(sample_keys(self.config.seed, 0, np.arange(len(train)), stream="sample"))[:count]
         found, reason = False, None
         for first in range(0, len(order), part):
@@ -275,9 +294,14 @@ class Plan(TrainingPlan):
             cells = f"{masks.masked_cells(self.size)} of {math.prod(masks.grid(self.size))} cells"
             several = f", {config.masks_per_image} masks an image" if config.masks_per_image > 1 else ""
             hidden = [f"masks      {masks.kind}: {cells} of {masks.cell} pixels hidden{several}"]
+        size = f"{self.size[0]}x{self.size[1]}"
+        shown = f"{size} pixels, {config.channels} channels"
+        if found := config.spectrogram:
+            seconds = found.samples / found.rate
+            shown = f"{seconds:.4g} s at {found.rate} Hz, spectrograms of {size} frames x mel bands"
         return [
-            f"images     {config.data}: {len(self.images.train)} to train on, {len(self.images.val)} kept aside; "
-            f"{self.size[0]}x{self.size[1]} pixels, {config.channels} channels",
+            f"{config.input:10} {config.data}: {len(self.images.train)} to train on, {len(self.images.val)} kept "
+            f"aside; {shown}",
             *hidden,
             *[f"target     {config.target.kind} by {config.loss.kind}"] * ("pixels" in kinds),
             *super().describe(),
@@ -298,7 +322,10 @@ def _mean_std(config: PretrainConfig, images: Images) -> tuple[tuple[float, ...]
     """Return ImageNet's mean and deviation for 8-bit RGB, unless asked to measure; else measure them."""
     if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
         return IMAGENET_MEAN, IMAGENET_STD
-    return measure_mean_std(images.train, channels=config.channels, dtype=images.dtype, seed=config.seed)
+    how: dict[str, Any] = {"channels": config.channels, "dtype": images.dtype, "seed": config.seed}
+    if images.sounds:
+        return measure_mean_std(images.train, **how, spectrogram=config.spectrogram)
+    return measure_mean_std(images.train, **how)
 
 
 def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ from simmim.method.masks.blocks import BlockMask, InverseBlockMask
 from simmim.method.masks.grids import GridMask, SquareMask, UniformMask
 from simmim.method.masks.guided import AttentionMask, GuidedMask, HardMask
 from simmim.method.masks.noise import NoiseMask
+from simmim.method.masks.strips import StripMask
 
 __all__ = [
     "PAPER_CELL",
@@ -20,6 +21,7 @@ __all__ = [
     "NoiseMask",
     "RandomMask",
     "SquareMask",
+    "StripMask",
     "UniformMask",
     "upsample_mask",
 ]

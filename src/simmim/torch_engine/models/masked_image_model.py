@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
 from simmim.method.losses import Loss
+from simmim.method.spectrogram import Spectrogram
 from simmim.method.targets import Target, unpatchify
 from simmim.method.views import View
 from simmim.torch_engine.models.encoders import create_encoder
+from simmim.torch_engine.models.front_end import FrontEnd
 from simmim.torch_engine.models.heads import create_head
 from simmim.torch_engine.models.mask_guides import MaskGuide
 from simmim.torch_engine.models.masked import Encoder
@@ -107,19 +109,24 @@ def mirror(values: Tensor, flip: Tensor) -> Tensor:
 class PixelStep(nn.Module):
     """What one step trains: a batch as the input pipeline delivers it → the loss.
 
-    Flips, converts and normalises on the device, so that images cross to it as small integers.
+    Flips, converts and normalises on the device, so that images cross to it as small integers. Sounds cross as
+    samples, and the `spectrogram` of them is the image.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], spectrogram: Spectrogram | None = None):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * 255, persistent=False)
-        self.register_buffer("scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * 255), persistent=False)
+        self.front_end = None if spectrogram is None else FrontEnd(spectrogram)
+        white = 255 if spectrogram is None else 1
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1) * white, persistent=False)
+        self.register_buffer("scale", 1 / (torch.tensor(std).view(1, -1, 1, 1) * white), persistent=False)
 
     def normalize(self, image: Tensor) -> Tensor:
-        """(B, H, W, C) in 0..255 → (B, C, H, W) normalised."""
+        """(B, H, W, C) in 0..255 → (B, C, H, W) normalised; of samples (B, n, 1, 1) → (B, 1, frames, bands)."""
+        if self.front_end is not None:
+            return (self.front_end(image) - self.mean) * self.scale
         return (image.permute(0, 3, 1, 2).float() - self.mean) * self.scale
 
     def prepare(self, image: Tensor, flip: Tensor) -> Tensor:
@@ -145,8 +152,9 @@ class PretrainStep(PixelStep):
         savings: Savings,
         objectives: Mapping[str, tuple[float, ObjectiveModule]],
         guide: MaskGuide | None = None,
+        spectrogram: Spectrogram | None = None,
     ):
-        super().__init__(mean, std)
+        super().__init__(mean, std, spectrogram)
         self.model = model
         self.weights = {kind: weight for kind, (weight, _) in objectives.items()}
         modules = {kind: module for kind, (_, module) in objectives.items()}

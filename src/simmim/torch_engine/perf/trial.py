@@ -1,7 +1,10 @@
 """Training steps with random weights and images, for measuring, counting and `simmim doctor`."""
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.data.augment import FLIP_AXES
@@ -42,7 +45,7 @@ def random_batch(config: PretrainConfig, size: int, step: PretrainStep) -> Batch
     rng, index = np.random.default_rng(0), np.arange(size)
     encoder = step.model.encoder
     batch: Batch = {
-        "image": rng.integers(0, 256, (size, *config.image_size, config.channels), dtype=np.uint8),
+        "image": _noise(rng, (size, *config.read_size, config.channels), sounds=config.input == "sounds"),
         "flip": rng.random((size, FLIP_AXES[config.flip or "horizontal"])) < 0.5,
     }
     if config.masks_images:
@@ -51,6 +54,12 @@ def random_batch(config: PretrainConfig, size: int, step: PretrainStep) -> Batch
         batch["drop_path"] = drop_path_numbers(config, 0, index, layers)
     batch |= {f"{VIEW}{view.name}": view.draw(config.seed, 0, index) for view in step.views.values()}
     return batch
+
+
+def _noise(rng: np.random.Generator, shape: tuple[int, ...], *, sounds: bool) -> NDArray[Any]:
+    dtype = np.dtype(np.int16 if sounds else np.uint8)
+    bounds = np.iinfo(dtype)
+    return rng.integers(bounds.min, bounds.max + 1, shape, dtype=dtype)
 
 
 def try_devices() -> dict[str, str]:

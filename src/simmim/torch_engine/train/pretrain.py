@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from simmim.config.pretraining import PretrainConfig
+from simmim.config.sound import SPECTROGRAM
 from simmim.config.validation import validated
 from simmim.data.pipeline import Reading
 from simmim.errors import TrainingFailedError
@@ -27,6 +28,7 @@ from simmim.torch_engine.perf.trial import build_update, random_batch
 from simmim.torch_engine.tasks.feature_maps import feature_maps
 from simmim.torch_engine.tasks.guard import CollapseGuard
 from simmim.torch_engine.tasks.probe import KnnCheck
+from simmim.torch_engine.tasks.sound_pictures import picture_sounds, sound_panel
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder, read_batches
 from simmim.torch_engine.train.optim import create_optimizer
@@ -41,6 +43,7 @@ from simmim.training.plan import Batch
 from simmim.training.pretrain_plan import Plan, draw_masks, open_images
 from simmim.training.run_directory import Run, asked_precision, hold_run
 from simmim.training.session import PretrainSession, Watch, parts
+from simmim.training.spectrogram_pictures import upright
 from simmim.training.trainer import find_start
 
 
@@ -51,9 +54,9 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
     device = choose_device(config.device)
     config = dataclasses.replace(config, gpu=asked_gpu(config, device))
     precision = choose_precision(asked_precision(config), device)
-    image_size = config.image_size or default_image_size(config.model)
-    encoder = sketch_encoder(config.model, image_size, config.model_args)
     images = open_images(config)
+    image_size = config.image_size or (SPECTROGRAM if images.sounds else default_image_size(config.model))
+    encoder = sketch_encoder(config.model, image_size, config.model_args)
     check = KnnCheck(config) if config.probe else None
     held = attention_kernels(config.gpu.attention)
     with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main), held:
@@ -188,7 +191,10 @@ class TorchPretrainSession(PretrainSession):
             if self._pictured is None:
                 self._pictured = self.val_pixels(PICTURED)
             pixels = self._pictured
-            panel = draw_features(pixels, feature_maps(step, self.plan.config, pixels), self.run.feature_pictures, done)
+            maps = feature_maps(step, self.plan.config, pixels)
+            if step.front_end is not None:
+                pixels, maps = picture_sounds(step, pixels), upright(maps)
+            panel = draw_features(pixels, maps, self.run.feature_pictures, done)
             if panel is not None:
                 self.loop.picture(done, "features", panel)
         return {}
@@ -286,6 +292,8 @@ def judge_and_draw(
     shown = [picture for picture in shown if picture is not None]
     if not shown:
         return loss, None
+    if step.front_end is not None:
+        return loss, sound_panel(step, pixels[:pictures], torch.cat(shown)[:pictures, ..., 0], masks[:pictures])
     colours = (torch.cat(shown)[:pictures] / step.scale.view(-1) + step.mean.view(-1)) / 255
     originals, hidden = pixels[:pictures] / np.float32(255), upsample_mask(masks[:pictures], patch)
     return loss, reconstruction_panel(originals, colours.cpu().numpy(), hidden)

@@ -191,7 +191,14 @@ def build_step(
         _check_passes({kind: module for kind, (_, module) in objectives.items()})
     guide = create_guide(config.mask.for_patch(patch), model, config) if trains and config.masks_images else None
     return PretrainStep(
-        model, config.mean, config.std, counts=counts, savings=savings, objectives=objectives, guide=guide
+        model,
+        config.mean,
+        config.std,
+        counts=counts,
+        savings=savings,
+        objectives=objectives,
+        guide=guide,
+        spectrogram=config.spectrogram,
     )
 
 

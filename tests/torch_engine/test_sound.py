@@ -1,0 +1,182 @@
+"""Sounds from files to an encoder: the loss against a plain implementation, runs, and what is refused."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from simmim.cli import main
+from simmim.config.pretrain_recipes import find_recipe, first_config
+from simmim.config.pretraining import PretrainConfig
+from simmim.config.sound import Sound
+from simmim.config.validation import from_settings
+from simmim.errors import UserError
+from simmim.method.heads import TransformerHead
+from simmim.method.losses import MSELoss
+from simmim.method.masks import RandomMask
+from simmim.method.targets import NormalizedTarget
+from simmim.torch_engine.models.masked_image_model import PretrainStep
+from simmim.torch_engine.train.pretrain import pretrain
+from simmim.torch_engine.train.storage import build_step
+from simmim.training.pretrain_plan import draw_masks, open_images
+from simmim.training.run_directory import Run
+
+from . import tiny, worker
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("soxr")
+
+SIZE = (64, 32)  # frames and mel bands
+
+
+def settings(**others: object) -> PretrainConfig:
+    """AudioMAE's method at a small size; fp32 on the CPU."""
+    usual = {
+        "input": "sounds",
+        "image_size": SIZE,
+        "channels": 1,
+        "flip": "none",
+        "mean": (-6.0,),
+        "std": (5.0,),
+        "mask": RandomMask(ratio=0.6, cell=16),
+        "encode": "visible",
+        "target": NormalizedTarget(),
+        "loss": MSELoss(),
+        "head": TransformerHead(depth=1, width=64),
+        "sound": Sound(rate=8000, low_hz=100.0),
+    }
+    return tiny.config(**(usual | others))
+
+
+def write_sounds(folder: Path, count: int = 24) -> Path:
+    """Two classes of sounds of all lengths, rates and channels: steady tones, and rising ones."""
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        rate, channels = ((8000, 1), (16000, 2), (11025, 1))[number % 3]
+        time = np.arange(round(rate * draw.uniform(0.3, 1.5))) / rate
+        rising = number % 2
+        phase = 2 * np.pi * (draw.uniform(300, 600) * time + rising * 900 * time**2)
+        samples = 0.3 * np.sin(phase) + 0.01 * draw.standard_normal(len(time))
+        path = folder / ("rising" if rising else "steady") / f"{number:02}.{('wav', 'flac', 'ogg')[number % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, np.stack([samples] * channels, axis=1), rate)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sounds(tmp_path_factory.mktemp("sounds"))
+
+
+@pytest.fixture(scope="module")
+def run(sounds: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of 16 steps."""
+    return pretrain(run_settings(sounds, tmp_path_factory.mktemp("run") / "run"))[0]
+
+
+def run_settings(sounds: Path, out: Path, **others: object) -> PretrainConfig:
+    usual = settings(data=str(sounds), mean=None, std=None, sound=Sound(rate=8000, gain_db=3), channels=3)
+    small = {"steps": 16, "save_every_steps": 3, "picture_every_steps": 8, "log_every_steps": 2, "val_images": 2}
+    return dataclasses.replace(usual, out=str(out), warmup_epochs=None, **(small | others))
+
+
+def plain_loss(spectrogram: torch.Tensor, prediction: torch.Tensor, mask: torch.Tensor, side: int) -> torch.Tensor:
+    """AudioMAE's loss written down anew: the mean over hidden patches of the error of patches of mean 0, variance 1."""
+    losses = []
+    for image, predicted, hidden in zip(spectrogram, prediction, mask, strict=True):
+        for row in range(image.shape[0] // side):
+            for column in range(image.shape[1] // side):
+                if hidden[row, column]:
+                    patch = image[row * side : (row + 1) * side, column * side : (column + 1) * side].flatten()
+                    patch = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
+                    losses.append(((predicted[row, column] - patch) ** 2).mean())
+    return torch.stack(losses).mean()
+
+
+def test_the_loss_of_a_step_is_audiomaes() -> None:
+    config = settings()
+    torch.manual_seed(0)
+    step = build_step(config)
+    assert isinstance(step, PretrainStep) and config.spectrogram
+    draw = np.random.default_rng(0)
+    samples = draw.integers(-9000, 9000, (4, config.spectrogram.samples, 1, 1)).astype(np.int16)
+    mask = draw_masks(config, 0, np.arange(4), 16)
+    assert mask.shape == (4, 4, 2) and mask.sum() == 4 * 5
+    tensors = {"image": torch.from_numpy(samples), "flip": torch.zeros(4, 0, dtype=torch.bool)}
+    loss = step(**tensors, mask=torch.from_numpy(mask))["loss"]
+    spectrogram = torch.from_numpy(config.spectrogram(np, samples[..., 0, 0] / np.float32(32768)))
+    normal = (spectrogram - -6.0) / 5.0
+    prediction = step.model.predict(normal[:, None], torch.from_numpy(mask))
+    torch.testing.assert_close(loss, plain_loss(normal, prediction, torch.from_numpy(mask), 16))
+
+
+def test_the_recipe_has_audiomaes_settings() -> None:
+    """From the authors' command and the defaults of their main_pretrain.py; rates are theirs for a batch of 256."""
+    recipe = find_recipe("audiomae-vit-b")
+    assert (recipe.image_size, recipe.channels, recipe.mask.ratio, recipe.mask.cell) == ((1024, 128), 1, 0.8, 16)
+    assert (recipe.batch_size, recipe.epochs, recipe.warmup_epochs) == (8 * 8 * 8, 33, 3)
+    assert (recipe.lr, recipe.weight_decay, recipe.betas) == (2 * 2e-4, 1e-4, (0.9, 0.95))
+    assert (recipe.target.kind, recipe.loss.kind, recipe.encode) == ("normalized", "mse", "visible")
+    assert recipe.mean == (-4.2677393,) and recipe.std == (9.1379948,)
+    assert dataclasses.replace(recipe.sound) == Sound(rate=16000, window_ms=25, hop_ms=10, low_hz=20)
+    assert recipe.spectrogram and recipe.spectrogram.samples == 16000 * 1023 // 100 + 400
+
+
+def test_a_folder_of_sounds_begins_with_the_recipe_for_them(sounds: Path) -> None:
+    assert first_config({"data", "out"}, sounds=True) == find_recipe("audio-small")
+
+
+def test_a_run_of_sounds_measures_draws_and_saves(run: Run) -> None:
+    config = run.read_config(PretrainConfig)
+    assert (config.input, config.channels, config.flip) == ("sounds", 1, "none")
+    assert isinstance(config.mean, tuple) and -16 < config.mean[0] < 0
+    assert sorted(path.name for path in run.reconstructions.iterdir()) == ["step-00000008.png", "step-00000016.png"]
+    assert "val_loss" in run.metrics.read_text()
+
+
+def test_a_broken_training_of_sounds_resumes_to_the_same_weights(
+    run: Run, sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_settings(sounds, tmp_path / "run")
+    worker.break_off(config, 8, monkeypatch)
+    pretrain(config)
+    tiny.assert_same(worker.weights(config), worker.weights(run.read_config(PretrainConfig)))
+
+
+def test_a_reconstruction_can_be_seen_and_heard(run: Run, sounds: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    assert main(["reconstruct", str(run.path), str(sounds), "--count", "2", "--wav", "--out", str(out)]) == 0
+    assert out.is_file()
+    names = [f"a-{number}-{part}.wav" for number in range(2) for part in ("masked", "original", "reconstruction")]
+    assert sorted(path.name for path in tmp_path.glob("*.wav")) == names
+    for path in tmp_path.glob("*.wav"):
+        samples, rate = soundfile.read(path)
+        assert rate == 8000 and len(samples) == 200 + 63 * 80 and samples.std() > 0
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "objective descriptor": {"objectives": [{"kind": "descriptor"}]},
+    "--flip horizontal": {"flip": "horizontal"},
+    "--crop-scale": {"crop_scale": (0.5, 1)},
+    "--engine keras": {"engine": "keras"},
+    "--channels 2": {"channels": 2},
+    "--target clusters": {"target": "clusters", "loss": "cross_entropy"},
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_what_is_of_images_only_is_refused_for_sounds(option: str, sounds: Path, tmp_path: Path) -> None:
+    given = {"data": str(sounds), "out": str(tmp_path / "a"), **REFUSED[option]}
+    with pytest.raises(UserError, match=f"{option} is for images, and {sounds} holds sounds; "):
+        open_images(from_settings(PretrainConfig, given))
+
+
+def test_settings_of_sounds_are_refused_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "a")
+    assert main(["pretrain", "--data", "demo", "--out", out, "--sound.rate", "8000"]) == 2
+    assert "--sound.* is for sounds, and demo holds images; leave it out" in capsys.readouterr().err
+    assert main(["pretrain", "--data", "demo", "--out", out, "--recipe", "audio-small"]) == 2
+    assert "these settings are for sounds, and demo holds none" in capsys.readouterr().err
