@@ -1,13 +1,16 @@
 """Sounds from files to an encoder: the loss against a plain implementation, runs, and what is refused."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
+import simmim
 from simmim.cli import main
 from simmim.config.pretrain_recipes import find_recipe, first_config
 from simmim.config.pretraining import PretrainConfig
@@ -19,6 +22,7 @@ from simmim.method.losses import MSELoss
 from simmim.method.masks import RandomMask
 from simmim.method.targets import NormalizedTarget
 from simmim.torch_engine.models.masked_image_model import PretrainStep
+from simmim.torch_engine.tasks.spec_augment import draw_strips, hide_strips
 from simmim.torch_engine.train.pretrain import pretrain
 from simmim.torch_engine.train.storage import build_step
 from simmim.training.pretrain_plan import draw_masks, open_images
@@ -155,6 +159,71 @@ def test_a_reconstruction_can_be_seen_and_heard(run: Run, sounds: Path, tmp_path
     for path in tmp_path.glob("*.wav"):
         samples, rate = soundfile.read(path)
         assert rate == 8000 and len(samples) == 200 + 63 * 80 and samples.std() > 0
+
+
+def test_a_loaded_encoder_hears_files_by_its_front_end_as_embed_does(run: Run, sounds: Path) -> None:
+    encoder: Any = simmim.load_encoder(str(run.path))
+    names, features = simmim.embed(str(run.path), str(sounds), precision="fp32", device="cpu")
+    with torch.no_grad():
+        found = encoder.forward_features(encoder.front_end(encoder.front_end.read(names[7])))[:, 1:].mean(dim=1)
+    np.testing.assert_allclose(found[0], features[7], atol=2e-3)  # read there in 16 bits
+    again: Any = timm.create_model(f"local-dir:{run.encoder}", pretrained=True, num_classes=0)
+    assert again.state_dict().keys() == encoder.state_dict().keys()
+
+
+def test_encoders_are_not_given_what_they_were_not_trained_on(
+    run: Run, sounds: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = {
+        ("embed", str(run.path), "--data", "demo", "--out", "a.npz"): "was trained on sounds, and these are not; give",
+        ("reconstruct", str(run.path), "demo"): "was trained on sounds, and these are not; give sound files",
+        (
+            "finetune",
+            "classify",
+            "--from",
+            str(run.path),
+            "--data",
+            "demo",
+            "--out",
+            "b",
+        ): "is an encoder of sounds",
+        ("finetune", "classify", "--from", str(run.path), "--data", str(sounds), "--out", "b", "--rand-augment", "3"): (
+            f"--rand-augment is for images, and {sounds} holds sounds; leave it out"
+        ),
+    }
+    for command, line in lines.items():
+        assert main(list(command)) == 2
+        assert line in capsys.readouterr().err
+
+
+def test_spec_augment_hides_one_span_of_each_kind_by_the_sounds_key() -> None:
+    strips = draw_strips(0, 3, np.arange(200), (64, 32), (16, 8))
+    first, last, low, high = strips.T
+    assert (last - first).min() == 0 and (last - first).max() == 16 and last.max() <= 64
+    assert (high - low).min() == 0 and (high - low).max() == 8 and high.max() <= 32
+    np.testing.assert_array_equal(draw_strips(0, 3, np.arange(100, 200), (64, 32), (16, 8)), strips[100:])
+    hidden = hide_strips(torch.ones(200, 1, 64, 32), torch.from_numpy(strips))[:, 0] == 0
+    for one, (begin, end, bottom, top) in zip(hidden, strips, strict=True):
+        expected = np.zeros((64, 32), bool)
+        expected[begin:end], expected[:, bottom:top] = True, True
+        np.testing.assert_array_equal(one, expected)
+
+
+@pytest.mark.slow
+def test_a_classifier_of_sounds_is_fine_tuned_and_predicts(run: Run, sounds: Path, tmp_path: Path) -> None:
+    settings = {"steps": 30, "batch_size": 8, "time_mask": 16, "band_mask": 8, "rand_augment": 9.0, "device": "cpu"}
+    out = str(tmp_path / "classifier")
+    trained = simmim.finetune("classify", init=str(run.path), data=str(sounds), out=out, **settings)
+    assert json.loads((trained.model / "config.json").read_text())["sound"]["rate"] == 8000
+    found = simmim.predict(out, str(sounds), out=str(tmp_path / "pictures"))
+    assert len(found["images"]) == 24 and not found["bad_images"]
+    assert len(list((tmp_path / "pictures" / "pictures").iterdir())) == 24
+
+
+@pytest.mark.slow
+def test_a_probe_during_a_training_of_sounds_judges_spectrograms(sounds: Path, tmp_path: Path) -> None:
+    config = run_settings(sounds, tmp_path / "run", probe=str(sounds), probe_every_epochs=1.0)
+    assert "knn_raw_pixels" in pretrain(config)[0].metrics.read_text()
 
 
 REFUSED: dict[str, dict[str, Any]] = {

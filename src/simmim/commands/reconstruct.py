@@ -6,14 +6,13 @@ import numpy as np
 
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.evaluation import eval_images
-from simmim.data.sounds import as_sounds, holds_sounds
+from simmim.data.sounds import read_as
 from simmim.data.sources import ImageSource, check_files, open_files, read_raw, sniff
 from simmim.errors import UserError
 from simmim.method.objectives import PixelReconstruction
 from simmim.training.feature_pictures import panel_of, principal_axes
 from simmim.training.pictures import save_png
 from simmim.training.run_directory import read_pretraining
-from simmim.training.sounds import check_kind
 from simmim.training.spectrogram_pictures import upright
 
 
@@ -41,12 +40,10 @@ def reconstruct(
     check_files(images)
     trained = read_pretraining(run)
     source = open_files(images)
-    sounds = holds_sounds(source)
-    check_kind(trained, sounds, str(run))
+    sounds = trained.input == "sounds"
+    source = read_as(source, trained.sound.rate if sounds else None, str(run))
     if wav and (features or not sounds):
         raise UserError("--wav is for reconstructions of sounds; leave it out")
-    if sounds:
-        source = as_sounds(source, trained.sound.rate)
     if len(images) > 1:
         _check(source)
 

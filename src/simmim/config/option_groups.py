@@ -31,6 +31,7 @@ _GROUPS = {
 }
 _ORDER = {option: (group, place) for group, names in _GROUPS.items() for place, option in enumerate(names.split())}
 _COLUMN = 28  # where the help text starts
+_NARROW = 78  # columns that the narrowest usual terminal has for an option
 
 
 @contextlib.contextmanager
@@ -87,8 +88,16 @@ def _show(invocation: str, words: str, width: int) -> list[str]:
         words, width, initial_indent=column, subsequent_indent=column, break_on_hyphens=False, break_long_words=False
     )
     if len(start) > _COLUMN or not wrapped:
-        return [start.rstrip(), *wrapped]
+        return [*_choices(start.rstrip()), *wrapped]
     return [start + wrapped[0][_COLUMN:], *wrapped[1:]]
+
+
+def _choices(line: str) -> list[str]:
+    """Break an option with too many choices for any terminal at one of them, the same for every width."""
+    if len(line) <= _NARROW:
+        return [line]
+    end = line.rindex("|", 0, _NARROW) + 1
+    return [line[:end], *_choices(" " * 8 + line[end:])]
 
 
 def _entries(text: str) -> list[tuple[str, str]]:

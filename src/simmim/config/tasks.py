@@ -91,6 +91,10 @@ class ClassifyConfig(FinetuneConfig):
     """Mixup alpha; 0 turns it off."""
     cutmix: NotNegativeReal = 1.0
     """CutMix alpha; 0 turns it off."""
+    time_mask: NotNegative = 0
+    """SpecAugment of sounds: most frames of a random span that is hidden in training; 0 turns it off."""
+    band_mask: NotNegative = 0
+    """SpecAugment of sounds: most mel bands of a random range that is hidden in training; 0 turns it off."""
     smoothing: Share = 0.1
     """Label smoothing."""
     ema_decay: Annotated[Share | None, one_word(float, "FLOAT", nothing="none"), HINT] = None
@@ -101,6 +105,7 @@ class ClassifyConfig(FinetuneConfig):
 class _DenseConfig(FinetuneConfig):
     """Fine-tuning on the encoder's feature pyramid, with the batch and the rate of Swin's Mask R-CNN."""
 
+    unlisted: ClassVar[frozenset[str]] = frozenset({"sound"})
     # With ViTDet's batches of 64, a few hundred images give too few steps.
     batch_size: Positive = 16
     """Images per optimiser step, over all ranks and accumulation steps."""

@@ -81,12 +81,15 @@ class Sounds:
         return self.source.name(index)
 
     def read(self, index: int) -> Raw:
-        if isinstance(self.source, PathList):  # long recordings are not read whole
-            path = self.source.name(index)
+        source, index = _behind(self.source, index)
+        if isinstance(source, Sounds):
+            source, index = _behind(source.source, index)
+        if isinstance(source, PathList):  # long recordings are not read whole
+            path = source.name(index)
             if not stat.S_ISREG(Path(path).stat().st_mode):
                 raise ValueError("is no regular file")
             return open_clip(path, self.rate)
-        raw = self.source.read(index)
+        raw = source.read(index)
         if not isinstance(raw, bytes):
             raise BadImage("is an array or a picture, not a sound file")
         return open_clip(raw, self.rate)
@@ -97,9 +100,29 @@ def as_sounds(source: "ImageSource", rate: int | None) -> Sounds:
     return Sounds(source.source if isinstance(source, Sounds) else source, rate)
 
 
+def _behind(source: "ImageSource", index: int) -> tuple["ImageSource", int]:
+    """Return the source that a part of one is of, and the number of an image there."""
+    while hasattr(source, "behind"):
+        source, index = source.behind(index)  # type: ignore[attr-defined]
+    return source, index
+
+
+def read_as(source: "ImageSource", rate: int | None, reader: str) -> "ImageSource":
+    """Return a source as its reader takes it: sounds at `rate`, or images, for `None`.
+
+    Raises `UserError` where it holds the other. `reader` names what reads it, for messages.
+    """
+    sounds = holds_sounds(source)
+    if sounds and rate is None:
+        raise UserError(f"{reader} was trained on images, and these are sounds; give images")
+    if not sounds and rate is not None:
+        raise UserError(f"{reader} was trained on sounds, and these are not; give sound files, or write audio:DATA")
+    return source if rate is None else as_sounds(source, rate)
+
+
 def holds_sounds(source: "ImageSource") -> bool:
     """Tell whether a source holds sounds, by the names of its files. Raises `UserError` for pictures among them."""
-    if isinstance(source, Sounds):
+    if isinstance(_behind(source, 0)[0], Sounds):
         return True
     looked_at = np.unique(np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int))
     names = [source.name(index) for index in looked_at.tolist()]

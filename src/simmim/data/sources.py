@@ -80,6 +80,10 @@ class Subset:
     def read(self, index: int) -> Raw:
         return self._source.read(int(self._indices[index]))
 
+    def behind(self, index: int) -> tuple[ImageSource, int]:
+        """Return the source that an image is of, and its number there."""
+        return self._source, int(self._indices[index])
+
 
 class DemoImages:
     """The emoji in the package, 64×64 RGB. Names are `LABEL/CODEPOINT.webp`."""

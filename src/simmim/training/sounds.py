@@ -2,7 +2,6 @@
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.sound import Sound
-from simmim.config.training import TrainingConfig
 from simmim.data.sounds import as_sounds, holds_sounds
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError
@@ -24,14 +23,6 @@ def as_input(source: ImageSource, config: PretrainConfig) -> tuple[ImageSource, 
     if config.sound != Sound():
         raise UserError(f"--sound.* is for sounds, and {config.data} holds images; leave it out")
     return source, False
-
-
-def check_kind(config: TrainingConfig, sounds: bool, run: str) -> None:
-    """Raise `UserError` where a run of images is given sounds, or the other way round."""
-    if sounds and config.input != "sounds":
-        raise UserError(f"{run} was trained on images, and these are sounds; give images")
-    if not sounds and config.input == "sounds":
-        raise UserError(f"{run} was trained on sounds, and these are not; give sound files, or write audio:DATA")
 
 
 def check_sounds(config: PretrainConfig) -> None:

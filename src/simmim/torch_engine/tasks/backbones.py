@@ -11,6 +11,7 @@ import timm
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from simmim.config.sound import SPECTROGRAM, Sound
 from simmim.config.tasks import FinetuneConfig
 from simmim.data.sources import ImageSource, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
@@ -39,6 +40,8 @@ class Origin:
     std: tuple[float, ...] | None
     weights: dict[str, Tensor] | None
     """`None` for scratch, and where a checkpoint holds them."""
+    sound: Sound | None = None
+    """Front end of an encoder of sounds."""
 
 
 def find_origin(config: FinetuneConfig) -> Origin:
@@ -53,7 +56,8 @@ def find_origin(config: FinetuneConfig) -> Origin:
         if begun is None or begun.init != config.init or not any(Run(Path(begun.out or "")).checkpoints.glob("step-*")):
             raise
     assert begun.image_size is not None and isinstance(begun.mean, tuple) and isinstance(begun.std, tuple)
-    return Origin(begun.model, begun.model_args, begun.image_size, begun.channels, begun.mean, begun.std, None)
+    sound = begun.sound if begun.input == "sounds" else None
+    return Origin(begun.model, begun.model_args, begun.image_size, begun.channels, begun.mean, begun.std, None, sound)
 
 
 def _read_origin(config: FinetuneConfig) -> Origin:
@@ -69,7 +73,9 @@ def _read_origin(config: FinetuneConfig) -> Origin:
     name, arguments, data = _read_hub(directory)
     channels, height, width = data["input_size"]
     weights = load_file(directory / "model.safetensors")
-    return Origin(name, arguments, (height, width), channels, tuple(data["mean"]), tuple(data["std"]), weights)
+    told = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("sound")
+    sound = None if told is None else Sound(**told)
+    return Origin(name, arguments, (height, width), channels, tuple(data["mean"]), tuple(data["std"]), weights, sound)
 
 
 def _read_hub(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -107,7 +113,9 @@ def with_encoder_facts(
         raise UserError(
             f"--model {config.model} is not the encoder of --from {config.init}, which is {origin.model}; leave it out"
         )
-    config = dataclasses.replace(config, channels=config.channels or origin.channels)
+    size = SPECTROGRAM if config.input == "sounds" and origin.mean is None else origin.image_size
+    size = config.image_size or size
+    config = dataclasses.replace(config, channels=config.channels or origin.channels, image_size=size)
     mean, std = _colours(config, origin, images, world)
     config = dataclasses.replace(config, mean=mean, std=std)
     config.check_colours()
@@ -115,7 +123,6 @@ def with_encoder_facts(
         config,
         model=origin.model,
         model_args={**origin.model_args, **config.model_args},
-        image_size=config.image_size or origin.image_size,
         layer_decay=config.layer_decay or find_family(origin.model).layer_decay,
         **machine,
     )
@@ -135,9 +142,10 @@ def _colours(config: FinetuneConfig, origin: Origin, images: ImageSource, world:
     if config.mean is None and config.channels == 3 and dtype == np.uint8:
         return IMAGENET_MEAN, IMAGENET_STD
     begun = recall(config)
+    how: dict[str, Any] = {"channels": config.channels, "dtype": dtype, "seed": config.seed}
     numbers = measured_once(
         begun and (begun.mean, begun.std),
-        lambda: measure_mean_std(images, channels=config.channels, dtype=dtype, seed=config.seed),
+        lambda: measure_mean_std(images, **how, spectrogram=config.spectrogram),
         (2, config.channels),
         world,
     )

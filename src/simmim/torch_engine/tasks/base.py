@@ -158,9 +158,15 @@ class Predictor(Protocol):
     channels: int
     dtype: np.dtype[Any]
     """Type of the pixels that `predict` and `draw` take: uint8, or float32 scaled to 0..255."""
+    rate: int | None = None
+    """Samples a second of a model of sounds; `None` for one of images."""
 
     def read(self, raw: Raw) -> NDArray[Any]:
         """Decode what `predict` needs of an image: all its pixels (H, W, C), or fewer. Raises `BadImage`."""
+        return decode(raw, channels=self.channels, dtype=self.dtype)
+
+    def whole(self, raw: Raw) -> NDArray[Any]:
+        """Decode the image that `draw` takes. Raises `BadImage`."""
         return decode(raw, channels=self.channels, dtype=self.dtype)
 
     def predict(self, images: Sequence[NDArray[Any]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from simmim.data.decode import Raw
 from simmim.data.evaluation import eval_batches
 from simmim.data.labelled.classes import LabelledImages, open_labelled
 from simmim.data.pipeline import Augment, Reading, train_batches
+from simmim.data.sound_augment import TimeCrop, sound_augment
 from simmim.data.sources import sniff
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
@@ -31,12 +32,15 @@ from simmim.metrics.classification import balanced_accuracy, class_rows, confusi
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.evaluating import by_halves, evaluating
 from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.models.sound_input import SoundInput
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.backbones import create_task_backbone
 from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, evaluation_bad_images
+from simmim.torch_engine.tasks.sound_pictures import picture_of
+from simmim.torch_engine.tasks.spec_augment import draw_strips, hide_strips
 from simmim.torch_engine.train.storage import save_hub
 from simmim.training.evaluation_record import Worst, confusion_part, short, thumbnail, write_record
-from simmim.training.pictures import captioned, to_rgb
+from simmim.training.pictures import captioned
 from simmim.training.plan import Batch, drop_path_numbers
 from simmim.training.run_directory import write_json, written_whole
 
@@ -49,7 +53,7 @@ class ClassifyStep(TaskStep):
     def __init__(self, backbone: nn.Module, config: ClassifyConfig, weights: NDArray[np.float32]):
         assert isinstance(config.mean, tuple)
         assert isinstance(config.std, tuple)
-        super().__init__(config.mean, config.std)
+        super().__init__(config.mean, config.std, config.spectrogram)
         self.draws = route_drop_path(backbone)
         self.backbone = backbone
         self.smoothing = config.smoothing
@@ -60,10 +64,18 @@ class ClassifyStep(TaskStep):
         self.class_weights: Tensor
 
     def forward(
-        self, image: Tensor, flip: Tensor, label: Tensor, mix: Tensor | None = None, drop_path: Tensor | None = None
+        self,
+        image: Tensor,
+        flip: Tensor,
+        label: Tensor,
+        mix: Tensor | None = None,
+        drop_path: Tensor | None = None,
+        strips: Tensor | None = None,
     ) -> dict[str, Tensor]:
         self.draws.uniform = drop_path
         images = self.prepare(image, flip)
+        if strips is not None:
+            images = hide_strips(images, strips)
         if mix is not None:
             images = mix_images(images, mix)
         logits = self.backbone(images).float()
@@ -145,10 +157,14 @@ class ClassifyTask:
         images = train_batches(
             self.data.train,
             reading,
-            crop=RandomResizedCrop(size=config.image_size, scale=config.crop_scale),
+            crop=(
+                TimeCrop(size=config.read_size)
+                if config.input == "sounds"
+                else RandomResizedCrop(size=config.image_size, scale=config.crop_scale)
+            ),
             channels=config.channels,
             dtype=self.dtype,
-            augment=self._augment(),
+            augment=sound_augment(config.sound) if config.input == "sounds" else self._augment(),
         )
         for number, found in enumerate(images, reading.start_step):
             epoch, index = found["epoch"], found["index"]
@@ -159,6 +175,9 @@ class ClassifyTask:
             }
             if mix is not None:
                 batch["mix"] = mix.draw(config.seed, number, len(index), *config.image_size)
+            if config.time_mask or config.band_mask:
+                most = (config.time_mask, config.band_mask)
+                batch["strips"] = draw_strips(config.seed, epoch, index, config.image_size, most)
             if step.draws.layers:
                 batch["drop_path"] = drop_path_numbers(config, epoch, index, step.draws.layers)
             yield batch
@@ -186,7 +205,7 @@ class ClassifyTask:
             for number, row, pixels in zip(index.tolist(), found, image, strict=True):
                 answer = int(row.argmax())
                 if answer != self.data.val_labels[number]:
-                    judged.worst.offer(float(row[answer]), number, partial(self._mistake, number, row, pixels))
+                    judged.worst.offer(float(row[answer]), number, partial(self._mistake, step, number, row, pixels))
         return judged
 
     def conclude(self, parts: Sequence[Judged], out: Path) -> dict[str, float]:
@@ -237,7 +256,7 @@ class ClassifyTask:
             for index, image in eval_batches(
                 self.data.val,
                 indices,
-                crop=CentreCrop(size=config.image_size, fraction=config.eval_crop),
+                crop=CentreCrop(size=config.read_size, fraction=config.eval_crop),
                 channels=config.channels,
                 dtype=self.dtype,
                 batch_size=max(config.batch_size, 64),
@@ -246,7 +265,9 @@ class ClassifyTask:
             ):
                 yield index, image, classify(step.evaluated, step, image)
 
-    def _mistake(self, index: int, row: NDArray[np.float32], pixels: NDArray[Any]) -> dict[str, Any]:
+    def _mistake(
+        self, step: ClassifyStep, index: int, row: NDArray[np.float32], pixels: NDArray[Any]
+    ) -> dict[str, Any]:
         """Describe a wrong answer for a record: class probabilities (K,) of what was seen of an image (H, W, C)."""
         classes, true = self.data.classes, self.data.val_labels[index]
         return {
@@ -255,7 +276,7 @@ class ClassifyTask:
             "true_probability": float(row[true]),
             "answer": short(classes[row.argmax()]),
             "probability": float(row.max()),
-            **thumbnail(to_rgb(pixels[None] / np.float32(255))[0], _THUMBNAIL),
+            **thumbnail(picture_of(step, pixels), _THUMBNAIL),
         }
 
     def save(self, step: ClassifyStep, directory: Path) -> None:
@@ -282,6 +303,10 @@ class ClassifyPredictor(Predictor):
     channels: int
     classes: tuple[str, ...]
     dtype: np.dtype[Any]
+    rate: int | None = None
+
+    def whole(self, raw: Raw) -> NDArray[Any]:
+        return super().whole(raw) if self.rate is None else self.read(raw)
 
     def read(self, raw: Raw) -> NDArray[Any]:
         """Decode the crop that evaluation sees; of a large JPEG, no more than it needs."""
@@ -298,8 +323,7 @@ class ClassifyPredictor(Predictor):
         return {"label": top[0][0], "probability": top[0][1], "top": top}
 
     def draw(self, image: NDArray[Any], prediction: dict[str, Any]) -> NDArray[np.uint8]:
-        picture = to_rgb(image[None] / np.float32(255))[0]
-        return captioned(picture, f"{prediction['label']} {prediction['probability']:.3f}")
+        return captioned(picture_of(self.pixels, image), f"{prediction['label']} {prediction['probability']:.3f}")
 
 
 def load_predictor(directory: Path, device: str) -> ClassifyPredictor:
@@ -307,10 +331,12 @@ def load_predictor(directory: Path, device: str) -> ClassifyPredictor:
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     facts = settings["pretrained_cfg"]
     channels, height, width = facts["input_size"]
+    hears = SoundInput(settings) if "sound" in settings else None
     return ClassifyPredictor(
         backbone=timm.create_model(f"local-dir:{directory}", pretrained=True).eval().to(device),
-        pixels=PixelStep(facts["mean"], facts["std"]).to(device),
-        crop=CentreCrop(size=(height, width), fraction=facts["crop_pct"]),
+        pixels=(hears or PixelStep(facts["mean"], facts["std"])).to(device),
+        crop=CentreCrop(size=(hears.samples, 1) if hears else (height, width), fraction=facts["crop_pct"]),
+        rate=hears.rate if hears else None,
         channels=channels,
         classes=tuple(settings["label_names"]),
         dtype=np.dtype(settings.get("pixel_dtype", "uint8")),  # not written by version 0.1

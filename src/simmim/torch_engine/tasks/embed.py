@@ -139,6 +139,8 @@ def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: tor
 def encoder_digest(backbone: nn.Module) -> str:
     """Return a digest of an encoder on the CPU: of its weights, and of how it wants its images."""
     encoder = hashlib.sha256(repr(backbone.pretrained_cfg).encode())
+    if hears := getattr(backbone, "front_end", None):
+        encoder.update(repr(hears.sound).encode())
     for name, tensor in backbone.state_dict().items():
         encoder.update(name.encode())
         encoder.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -19,10 +19,12 @@ from simmim.data.augment import CentreCrop, load
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw, decode
 from simmim.data.evaluation import readable_batches
+from simmim.data.sounds import as_sounds, read_as
 from simmim.data.sources import ImageSource, sniff
 from simmim.errors import UserError
 from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import PixelStep
+from simmim.torch_engine.models.sound_input import SoundInput
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.update import DTYPES
 from simmim.training.origins import is_timms
@@ -112,8 +114,8 @@ class FeatureReader:
     """Read the images of a source in evaluation's crops, and compute their features.
 
     `model` turns normalised images (B, C, H, W) into features (B, D) or (B, h·w, D); it is in evaluation mode, like
-    `pixels` (which normalises) on the device. `size` is (H, W); images are read as `dtype` in `workers` threads, by
-    `view` if there is one. Unreadable ones are listed in the file `listed_in`, if there is one.
+    `pixels` (which normalises) on the device. `size` is (H, W), or (samples, 1); images are read as
+    `dtype` in `workers` threads, by `view` if there is one. Unreadable ones are listed in the file `listed_in`, if any.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -134,10 +136,12 @@ class FeatureReader:
         facts = backbone.pretrained_cfg
         channels, height, width = facts["input_size"]
         device = next(backbone.parameters()).device
+        hears: SoundInput | None = getattr(backbone, "front_end", None)
+        images = read_as(images, hears.rate if hears else None, run)
         return cls(
             model=model,
-            pixels=PixelStep(facts["mean"], facts["std"]).to(device),
-            size=(height, width),
+            pixels=(hears or PixelStep(facts["mean"], facts["std"])).to(device),
+            size=(hears.samples, 1) if hears else (height, width),
             channels=channels,
             dtype=sniff(images, channels=channels),
             view=timms_view(backbone) if is_timms(run) else None,
@@ -172,6 +176,8 @@ class FeatureReader:
         """
         device, dtype = self.pixels.mean.device, DTYPES[self.precision]
         crop = CentreCrop(size=self.size)
+        if self.pixels.front_end is not None:
+            source = as_sounds(source, self.pixels.front_end.spectrogram.rate)
 
         def read(raw: Raw) -> NDArray[Any]:
             return load(raw, crop.box, size=self.size, channels=self.channels, dtype=self.dtype)

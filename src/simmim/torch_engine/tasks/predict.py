@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from simmim.config.commands import PredictConfig
 from simmim.config.validation import from_settings
-from simmim.data.decode import BadImage, decode
+from simmim.data.decode import BadImage
 from simmim.data.pages import say_pages
+from simmim.data.sounds import read_as
 from simmim.data.sources import ImageSource, open_files, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
@@ -40,6 +41,7 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     if pages := say_pages(source):
         say(f"warning    {pages}")
     predictor = find_spec(task).load_predictor(directory, choose_device(config.device))
+    source = read_as(source, predictor.rate, config.run)
 
     def find(out: Path | None) -> dict[str, Any]:
         album = _Album(source, predictor, config.top or _TOP, out)
@@ -90,7 +92,7 @@ class _Album:
             raw = read_raw(self.source, index)
             pixels, whole = self.predictor.read(raw), None
             if self.out is not None:
-                whole = decode(raw, channels=self.predictor.channels, dtype=self.predictor.dtype)
+                whole = self.predictor.whole(raw)
             return _Image(index, pixels, whole)
         except BadImage as error:
             self.bad[index] = str(error)

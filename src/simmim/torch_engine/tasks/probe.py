@@ -18,6 +18,7 @@ from simmim.config.commands import NEIGHBOURS, Method, ProbeConfig
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
 from simmim.data.labelled.classes import LabelledImages, Labels, hold_out, open_labelled
+from simmim.data.sounds import as_sounds, holds_sounds, read_as
 from simmim.data.sources import sniff
 from simmim.hardware.host import cpu_cores
 from simmim.metrics.classification import balanced_accuracy, knn_predict, top1
@@ -223,7 +224,9 @@ class KnnCheck:
         assert config.probe is not None
         self._name = config.probe
         self._images = open_labelled(config.probe, seed=config.seed)
-        self._dtype = sniff(self._images.train, channels=config.channels)
+        self._sounds = holds_sounds(self._images.train)
+        train = as_sounds(self._images.train, config.sound.rate) if self._sounds else self._images.train
+        self._dtype = sniff(train, channels=1 if self._sounds else config.channels)
         self._raw_pixels: float | None = None
 
     def describe(self) -> str:
@@ -235,13 +238,13 @@ class KnnCheck:
 
     def __call__(self, step: PretrainStep, config: PretrainConfig, world: World) -> dict[str, float]:
         """Return figures of the encoder of `step`, for the complete configuration. All ranks call it together."""
-        assert config.image_size is not None
         encoder = step.model.encoder
+        read_as(self._images.train, config.sound.rate if config.input == "sounds" else None, "the encoder")
         read = FeatureReader(
             # The encoder and not its backbone, in which the mask of the last training step still hangs.
             model=lambda images: encoder(images).float().mean(dim=(1, 2)),
             pixels=step,
-            size=config.image_size,
+            size=config.read_size,
             channels=config.channels,
             dtype=self._dtype,
             precision=config.precision,

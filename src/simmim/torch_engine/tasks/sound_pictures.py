@@ -33,6 +33,13 @@ def picture_sounds(step: PixelStep, samples: NDArray[Any]) -> NDArray[np.uint8]:
     return to_rgb(in_colour(spectrograms(step, samples)))
 
 
+def picture_of(step: PixelStep, pixels: NDArray[Any]) -> NDArray[np.uint8]:
+    """Draw one image (H, W, C) in 0..255, or the spectrogram of samples (n, 1, 1): (H, W, 3)."""
+    if step.front_end is not None:
+        return picture_sounds(step, pixels[None])[0]
+    return to_rgb(pixels[None] / np.float32(255))[0]
+
+
 def sound_panel(
     step: PretrainStep, samples: NDArray[Any], predicted: Tensor, masks: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:

@@ -21,6 +21,7 @@ from simmim.torch_engine.perf.kernel_choice import choose_kernels
 from simmim.torch_engine.perf.pieces import find_pieces
 from simmim.torch_engine.tasks.backbones import Origin, find_origin, with_encoder_facts
 from simmim.torch_engine.tasks.base import Task, TaskData, TaskPlan, TaskSpec, TaskStep, evaluate, find_spec
+from simmim.torch_engine.tasks.sounds import with_sounds
 from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_adamw
 from simmim.torch_engine.train.trainer import TorchTrainer
@@ -40,7 +41,7 @@ def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, O
     asked = config = dataclasses.replace(config, gpu=asked_gpu(config, device))
     precision = choose_precision(asked_precision(config), device)
     origin = find_origin(config)
-    data = spec.open_data(config)
+    config, data = with_sounds(config, origin.sound, spec.open_data(config))
     held = attention_kernels(config.gpu.attention)
     with distributed.join(device, precision) as world, hold_run(config, is_main=world.is_main), held:
         distributed.check_world(config, world)

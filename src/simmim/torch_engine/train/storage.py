@@ -29,6 +29,7 @@ from simmim.torch_engine.models.masked_image_model import MaskedImageModel, Pret
 from simmim.torch_engine.models.objective import ObjectiveModule, create_objectives
 from simmim.torch_engine.models.resize import adapt_output_channels, fit_backbone
 from simmim.torch_engine.models.savings import PLAIN, Counts, Savings, count
+from simmim.torch_engine.models.sound_input import SoundInput
 from simmim.torch_engine.train.checkpoint import load_model_state
 from simmim.training.checkpoint_directory import newest_checkpoint
 from simmim.training.origins import check_encoder, encoder_directory, is_timms
@@ -71,6 +72,8 @@ def save_hub(
         settings["model_args"].pop("num_classes", None)
         if classes is not None:
             settings["label_names"] = list(classes)
+        if config.input == "sounds":
+            settings["sound"] = config.sound.as_table()
         if dtype is not None:
             settings["pixel_dtype"] = dtype.name
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -95,6 +98,7 @@ def save_weights(path: Path, state: dict[str, Tensor]) -> None:
 def load_encoder(run: str | Path) -> nn.Module:
     """Load the encoder of a run or an encoder directory: a timm module without classifier, in evaluation mode.
 
+    One of sounds has a `front_end`, a `SoundInput`: `encoder(encoder.front_end(encoder.front_end.read("a.wav")))`.
     `timm:NAME` is a model of timm with its weights, `local-dir:PATH` one that timm saved. Raises `UserError` where
     there is no saved encoder.
     """
@@ -111,7 +115,12 @@ def _encoder_of(run: str | Path, *, pretrained: bool) -> nn.Module:
         return load_timm(str(run), weights=pretrained)
     check_encoder(str(run))
     directory = encoder_directory(run)
-    return timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval()
+    assert directory is not None
+    backbone = timm.create_model(f"local-dir:{directory}", pretrained=pretrained, num_classes=0).eval()
+    settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if "sound" in settings:
+        backbone.front_end = SoundInput(settings)
+    return backbone
 
 
 def starting_encoder(run: str | Path) -> nn.Module | None:
