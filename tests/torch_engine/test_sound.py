@@ -16,11 +16,14 @@ from simmim.config.pretrain_recipes import find_recipe, first_config
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.sound import Sound
 from simmim.config.validation import from_settings
+from simmim.data.files import names_sounds
+from simmim.data.sources import open_source
 from simmim.errors import UserError
 from simmim.method.heads import TransformerHead
 from simmim.method.losses import MSELoss
 from simmim.method.masks import RandomMask
 from simmim.method.targets import NormalizedTarget
+from simmim.report.gallery import thumbnails_of
 from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.tasks.spec_augment import draw_strips, hide_strips
 from simmim.torch_engine.train.pretrain import pretrain
@@ -224,6 +227,51 @@ def test_a_classifier_of_sounds_is_fine_tuned_and_predicts(run: Run, sounds: Pat
 def test_a_probe_during_a_training_of_sounds_judges_spectrograms(sounds: Path, tmp_path: Path) -> None:
     config = run_settings(sounds, tmp_path / "run", probe=str(sounds), probe_every_epochs=1.0)
     assert "knn_raw_pixels" in pretrain(config)[0].metrics.read_text()
+
+
+@pytest.mark.slow
+def test_an_onnx_file_of_a_run_of_sounds_takes_samples(run: Run, sounds: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert main(["export", str(run.path), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 0
+    session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert json.loads(session.get_modelmeta().custom_metadata_map["rate"]) == 8000
+    encoder: Any = simmim.load_encoder(str(run.path))
+    files = sorted(sounds.rglob("*.*"))[:3]
+    samples = torch.cat([encoder.front_end.read(file) for file in files])
+    (found,) = session.run(["features"], {"samples": samples.numpy()})
+    with torch.no_grad():
+        expected = encoder.forward_features(encoder.front_end(samples))
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_formats_without_a_place_for_a_front_end_are_refused(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(run.path), "--format", "transformers", "--out", "x"]) == 2
+    assert (
+        "is of sounds, which format transformers has no place for; use --format timm or onnx" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.slow
+def test_packed_sounds_train_to_the_weights_of_loose_ones(run: Run, sounds: Path, tmp_path: Path) -> None:
+    assert main(["pack", str(sounds), "--out", str(tmp_path / "packed")]) == 0
+    assert names_sounds(tmp_path / "packed")
+    config = run_settings(tmp_path / "packed", tmp_path / "run")
+    pretrain(config)
+    tiny.assert_same(worker.weights(config), worker.weights(run.read_config(PretrainConfig)))
+
+
+@pytest.mark.slow
+def test_the_report_of_a_run_of_sounds_shows_spectrograms(run: Run, sounds: Path, tmp_path: Path) -> None:
+    out = tmp_path / "a.html"
+    assert main(["report", str(run.path), "--data", str(sounds), "--out", str(out)]) == 0
+    assert "Likely duplicates" in (text := out.read_text()) and "Blurred" not in text
+
+
+def test_thumbnails_of_sounds_are_spectrograms(sounds: Path) -> None:
+    read, pictures = thumbnails_of(open_source(str(sounds)))
+    assert len(read) == 24 and pictures.shape == (24, 64, 64, 3)
+    assert (pictures.std(axis=(1, 2, 3)) > 5).all()
 
 
 REFUSED: dict[str, dict[str, Any]] = {

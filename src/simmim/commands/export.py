@@ -27,5 +27,8 @@ def export(run: str | Path, *, format: str, out: str | Path, allow_loss: bool = 
     from simmim.torch_engine.interop.export_transformers import export_transformers
 
     exporters = dict(zip(FORMATS, (export_timm, export_transformers, export_onnx, export_official), strict=True))
+    source = open_exported(path, format)
+    if source.hears is not None and format not in ("timm", "onnx"):
+        raise UserError(f"{run} is of sounds, which format {format} has no place for; use --format timm or onnx")
     with new_directory(out) as directory:
-        return exporters[format](open_exported(path, format), directory, allow_loss)
+        return exporters[format](source, directory, allow_loss)

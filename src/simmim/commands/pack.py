@@ -36,6 +36,7 @@ from simmim.data.packed.format import (
 )
 from simmim.data.packed.writer import Entry, Form, Jpeg, Original, RawPixels, WebP, find_damage, write_shard
 from simmim.data.pages import say_pages
+from simmim.data.sounds import Sounds, as_sounds, holds_sounds
 from simmim.data.sources import ImageSource, open_source, read_raw
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
@@ -89,6 +90,10 @@ def pack(config: PackConfig) -> list[str]:
     config = from_settings(PackConfig, vars(config))
     form, out = config.build_form(), Path(config.out)
     source = open_source(config.images)
+    if holds_sounds(source):
+        if config.form != "original":
+            raise UserError(f"--form {config.form} is for images, and {config.images} holds sounds; leave it out")
+        source = as_sounds(source, None)
     names = _names(source, config.images)
     settings = PackSettings(
         form=config.form,
@@ -110,7 +115,7 @@ def pack(config: PackConfig) -> list[str]:
         manifest = _describe(out, settings, shards)
         write_json(out / MANIFEST, dataclasses.asdict(manifest))
         (out / UNFINISHED).unlink(missing_ok=True)
-    decoded = _decode_some(open_packed(str(out)))
+    decoded = _decode_some(open_packed(str(out)), sounds=isinstance(source, Sounds))
     done = "was packed already" if finished and not missing else "is packed"
     lines = [
         f"{config.images} {done} in {out}: {manifest.images} images in {shards} shards, form {manifest.form}, "
@@ -128,6 +133,7 @@ def pack(config: PackConfig) -> list[str]:
 
 def _names(source: ImageSource, data: str) -> list[str]:
     """List the images' names, relative to the folder that holds them all, if there is one."""
+    source = source.source if isinstance(source, Sounds) else source
     names = [source.name(index) for index in range(len(source))]
     if isinstance(source, ArchiveImages) and len(set(source.names())) == len(source):
         return list(source.names())
@@ -219,13 +225,12 @@ def _describe(out: Path, settings: PackSettings, shards: int) -> Manifest:
     return Manifest(**dataclasses.asdict(settings), bad_images=broken, bytes=size, shards=found)
 
 
-def _decode_some(packed: PackedImages, most: int = 100) -> int:
+def _decode_some(packed: PackedImages, most: int = 100, *, sounds: bool = False) -> int:
     """Decode images spread over the whole set, and say how many; `BadImage` for one that is broken now."""
     decoded = 0
     for index in np.unique(np.linspace(0, len(packed) - 1, most).astype(int)).tolist():
         if packed.is_broken(index):
             continue
-        picture = open_picture(packed.read(index))
-        picture.decode(channels=picture.channels, dtype=np.float32)
+        open_picture(as_sounds(packed, None).read(index) if sounds else packed.read(index)).check()
         decoded += 1
     return decoded

@@ -12,17 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.config.sound import Sound
 from simmim.data.augment import CentreCrop
 from simmim.data.bad_images import BadImages
+from simmim.data.decode import BadImage, Picture, open_picture
 from simmim.data.evaluation import eval_batches
-from simmim.data.sources import ImageSource, Subset, open_source, sniff
+from simmim.data.sounds import as_sounds, holds_sounds
+from simmim.data.sources import ImageSource, Subset, open_source, read_raw, sniff
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import sample_keys
 from simmim.metrics.classification import unit_length
 from simmim.report.copies import duplicates, is_blank, small_copies
 from simmim.training.pictures import data_uri, to_rgb
+from simmim.training.spectrogram_pictures import in_colour
 
+_MEASURED = 16  # sounds whose lengths decide how much time a thumbnail shows
 _SIDE = 64  # pixels of a thumbnail among neighbours
 _DOT = 32  # pixels of a thumbnail in the map
 _QUERIES, _NEAREST = 12, 6
@@ -104,7 +109,7 @@ def make_gallery(run: str, data: str, *, most: int, most_bytes: int = 5_000_000)
         unreadable=len(source) - len(names),
         strips=strips(near, unit, names, thumbnails),
         map=draw_map(features, names, thumbnails, spare),
-        lists=remarkable(near, unit, names, thumbnails),
+        lists=remarkable(near, unit, names, thumbnails, sounds=holds_sounds(source)),
     )
 
 
@@ -115,7 +120,10 @@ def thumbnails_of(source: ImageSource, channels: int = 3) -> tuple[NDArray[np.in
 
 
 def thumbnail_batches(source: ImageSource, channels: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-    """Yield the same in batches."""
+    """Yield the same in batches. Of sounds, up to 5 s in the middle are drawn as a spectrogram."""
+    if holds_sounds(source):
+        yield from _sound_thumbnails(source)
+        return
     dtype = sniff(source, channels=channels)
     top = np.iinfo(dtype).max if np.issubdtype(dtype, np.integer) else 1.0
     for index, images in eval_batches(
@@ -128,6 +136,31 @@ def thumbnail_batches(source: ImageSource, channels: int) -> Iterator[tuple[NDAr
         bad_images=BadImages(None, total=len(source), max_fraction=1.0),
     ):
         yield index, to_rgb(images / np.float32(top))
+
+
+def _sound_thumbnails(source: ImageSource) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+    source = as_sounds(source, Sound.rate)
+    lengths = [clip.height for clip in map(_header, [source] * _MEASURED, range(min(len(source), _MEASURED))) if clip]
+    together = min(max(1, round(max(lengths, default=0) / 160 / _SIDE)), 8)  # frames of a column, of 10 ms each
+    found = Sound().spectrogram((together * _SIDE, _SIDE))
+    for index, samples in eval_batches(
+        source,
+        crop=CentreCrop(size=(found.samples, 1)),
+        channels=1,
+        dtype=np.float32,
+        batch_size=64,
+        threads=reading_cores(),
+        bad_images=BadImages(None, total=len(source), max_fraction=1.0),
+    ):
+        values = found(np, samples[..., 0, 0])  # (B, together · 64, 64)
+        yield index, to_rgb(in_colour(values.reshape(-1, _SIDE, together, _SIDE).mean(axis=2)))
+
+
+def _header(source: ImageSource, index: int) -> Picture | None:
+    try:
+        return open_picture(read_raw(source, index))
+    except BadImage:
+        return None
 
 
 def nearest(unit: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -202,9 +235,14 @@ def principal(features: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def remarkable(
-    near: NDArray[np.int64], unit: NDArray[np.float32], names: list[str], pictures: NDArray[np.uint8]
+    near: NDArray[np.int64],
+    unit: NDArray[np.float32],
+    names: list[str],
+    pictures: NDArray[np.uint8],
+    *,
+    sounds: bool = False,
 ) -> dict[str, list[str]]:
-    """List likely duplicates, outliers, blank and blurred images, at most 30 of each."""
+    """List likely duplicates, outliers, blank and blurred images, at most 30 of each; of sounds no blurred ones."""
     small = small_copies(pictures)
     grey = pictures.astype(np.float32).mean(axis=-1) / 255  # (N, 64, 64)
     blank = is_blank(pictures)
@@ -220,6 +258,8 @@ def remarkable(
         found["Outliers: far from all others"] = [
             names[number] for number in np.argsort(closeness) if closeness[number] < limit
         ]
+    if sounds:
+        return {what: listed[:_LISTED] for what, listed in found.items() if what != "Blurred"}
     sharp = laplacian(grey).var(axis=(1, 2))
     limit = _BLURRED * np.median(sharp)
     found["Blurred"] = [names[number] for number in np.argsort(sharp) if sharp[number] < limit and not blank[number]]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from simmim.data.augment import Box, crop_resize, reduction
 from simmim.data.decode import BadImage, Raw, open_picture
 from simmim.data.packed.format import BLOCK, BLOCK_HEADER, Index, Storage, pieces
+from simmim.data.sounds import Clip
 
 _CHUNK_HEADER = 40
 
@@ -41,8 +42,8 @@ class Original:
 
     def __call__(self, raw: Raw) -> Packed:
         picture = open_picture(raw)
-        picture.decode(channels=picture.channels, dtype=np.float32, reduction=8)  # reads all of a JPEG at little cost
-        return Packed(_file_bytes(raw))
+        picture.check(reduction=8)  # reads all of a JPEG at little cost
+        return Packed(picture.raw() if isinstance(picture, Clip) else _file_bytes(raw))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from simmim.errors import UserError
 from simmim.interop.weight_names import State, from_official_simmim, to_official_simmim
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.masked_image_model import MaskedImageModel, build_model
+from simmim.torch_engine.models.sound_input import SoundInput
 from simmim.torch_engine.tasks.detect_step import load_detector
 from simmim.torch_engine.tasks.detectors import TWO_STAGES
 from simmim.torch_engine.tasks.segment import load_predictor
@@ -46,12 +47,19 @@ class Source:
     """Share of the largest centre box of the input's shape that evaluation sees; `None`: the whole image, squashed."""
     dtype: str = "uint8"
     """Type of the pixels that evaluation decodes."""
+    hears: SoundInput | None = None
+    """Front end of a model of sounds."""
     model: MaskedImageModel | None = None
     config: PretrainConfig | None = None
 
     def images(self, batch: int = 2) -> Tensor:
         """Return fixed random normalised images (B, C, H, W)."""
         return torch.randn(batch, *self.input_size, generator=torch.Generator().manual_seed(0))
+
+    def samples(self, batch: int) -> Tensor:
+        """Return fixed noise as samples (B, n) for a model of sounds."""
+        assert self.hears is not None
+        return 0.1 * torch.randn(batch, self.hears.samples, generator=torch.Generator().manual_seed(0))
 
     def pretrained(self, format: str) -> tuple[MaskedImageModel, PretrainConfig]:
         if self.model is None or self.config is None:
@@ -84,6 +92,7 @@ def open_exported(path: Path, format: str = "timm") -> Source:
             task="classify",
             crop=data["crop_pct"],
             dtype=settings.get("pixel_dtype", "uint8"),
+            hears=SoundInput(settings) if "sound" in settings else None,
         )
     step, config = load_run(path)
     assert config.image_size is not None
@@ -91,7 +100,11 @@ def open_exported(path: Path, format: str = "timm") -> Source:
     assert isinstance(config.std, tuple)
     size = (config.channels, *config.image_size)
     backbone = step.model.encoder.backbone
-    return Source(path, backbone, size, config.mean, config.std, model=step.model, config=config)
+    hears = None
+    if config.input == "sounds":
+        facts = {"input_size": size, "mean": config.mean, "std": config.std}
+        hears = SoundInput({"pretrained_cfg": facts, "sound": config.sound.as_table()})
+    return Source(path, backbone, size, config.mean, config.std, hears=hears, model=step.model, config=config)
 
 
 def _open_segmenter(path: Path) -> Source:

@@ -17,6 +17,7 @@ from torch.nn import functional
 from simmim.errors import UserError
 from simmim.torch_engine.interop.export import Outputs, Source, compare
 from simmim.torch_engine.interop.export_detector import export_detector
+from simmim.torch_engine.models.sound_input import SoundInput
 
 _ONE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GB, larger weights go into a separate file
 
@@ -25,7 +26,8 @@ def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
     """Export `model.onnx`: normalised images (B, C, H, W) → timm's `forward_features` and an embedding (B, D).
 
     A fine-tuned classifier outputs logits (B, K) instead, a segmenter logits (B, K, H, W), and a detector the objects
-    of one image. The file's metadata say how to prepare an image.
+    of one image. A model of sounds takes `samples` (B, n) within -1..1, as the front end is in the file. The file's
+    metadata say how to prepare an image, or a sound.
     """
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
@@ -36,13 +38,14 @@ def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
         return export_detector(source, _without_fused_attention(source.backbone), out / "model.onnx")
     names = ("features", "embedding") if source.task == "encoder" else ("logits",)
     file = out / "model.onnx"
+    given, example = ("images", source.images) if source.hears is None else ("samples", source.samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
-            _Outputs(_without_fused_attention(source.backbone), source.task),
-            (source.images(),),
+            _Outputs(_without_fused_attention(source.backbone), source.task, source.hears),
+            (example(2),),
             dynamo=True,
-            input_names=["images"],
+            input_names=[given],
             output_names=list(names),
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             verbose=False,
@@ -50,27 +53,29 @@ def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
     program.model.metadata_props.update(_description(source))
     program.save(str(file), external_data=sum(weight.nbytes for weight in source.backbone.parameters()) > _ONE_FILE)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    module = _Outputs(source.backbone, source.task)
+    module = _Outputs(source.backbone, source.task, source.hears)
 
     def pair(number: int) -> tuple[str, Outputs, Outputs]:
         def reloaded(images: Tensor) -> Tensor:
-            return torch.from_numpy(session.run([names[number]], {"images": images.numpy()})[0])
+            return torch.from_numpy(session.run([names[number]], {given: images.numpy()})[0])
 
         return names[number], lambda images: module(images)[number], reloaded
 
     pairs = [pair(number) for number in range(len(names))]
-    found = [compare(source, "onnxruntime", pairs, source.images(batch)) for batch in (1, 7)]
-    return [f"wrote {file.name}: images → {', '.join(names)}", *found]
+    found = [compare(source, "onnxruntime", pairs, example(batch)) for batch in (1, 7)]
+    return [f"wrote {file.name}: {given} → {', '.join(names)}", *found]
 
 
 class _Outputs(nn.Module):
-    """Outputs of the exported graph."""
+    """Outputs of the exported graph, for images, or for samples where there is a front end."""
 
-    def __init__(self, backbone: Any, task: str):
+    def __init__(self, backbone: Any, task: str, hears: nn.Module | None):
         super().__init__()
-        self.backbone, self.task = backbone, task
+        self.backbone, self.task, self.hears = backbone, task, hears
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if self.hears is not None:
+            images = self.hears(images)
         if self.task == "classify":
             return (self.backbone(images),)
         if self.task == "segment":
@@ -91,6 +96,8 @@ def _without_fused_attention(backbone: nn.Module) -> nn.Module:
 
 def _description(source: Source) -> dict[str, str]:
     """Describe in the file's metadata all that preparing an image takes, as JSON values, and in words."""
+    if source.hears is not None:
+        return _description_of_sounds(source, source.hears)
     channels, height, width = source.input_size
     crop = {"crop": "whole"} if source.crop is None else {"crop": "centre", "crop_fraction": source.crop}
     facts: dict[str, Any] = {
@@ -112,4 +119,20 @@ def _description(source: Source) -> dict[str, str]:
     )
     if source.task == "segment":
         facts["preparation"] += " Resize the logits to the image's size by bilinear interpolation; the largest decides."
+    return {name: json.dumps(value) for name, value in facts.items()}
+
+
+def _description_of_sounds(source: Source, hears: SoundInput) -> dict[str, str]:
+    facts: dict[str, Any] = {
+        "task": source.task,
+        "input_size": (hears.samples,),
+        "rate": hears.rate,
+        "preparation": (
+            f"Average the channels, resample to {hears.rate} Hz, and take {hears.samples} samples in the middle as "
+            "float32 within -1..1, in the order B, samples; let a shorter sound end in zeros. The file computes the "
+            "spectrogram and normalises it."
+        ),
+    }
+    if source.classes:
+        facts["classes"] = source.classes
     return {name: json.dumps(value) for name, value in facts.items()}
