@@ -9,6 +9,7 @@ from simmim.config.sound import Sound
 from simmim.data.augment import CentreCrop, load
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage
+from simmim.data.evaluation import eval_images
 from simmim.data.pipeline import Reading, train_batches
 from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sound_augment import SoundAugment, TimeCrop, sound_augment
@@ -163,6 +164,16 @@ def test_a_broken_file_is_named_with_its_reason(tmp_path: Path, content: bytes, 
     for raw in (content, str(path)):
         with pytest.raises(BadImage, match=f"^{reason}$"):
             open_clip(raw)
+
+
+def test_a_broken_sound_is_listed_and_left_out(folder: Path, tmp_path: Path) -> None:
+    (folder / "2.flac").write_bytes(b"fLaC broken")
+    source = as_sounds(open_source(str(folder)), 16000)
+    bad = BadImages(tmp_path / "bad_images.txt", total=len(source), max_fraction=0.5)
+    samples = eval_images(source, range(6), size=(800, 1), channels=1, dtype=np.int16, bad_images=bad)
+    assert samples.shape == (5, 800, 1, 1)
+    (line,) = (tmp_path / "bad_images.txt").read_text().splitlines()
+    assert line.startswith(f"{folder / '2.flac'}\tcannot be read as a sound: ")
 
 
 def test_a_sound_without_samples_and_one_that_is_not_finite_are_bad(tmp_path: Path) -> None:

@@ -165,8 +165,10 @@ class TrainingConfig:
     @property
     def spectrogram(self) -> Spectrogram | None:
         """Front end of sounds; `None` for images."""
+        if self.input == "images":
+            return None
         assert self.image_size is not None
-        return self.sound.spectrogram(self.image_size) if self.input == "sounds" else None
+        return self.sound.spectrogram(self.image_size)
 
     @property
     def pieces(self) -> int:
