@@ -62,3 +62,15 @@ def test_an_installation_without_torch_is_a_finding_and_no_error(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     assert examine()["training"] == "does not work: libtorch.so is missing; install simmim again"
+
+
+def test_a_copy_that_is_not_installed_is_said_in_a_line(monkeypatch):
+    installed = importlib.metadata.Distribution.from_name
+
+    def hide(name):
+        if name == "simmim":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", hide)
+    assert examine()["simmim"] == "not installed, so what it needs is not known; pip install . in its checkout"

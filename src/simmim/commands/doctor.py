@@ -25,6 +25,8 @@ _OPTIONAL = {
     "trackio": "for --log trackio",
 }
 
+_NOT_INSTALLED = "not installed, so what it needs is not known; pip install . in its checkout"
+
 
 def examine(directory: str = ".") -> dict[str, str]:
     """Return findings by name, one line each. Tries a very small training step on each device, and times kernels.
@@ -33,7 +35,7 @@ def examine(directory: str = ".") -> dict[str, str]:
     """
     bf16 = "bf16 in hardware" if cpu_has_bf16() else "no bf16, so fp32 is used"
     findings = {
-        "simmim": _version("simmim") or "not installed as a package",
+        "simmim": _version("simmim") or _NOT_INSTALLED,
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cpu": f"{cpu_name()}, {cpu_cores()} cores, {bf16}",
         "memory": _memory(),
@@ -57,8 +59,11 @@ def examine(directory: str = ".") -> dict[str, str]:
 
 
 def _required() -> list[str]:
-    """List the packages that simmim cannot work without, from its own metadata."""
-    requirements = importlib.metadata.requires("simmim") or []
+    """List the packages that simmim cannot work without, from its own metadata, if it is installed."""
+    try:
+        requirements = importlib.metadata.requires("simmim") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
     return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in requirements if "extra ==" not in line]
 
 
