@@ -1,9 +1,9 @@
 """A power cut without cutting the power: keep what was synced (fsync), and lose the rest.
 
-`record` notes what every fsync of this process and its forks would make durable: a file's bytes, or the names in a
-directory. `cut` rebuilds the directory from these notes, in one of the two ways that POSIX allows at worst: names that
-were not synced are lost, or they are kept and the bytes behind them are lost. Libraries that sync beside Python are
-not seen, so that their files count as lost.
+`note_all` begins a log, in which `record` notes what every fsync of this process and its forks would make durable: a
+file's bytes, or the names in a directory. `cut` rebuilds the directory from these notes, in one of the two ways that
+POSIX allows at worst: names that were not synced are lost, or they are kept and the bytes behind them are lost.
+Libraries that sync beside Python are not seen, so that their files count as lost.
 """
 
 import fcntl
@@ -24,12 +24,16 @@ class Note(NamedTuple):
     content: bytes | dict[str, int]
 
 
-def record(root: Path, log: Path) -> None:
-    """Note in `log` what is below `root` now, which counts as durable, and whatever is synced from now on."""
+def note_all(root: Path, log: Path) -> None:
+    """Begin `log` with what is below `root` now, which counts as durable."""
     with log.open("wb") as file:
         for path in (root, *root.rglob("*")):
             if path.is_dir() or path.is_file():
                 pickle.dump(_note(path), file)
+
+
+def record(log: Path) -> None:
+    """Note in `log` whatever this process and its forks sync from now on."""
     os.fsync = lambda descriptor: _append(log, descriptor)  # type: ignore[assignment]
 
 

@@ -8,12 +8,14 @@ after its imports. What ended early is repeated by the same command, which is di
 weights and figures, or the bytes of files, must be the same, and no other file may be there. Nothing that a power cut
 should leave may be done again.
 
-Processes are forked from a server that has imported PyTorch and JAX. Those of two processes are started by torchrun's
-agent, whose workers are forked from it too; their signals go to one of the ranks or to the agent.
+Processes are forked from a server that has imported PyTorch and JAX. Two processes are started by torchrun's agent, as
+programs of their own (`--rank`); their signals go to one of the ranks or to the agent. Of a command that takes longer
+than `TIMED_OUT`, the stacks of all processes are shown.
 """
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -54,16 +56,18 @@ class Place(NamedTuple):
     syncs: Path
 
 
-def run_command(job: Job, place: Place, begun: Connection) -> None:
-    """Run a command in this process, which it ends."""
+def place_of(job: Job, data: Path) -> Place:
+    return Place(data, data / "box", data / "box" / job.out, data / "log", data / "syncs")
+
+
+def set_up(job: Job, place: Place) -> None:
+    """Make this process one that a command is to run in: output into the log, signals as a program's, modules."""
     import torch
 
-    from simmim.cli import main
-
-    os.setsid()
     output = os.open(place.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    faulthandler.register(signal.SIGUSR2)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)  # as a program starts, and not as a fork server's child
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,34 +76,51 @@ def run_command(job: Job, place: Place, begun: Connection) -> None:
         importlib.import_module(module)
     for module, name, value in job.settings:
         setattr(importlib.import_module(module), name, value)
-    power_cut.record(place.box, place.syncs)
-    begun.send(None)
-    argv = job.argv(place.data, place.out)
-    if job.processes == 1:
-        sys.exit(main(argv))
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config: dict[str, Any] = {"start_method": "fork", "monitor_interval": 0.1, "max_restarts": 0}
-    config |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "run_id": str(os.getpid())}
-    elastic_launch(LaunchConfig(1, 1, job.processes, **config), run_rank)(argv)
 
 
-def run_rank(argv: list[str]) -> None:
+def run_command(job: Job, place: Place, begun: Connection) -> None:
+    """Run a command in this process, which it ends."""
     from simmim.cli import main
 
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_DFL)  # the agent has handlers of its own
-    if code := main(argv):
-        sys.exit(code)
+    os.setsid()
+    set_up(job, place)
+    power_cut.note_all(place.box, place.syncs)
+    power_cut.record(place.syncs)
+    begun.send(None)
+    if job.processes == 1:
+        sys.exit(main(job.argv(place.data, place.out)))
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config: dict[str, Any] = {"monitor_interval": 0.1, "max_restarts": 0, "run_id": str(os.getpid())}
+    config |= {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    # A program, as of torchrun. A function would be forked from the agent, which hangs at times: it then wakes ranks
+    # by a `multiprocessing.Event`, whose `set` waits for ever for one that was killed in its `wait`.
+    launch = elastic_launch(LaunchConfig(1, 1, job.processes, **config), sys.executable)
+    launch(__file__, "--rank", job.name, str(place.data))
+
+
+def run_rank(job: Job, place: Place) -> int:
+    """Run a command as one of several ranks."""
+    from simmim.cli import main
+
+    set_up(job, place)
+    power_cut.record(place.syncs)
+    (place.data / f"begun-{os.environ['RANK']}").touch()
+    return main(job.argv(place.data, place.out))
 
 
 def start(job: Job, place: Place) -> BaseProcess:
     """Begin a command; return when its imports are done."""
+    for path in place.data.glob("begun-*"):
+        path.unlink()
     ours, theirs = _context.Pipe()
     process = _context.Process(target=run_command, args=(job, place, theirs))
     process.start()
     theirs.close()
     ours.recv()
+    ranks = job.processes if job.processes > 1 else 0
+    while process.exitcode is None and len(list(place.data.glob("begun-*"))) < ranks:
+        time.sleep(0.02)
     return process
 
 
@@ -110,21 +131,44 @@ def wait(job: Job, process: BaseProcess, place: Place, history: Sequence[str] = 
     while job.processes > 1 and _group(process) and time.monotonic() < end:  # ranks that outlive torchrun
         time.sleep(0.05)
     if process.exitcode is None or _group(process):
+        ended = f"code {process.exitcode}" if process.exitcode is not None else "not ended"
+        stacks = explain(_group(process), place.log)
         _kill_all(process)
-        raise AssertionError(f"{job.name} hangs after {history}:\n{place.log.read_text()}")
+        raise AssertionError(f"{job.name} hangs after {history} ({ended}):\n{place.log.read_text()}\n{stacks}")
     return process.exitcode
 
 
+def explain(pids: Sequence[int], log: Path) -> str:
+    """Have processes that called `set_up` write the Python stack of each thread into their log; say what each is."""
+    lines = []
+    for pid in pids:
+        folder = Path(f"/proc/{pid}")
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_text().replace("\0", " ").strip()
+            with log.open("a") as file:
+                file.write(f"\nstacks of process {pid}\n")
+            os.kill(pid, signal.SIGUSR2)
+            time.sleep(0.5)
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+            lines.append(f"process {pid}, child of {parent}: {words}")
+            for task in sorted((folder / "task").iterdir()):
+                state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                waits = (task / "wchan").read_text() or "?"
+                lines.append(f"  thread {task.name} {(task / 'comm').read_text().strip()}: {state}, kernel {waits}")
+    return "\n".join(lines)
+
+
 def _group(process: BaseProcess) -> list[int]:
-    """Find the living processes of a command's session."""
+    """Find the living processes of a command: those of its session, and ranks, which have sessions of their own."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 state, _, _, session = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+                rank = f"TORCHELASTIC_RUN_ID={process.pid}\0".encode() in (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if int(session) == process.pid and state != "Z":
+            if (int(session) == process.pid or rank) and state != "Z":
                 found.append(int(entry.name))
     return sorted(found)
 
@@ -191,8 +235,7 @@ def compare(job: Job, found: dict[str, Any], wanted: dict[str, Any], history: li
 
 def torture(job: Job, data: Path, kills: int, faults: Sequence[str], draw: np.random.Generator) -> Counter[str]:
     """Disturb a command until `kills` disturbances hit it; return how many of each, and the commands that they hit."""
-    box = data / "box"
-    place = Place(data, box, box / job.out, data / "log", data / "syncs")
+    place = place_of(job, data)
     _undisturbed(job, place)  # which may also fill caches
     wanted = outcome(job, place)
     seconds = _undisturbed(job, place)
@@ -210,6 +253,7 @@ def torture(job: Job, data: Path, kills: int, faults: Sequence[str], draw: np.ra
                     counts[name] += 1
                     history.append(f"{name} at {moment:.2f} s")
             code = wait(job, process, place, history)
+            print(f"{job.name}: {history[-1] if sent else 'undisturbed'}, code {code}", file=sys.stderr, flush=True)
             check_end(job, name, sent, code, place)
             place.log.unlink()
             if sent and name in CUTS:
@@ -224,8 +268,8 @@ def torture(job: Job, data: Path, kills: int, faults: Sequence[str], draw: np.ra
 
 def _undisturbed(job: Job, place: Place) -> float:
     _clear(place)
-    begun = time.monotonic()
-    code = wait(job, start(job, place), place)
+    process, begun = start(job, place), time.monotonic()
+    code = wait(job, process, place)
     assert code == 0, place.log.read_text()
     return time.monotonic() - begun
 
@@ -249,23 +293,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=8, help="disturbances of each command")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", default="", help="commands whose name begins so")
+    parser.add_argument("--only", default="", help="the command of this name, or those whose name begins so")
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--rank", nargs=2, metavar=("COMMAND", "DATA"), help="be a rank that torchrun's agent starts")
     options = parser.parse_args()
+    if options.rank:
+        job = next(job for job in JOBS if job.name == options.rank[0])
+        sys.exit(run_rank(job, place_of(job, Path(options.rank[1]))))
     os.environ |= {"SIMMIM_KERNELS": "rules"}  # a measurement would choose by the machine's load
     os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    modules = {module for job in JOBS for module in job.modules.split() if job.name.startswith(options.only)}
+    jobs = [job for job in JOBS if job.name == options.only] or [
+        job for job in JOBS if job.name.startswith(options.only)
+    ]
+    modules = {module for job in jobs for module in job.modules.split()}
     _context.set_forkserver_preload(["simmim.cli", *sorted(modules | set(PRETRAIN.modules.split()))])
     draw = np.random.default_rng(options.seed)
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), draw)
         print(f"| command | {' | '.join(FAULTS)} | commands | seconds |", flush=True)
-        for job in JOBS:
-            if job.name.startswith(options.only):
-                begun = time.monotonic()
-                counts = torture(job, Path(name), options.kills, options.faults, draw)
-                row = [counts[each] for each in (*FAULTS, "commands")]
-                print(f"| {job.name} | {' | '.join(map(str, row))} | {time.monotonic() - begun:.0f} |", flush=True)
+        for job in jobs:
+            begun = time.monotonic()
+            counts = torture(job, Path(name), options.kills, options.faults, draw)
+            row = [counts[each] for each in (*FAULTS, "commands")]
+            print(f"| {job.name} | {' | '.join(map(str, row))} | {time.monotonic() - begun:.0f} |", flush=True)
     print(datetime.now(UTC).strftime("%Y-%m-%d %H:%M"))
 
 

@@ -116,6 +116,8 @@ JOBS = [
     PRETRAIN,
     _train("pretrain, Keras on JAX", _KERAS, "grain tensorboardX jax keras simmim.keras_engine.pretrain"),
     _train("pretrain, 2 processes", _PRETRAIN, f"{_ENGINE}.train.pretrain", processes=2),
+    _train("pretrain --async-save", f"{_PRETRAIN} --async-save", f"{_ENGINE}.train.pretrain"),
+    _train("pretrain --async-save, 2 processes", f"{_PRETRAIN} --async-save", f"{_ENGINE}.train.pretrain", processes=2),
     _train("finetune classify", _CLASSIFY, f"{_TASKS}.classify"),
     _train("finetune classify, 2 processes", _CLASSIFY, f"{_TASKS}.classify", processes=2),
     _train("finetune segment", _SEGMENT, f"{_TASKS}.segment"),
