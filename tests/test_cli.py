@@ -54,6 +54,16 @@ def test_options_reach_the_configuration(asked):
     assert (config.steps, config.compile, config.mean) == (7, False, (0.1, 0.2, 0.3))
 
 
+@pytest.mark.parametrize("option", ["compile", "async-save"])
+def test_what_is_left_open_is_chosen_by_an_option_without_a_value(asked, option, capsys):
+    for words in ("", f"--{option}", f"--no-{option}"):
+        run(f"pretrain --data a --out b {words}")
+    assert [getattr(config, option.replace("-", "_")) for config in asked] == [None, True, False]
+    with pytest.raises(SystemExit):
+        main(["finetune", "classify", "--help"])
+    assert f"--{option} / --no-{option}" in capsys.readouterr().out
+
+
 def test_model_arguments_are_read_as_numbers_and_lists(asked):
     run("pretrain --model-args depth=2 embed_dims=[8,16] act_layer=gelu qkv_bias=true")
     assert asked[0].model_args == {"depth": 2, "embed_dims": [8, 16], "act_layer": "gelu", "qkv_bias": True}

@@ -43,7 +43,9 @@ def _rewrites() -> tuple[tuple[str, str], ...]:
     )
 
 
-_WORDS = {"--compile": ["--compile", "yes"], "--no-compile": ["--compile", "no"]}
+_WORDS = {
+    f"--{no}{name}": [f"--{name}", "no" if no else "yes"] for name in ("compile", "async-save") for no in ("", "no-")
+}
 # Options of version 0.1 and their current names.
 _OLD_NAMES = {
     "--mask-ratio": "--mask.ratio",

@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from simmim.config.field_types import (
     HINT,
+    Compile,
     Count,
     Device,
     ImageSize,
@@ -15,7 +16,6 @@ from simmim.config.field_types import (
     Positive,
     PositiveReal,
     Word,
-    YesNo,
 )
 
 Pool = Literal["auto", "avg", "token", "own"]
@@ -171,7 +171,7 @@ class BenchConfig:
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of the forward pass."""
-    compile: YesNo = None
+    compile: Compile = None
     """Compile the step with torch.compile (default: on CUDA and TPU only, as in training)."""
     seconds: PositiveReal = 10.0
     """Seconds to measure each figure, after a warm-up."""

@@ -122,10 +122,15 @@ ImageSize = Annotated[
     one_word(parse_image_size, "N|HxW", show=lambda size: f"{size[0]}x{size[1]}"),
     HINT,
 ]
-# Shown as --compile; the command line turns --no-compile into `--compile no`.
-YesNo = Annotated[
-    bool | None, one_word(_parse_yes_no, "/ --no-compile", show=lambda value: "yes" if value else "no"), HINT
-]
+
+
+def _yes_no(name: str) -> Any:
+    """Read a choice that is left open by default: the command line turns `--no-NAME` into `--NAME no`."""
+    return one_word(_parse_yes_no, f"/ --no-{name}", show=lambda value: "yes" if value else "no")
+
+
+Compile = Annotated[bool | None, _yes_no("compile"), HINT]
+AsyncSave = Annotated[bool | None, _yes_no("async-save"), HINT]
 ModelArgs = Annotated[
     dict[str, Any],
     BeforeValidator(_in_lists),

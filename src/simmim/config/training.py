@@ -14,7 +14,9 @@ from tyro.conf import Suppress
 from simmim.config.field_types import (
     HINT,
     NONE_WORD,
+    AsyncSave,
     Colour,
+    Compile,
     Count,
     CountOrAuto,
     Device,
@@ -26,7 +28,6 @@ from simmim.config.field_types import (
     PositiveReal,
     Share,
     Word,
-    YesNo,
     one_word,
 )
 from simmim.config.sound import Sound
@@ -128,7 +129,7 @@ class TrainingConfig:
     """Device to train on."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the forward pass (auto: bf16 if the hardware supports it, else fp32)."""
-    compile: YesNo = None
+    compile: Compile = None
     """Compile the step with torch.compile (default: on cuda and tpu only)."""
     checkpoint_activations: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -141,7 +142,7 @@ class TrainingConfig:
     """Steps between checkpoints (default: one epoch, at least 100 steps)."""
     keep: Positive = 2
     """Number of latest checkpoints to keep."""
-    async_save: YesNo = None
+    async_save: AsyncSave = None
     """Write checkpoints while training goes on, from a copy in the host's memory (default: on cuda only)."""
     max_hours: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
     """Hours from the first step, after which the run saves and ends with code 75, to be resumed (default: no limit)."""
