@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from simmim.cli import main
+from simmim.data.packed import format as packed_format
 
 for package in ("moto", "s3fs", "flask"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install 's3fs' 'moto[server]'")
@@ -40,21 +41,28 @@ class Proxy(BaseHTTPRequestHandler):
     port = 0
     share = 0.0
     """Of the answers that are spoilt, in [0, 1]."""
+    kinds: tuple[str, ...] = ()
     draw = random.Random(0)
     spoilt: ClassVar[Counter[str]] = Counter()
 
     def do_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.draw.choice(("refused", "slow", "cut")) if self.draw.random() < self.share else ""
+        fault = self.draw.choice(self.kinds) if self.draw.random() < self.share else ""
         self.spoilt[fault] += 1
         if fault == "refused":
             self.answer(503, [], b"<Error><Code>SlowDown</Code></Error>", 40)
+            return
+        if fault == "dropped before":
+            self.close_connection = True
             return
         time.sleep(0.5 * (fault == "slow"))
         server = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         server.request(self.command, self.path, body, dict(self.headers))
         found = server.getresponse()
         content = found.read()
+        if fault == "dropped after":  # the request was carried out, and no one hears of it
+            self.close_connection = True
+            return
         self.answer(found.status, found.getheaders(), content, len(content) // 2 if fault == "cut" else len(content))
         self.close_connection |= fault == "cut"
 
@@ -110,7 +118,7 @@ def bucket() -> Iterator[str]:
 def faults() -> Iterator[Counter[str]]:
     """Counts of the answers that were spoilt; a third are."""
     Proxy.spoilt.clear()
-    Proxy.share, Proxy.draw = 0.33, random.Random(0)
+    Proxy.share, Proxy.draw, Proxy.kinds = 0.33, random.Random(0), ("refused", "slow", "cut")
     yield Proxy.spoilt
     Proxy.share = 0.0
 
@@ -151,3 +159,59 @@ def test_a_training_from_a_bucket_that_fails_at_times_is_that_from_the_disk(
     assert weights[0] == weights[1]
     assert min(faults[kind] for kind in ("refused", "slow", "cut")) > 3
     assert not (tmp_path / "bucket/bad_images.txt").exists()
+
+
+def stored(url: str) -> dict[str, bytes]:
+    import s3fs
+
+    files = s3fs.S3FileSystem(skip_instance_cache=True)
+    return {path.split("/")[-1]: files.cat_file(path) for path in files.ls(url, detail=False)}
+
+
+def on_disk(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith(".")}
+
+
+def test_packing_into_a_bucket_that_fails_at_times_gives_the_files_of_the_disk(
+    packed: Path, photos: Path, bucket: str, faults: Counter[str]
+) -> None:
+    Proxy.kinds = ("refused", "slow", "cut", "dropped before", "dropped after")
+    assert main(["pack", str(photos), "--out", f"{bucket}/sent", "--shard-size", "4"]) == 0
+    assert all(faults[kind] for kind in Proxy.kinds)
+    Proxy.share = 0.0
+    assert main(["pack", str(photos), "--out", f"{packed}-4", "--shard-size", "4"]) == 0
+    assert stored(f"{bucket}/sent") == on_disk(Path(f"{packed}-4"))
+
+
+def test_packing_that_is_killed_or_cut_off_leaves_no_pack_and_goes_on(
+    packed: Path, photos: Path, bucket: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import s3fs
+
+    url = f"{bucket}/killed"
+    words = ["pack", str(photos), "--out", url, "--shard-size", "4"]
+    monkeypatch.setattr(Proxy, "share", 1.0)
+    Proxy.kinds = ("slow",)
+    process = subprocess.Popen([sys.executable, "-m", "simmim", *words], stderr=subprocess.DEVNULL)
+    files, deadline = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False), time.monotonic() + 120
+    while not files.exists(f"{url}/00001.json") and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    process.kill()
+    assert process.wait() == -9
+    Proxy.share = 0.0
+    assert "packing.json" in stored(url) and "pack.json" not in stored(url)
+    monkeypatch.setattr(packed_format, "_TRIES", 1)  # s3fs tries again itself: with ours it takes minutes
+    Proxy.share, Proxy.kinds = 1.0, ("dropped before",)
+    assert main(words) == 2
+    Proxy.share = 0.0
+    monkeypatch.undo()
+    assert capfd.readouterr().err.splitlines()[-1].endswith("then repeat the command, which goes on")
+    assert main(words) == 0
+    assert main(["pack", str(photos), "--out", f"{packed}-killed", "--shard-size", "4"]) == 0
+    assert stored(url) == on_disk(Path(f"{packed}-killed"))
+
+
+def test_a_bucket_that_is_not_there_is_a_line(photos: Path, bucket: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["pack", str(photos), "--out", "s3://no-such-bucket/set"]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert "s3://no-such-bucket/set/packing.json cannot be written: " in line and "bucket does not exist" in line

@@ -6,7 +6,8 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from tyro.conf import Positional, arg
 from simmim.config.field_types import HINT, Count, Positive, one_word
 from simmim.config.validation import from_settings
 from simmim.data.archives import ArchiveImages
-from simmim.data.bad_images import BadImages
+from simmim.data.bad_images import BadImages, TooManyBadImages
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.files import PathList
 from simmim.data.packed.format import (
@@ -34,6 +35,7 @@ from simmim.data.packed.format import (
     read_index,
     shard_name,
 )
+from simmim.data.packed.upload import Bucket
 from simmim.data.packed.writer import Entry, Form, Jpeg, Original, RawPixels, WebP, find_damage, write_shard
 from simmim.data.pages import say_pages
 from simmim.data.sounds import Sounds, as_sounds, holds_sounds
@@ -55,7 +57,7 @@ class PackConfig:
     images: Positional[Annotated[str, arg(metavar="IMAGES")]]
     """Images as --data takes them: a folder, .zip or .tar (names and classes stay), a list, .npz, hf:NAME or demo."""
     out: str
-    """The directory of shards to write. The same directory again resumes, or verifies."""
+    """The directory of shards to write, or a URL such as s3://BUCKET/NAME. The same again resumes, or verifies."""
     form: Literal["original", "jpeg", "webp", "raw"] = "original"
     """Form to store: the files byte for byte, smaller files, or uint8 pixels that need no decoding."""
     short_side: Count = None
@@ -84,11 +86,12 @@ class PackConfig:
 def pack(config: PackConfig) -> list[str]:
     """Write the shards, or those that a killed packing left out, and verify all; says what was done, line by line.
 
-    Raises `UserError` for options that do not fit, no images, an `out` that holds something else or is being
-    written, too many broken images, and shards that are damaged.
+    Into a URL each shard is written to a temporary directory, verified, and copied; `pack.json` comes last. Raises
+    `UserError` for options that do not fit, no images, an `out` that holds something else or is being written, too many
+    broken images, shards that are damaged, and storage that does not take them.
     """
     config = from_settings(PackConfig, vars(config))
-    form, out = config.build_form(), Path(config.out)
+    form = config.build_form()
     source = open_source(config.images)
     if holds_sounds(source):
         if config.form != "original":
@@ -103,32 +106,86 @@ def pack(config: PackConfig) -> list[str]:
         images=len(names),
         names_sha256=hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest(),
     )
-    shards = math.ceil(len(names) / config.shard_size)
-    _find(out)
-    with locked(out):
-        finished = _begin(out, settings)
-        missing = [number for number in progress(range(shards), shards, "shards looked at") if _problem(out, number)]
-        _write(config, form, source, names, missing)
-        for number in progress(missing, len(missing), "shards verified"):
-            if problem := _problem(out, number):
-                raise UserError(f"{out / shard_name(number)} {problem} though it was just written; check the disk")
-        manifest = _describe(out, settings, shards)
-        write_json(out / MANIFEST, dataclasses.asdict(manifest))
-        (out / UNFINISHED).unlink(missing_ok=True)
-    decoded = _decode_some(open_packed(str(out)), sounds=isinstance(source, Sounds))
-    done = "was packed already" if finished and not missing else "is packed"
+    shards = Shards(config, form, source, names)
+    finished, written, manifest = (_pack_away if "://" in config.out else _pack_here)(shards, settings)
+    decoded = _decode_some(open_packed(config.out), sounds=isinstance(source, Sounds))
+    done = "was packed already" if finished and not written else "is packed"
     lines = [
-        f"{config.images} {done} in {out}: {manifest.images} images in {shards} shards, form {manifest.form}, "
-        f"{manifest.bytes / 1e6:.1f} MB",
+        f"{config.images} {done} in {config.out}: {manifest.images} images in {len(shards)} shards, form "
+        f"{manifest.form}, {manifest.bytes / 1e6:.1f} MB",
         f"verified: the digest of every shard, the checksum of every image, and {decoded} images decoded",
     ]
-    if finished and missing:
-        lines.insert(0, f"{len(missing)} shards were damaged and are written again")
+    if finished and written:
+        lines.insert(0, f"{written} shards were damaged and are written again")
     if pages := say_pages(source):
         lines.append(f"warning: {pages}")
     if manifest.bad_images:
-        lines.append(f"{manifest.bad_images} images cannot be read; {out / BAD_IMAGES} lists them")
+        lines.append(f"{manifest.bad_images} images cannot be read; {config.out.rstrip('/')}/{BAD_IMAGES} lists them")
     return lines
+
+
+def _pack_here(shards: "Shards", settings: PackSettings) -> tuple[bool, int, Manifest]:
+    """Pack into a directory; return whether it was finished, how many shards were written, and the description."""
+    out = Path(shards.config.out)
+    _find(out, str(out))
+    with locked(out):
+        finished = _begin(out, settings, str(out))
+        numbers = progress(range(len(shards)), len(shards), "shards looked at")
+        missing = [number for number in numbers if _problem(out, number)]
+        shards.write(out, missing)
+        for number in progress(missing, len(missing), "shards verified"):
+            _check_written(out, number)
+        manifest = _describe(out, settings, len(shards))
+        write_json(out / MANIFEST, dataclasses.asdict(manifest))
+        (out / UNFINISHED).unlink(missing_ok=True)
+    return finished, len(missing), manifest
+
+
+def _pack_away(shards: "Shards", settings: PackSettings) -> tuple[bool, int, Manifest]:
+    """The same into a URL. A shard counts as there once its index is; each index comes after its shard."""
+    bucket = Bucket(shards.config.out)
+    with tempfile.TemporaryDirectory(prefix="simmim-pack-") as name:
+        folder = Path(name)
+        begun = any([bucket.fetch(folder / MANIFEST), bucket.fetch(folder / UNFINISHED)])
+        if not begun and not bucket.is_empty():
+            raise _holds_something_else(shards.config.out)
+        finished = _begin(folder, settings, shards.config.out)
+        bucket.fetch(folder / BAD_IMAGES)
+        if not finished:
+            bucket.send(folder / UNFINISHED)
+
+        def is_there(number: int) -> bool:
+            path, index = folder / shard_name(number), folder / index_name(number)
+            if not (begun and bucket.fetch(index)):
+                return False
+            if not finished:  # it was verified before it was sent
+                try:
+                    return bucket.holds(path.name, read_index(index.read_bytes()).bytes)
+                except (ValueError, TypeError):
+                    return False
+            problem = not bucket.fetch(path) or _problem(folder, number)
+            path.unlink(missing_ok=True)
+            return not problem
+
+        def send(number: int) -> None:
+            _check_written(folder, number)
+            bad_images = [folder / BAD_IMAGES] if (folder / BAD_IMAGES).exists() else []
+            for path in (*bad_images, folder / shard_name(number), folder / index_name(number)):
+                bucket.send(path)
+            (folder / shard_name(number)).unlink()
+
+        numbers = progress(range(len(shards)), len(shards), "shards looked at")
+        missing = [number for number in numbers if not is_there(number)]
+        try:
+            shards.write(folder, missing, send)
+        except TooManyBadImages as error:
+            bucket.send(folder / BAD_IMAGES)
+            raise TooManyBadImages(str(error).replace(name, shards.config.out.rstrip("/"))) from None
+        manifest = _describe(folder, settings, len(shards))
+        write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+        bucket.send(folder / MANIFEST)
+        bucket.remove(UNFINISHED)
+    return finished, len(missing), manifest
 
 
 def _names(source: ImageSource, data: str) -> list[str]:
@@ -142,18 +199,25 @@ def _names(source: ImageSource, data: str) -> list[str]:
     return names
 
 
-def _find(out: Path) -> Path | None:
-    """Find the description of the shards in a directory. Raises `UserError` for one that holds something else."""
+def _find(out: Path, told: str) -> Path | None:
+    """Find the description of the shards in a directory. Raises `UserError` for one that holds something else.
+
+    `told` is the directory's name in messages.
+    """
     found = next((path for name in (MANIFEST, UNFINISHED) if (path := out / name).is_file()), None)
     empty = not out.exists() or (out.is_dir() and {path.name for path in out.iterdir()} <= {LOCK})
     if found is None and not empty:
-        raise UserError(f"{out} exists and holds no packed images; give a new directory as --out")
+        raise _holds_something_else(told)
     return found
 
 
-def _begin(out: Path, settings: PackSettings) -> bool:
+def _holds_something_else(out: str) -> UserError:
+    return UserError(f"{out} exists and holds no packed images; give a new directory as --out")
+
+
+def _begin(out: Path, settings: PackSettings, told: str) -> bool:
     """Make or recognise the directory; return whether it is finished. Raises `UserError` for another directory."""
-    found = _find(out)
+    found = _find(out, told)
     if found is None:
         write_json(out / UNFINISHED, dataclasses.asdict(settings))
         return False
@@ -162,39 +226,61 @@ def _begin(out: Path, settings: PackSettings) -> bool:
         new = dataclasses.asdict(settings)
         changed = [f"{name} {old[name]} → {value}" for name, value in new.items() if old[name] != value]
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{found} is not what simmim pack wrote; give a new directory as --out") from None
+        raise UserError(f"{told}/{found.name} is not what simmim pack wrote; give a new directory as --out") from None
     if changed:
         raise UserError(
-            f"{out} holds another set ({', '.join(changed)}); repeat its command to resume it, or give another --out"
+            f"{told} holds another set ({', '.join(changed)}); repeat its command to resume it, or give another --out"
         )
     return found.name == MANIFEST
 
 
-def _write(config: PackConfig, form: Form, source: ImageSource, names: Sequence[str], numbers: Sequence[int]) -> None:
-    """Write the shards of these numbers: first the shard, then its index, each whole or not at all."""
-    out, workers, size = Path(config.out), config.workers or cpu_cores(), config.shard_size
-    bad_images = BadImages(out / BAD_IMAGES, total=len(names), max_fraction=config.max_bad_fraction)
+@dataclass(frozen=True)
+class Shards:
+    """What to pack: images, how, and into how many shards."""
 
-    def entry(index: int) -> Entry:
-        try:
-            return Entry(names[index], form(read_raw(source, index)))
-        except BadImage as error:
-            bad_images.add(names[index], str(error))
-            return Entry(names[index], None)
+    config: PackConfig
+    form: Form
+    source: ImageSource
+    names: Sequence[str]
 
-    def entries(indices: Sequence[int]) -> Iterator[Entry]:
-        some = 16 * workers  # at a time, so that memory holds few
-        for first in range(0, len(indices), some):
-            yield from pool.map(entry, indices[first : first + some])
+    def __len__(self) -> int:
+        return math.ceil(len(self.names) / self.config.shard_size)
 
-    shards = {number: range(number * size, min((number + 1) * size, len(names))) for number in numbers}
-    indices = [index for held in shards.values() for index in held]
-    with ThreadPoolExecutor(workers) as pool:
-        found = progress(entries(indices), len(indices), "images packed")
-        for number, held in shards.items():
-            with written_whole(out / shard_name(number)) as path:
-                index = write_shard(path, itertools.islice(found, len(held)), raw=config.form == "raw")
-            write_json(out / index_name(number), dataclasses.asdict(index), indent=None)
+    def write(self, out: Path, numbers: Sequence[int], written: Callable[[int], None] = lambda number: None) -> None:
+        """Write the shards of these numbers: first the shard, then its index, each whole or not at all.
+
+        `written` is called after each of them.
+        """
+        config, names = self.config, self.names
+        workers, size = config.workers or cpu_cores(), config.shard_size
+        bad_images = BadImages(out / BAD_IMAGES, total=len(names), max_fraction=config.max_bad_fraction)
+
+        def entry(index: int) -> Entry:
+            try:
+                return Entry(names[index], self.form(read_raw(self.source, index)))
+            except BadImage as error:
+                bad_images.add(names[index], str(error))
+                return Entry(names[index], None)
+
+        def entries(indices: Sequence[int]) -> Iterator[Entry]:
+            some = 16 * workers  # at a time, so that memory holds few
+            for first in range(0, len(indices), some):
+                yield from pool.map(entry, indices[first : first + some])
+
+        shards = {number: range(number * size, min((number + 1) * size, len(names))) for number in numbers}
+        indices = [index for held in shards.values() for index in held]
+        with ThreadPoolExecutor(workers) as pool:
+            found = progress(entries(indices), len(indices), "images packed")
+            for number, held in shards.items():
+                with written_whole(out / shard_name(number)) as path:
+                    index = write_shard(path, itertools.islice(found, len(held)), raw=config.form == "raw")
+                write_json(out / index_name(number), dataclasses.asdict(index), indent=None)
+                written(number)
+
+
+def _check_written(out: Path, number: int) -> None:
+    if problem := _problem(out, number):
+        raise UserError(f"{out / shard_name(number)} {problem} though it was just written; check the disk")
 
 
 def _problem(out: Path, number: int) -> str | None:
