@@ -9,6 +9,7 @@ import pytest
 from simmim.errors import TrainingDivergedError
 from simmim.torch_engine.train.trainer import TorchTrainer
 from simmim.torch_engine.train.update import Batch, Update
+from simmim.training.checkpoint_directory import checkpoint_path, newest_checkpoint
 from simmim.training.loop import Loop, Outcome
 from simmim.training.run_directory import Run
 from simmim.training.trainer import find_start
@@ -41,3 +42,16 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_training_and_its_checkpo
     mended = loop(resumed, tmp_path, total=14, broken_from=99)
     tiny.assert_same(tiny.state(resumed), tiny.state(good))
     assert mended.fit() == Outcome(14, 12)
+
+
+def test_no_encoder_is_written_before_the_first_checkpoint_that_is_written_in_the_background(tmp_path: Path) -> None:
+    config, run, seen = dataclasses.replace(SETTINGS, async_save=True), Run(tmp_path), []
+    update = tiny.update(SETTINGS)
+
+    def write_encoder() -> None:
+        seen.append(newest_checkpoint(run.checkpoints))
+
+    trainer = TorchTrainer(update, run=run, config=config, world=tiny.CPU, on_save=write_encoder)
+    trainer.save(1)
+    trainer.settle()
+    assert seen == [checkpoint_path(run.checkpoints, 1)]

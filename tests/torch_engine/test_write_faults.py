@@ -56,20 +56,23 @@ def attempt(config: PretrainConfig, log: Path, number: int) -> tuple[int, str]:
     return process.exitcode, log.read_text()
 
 
-def settings(out: Path) -> PretrainConfig:
-    return worker.settings(out, steps=STEPS, save_every_steps=2, picture_every_steps=3, drop_path=0.0)
+def settings(out: Path, **changes: Any) -> PretrainConfig:
+    return worker.settings(out, steps=STEPS, save_every_steps=2, picture_every_steps=3, drop_path=0.0, **changes)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_quota_used_up_is_one_line_at_any_write_and_the_run_goes_on_when_there_is_space(tmp_path: Path) -> None:
-    whole = settings(tmp_path / "whole")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_quota_used_up_is_one_line_at_any_write_and_the_run_goes_on_when_there_is_space(
+    tmp_path: Path, background: bool
+) -> None:
+    whole = settings(tmp_path / "whole", async_save=background)
     code, log = attempt(whole, tmp_path / "log", sys.maxsize)
     assert code == 0, log
     writes = int(log.split(" writes")[0].rsplit("\n", 1)[-1])
     assert writes > 150
     for number in range(1, writes + 1, EVERY):
-        config = settings(tmp_path / f"run-{number}")
+        config = settings(tmp_path / f"run-{number}", async_save=background)
         code, log = attempt(config, tmp_path / "log", number)
         lines = [line for line in log.splitlines() if "Disk quota exceeded" in line]
         assert "Traceback" not in log, (number, log)

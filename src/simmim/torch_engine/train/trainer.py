@@ -31,6 +31,7 @@ class TorchTrainer(Trainer):
         self._update, self._processes, self._on_save = update, world, on_save
         background = world.device.type == "cuda" if config.async_save is None else config.async_save
         self._saver = CheckpointSaver(run.checkpoints, world, keep=config.keep, background=background)
+        self._has_checkpoint = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -39,6 +40,7 @@ class TorchTrainer(Trainer):
     def load(self, checkpoint: Path) -> None:
         update = self._update
         update.load_state(load_checkpoint(checkpoint, update.model, update.optimizer))
+        self._has_checkpoint = True
         self._on_save()  # a kill after the checkpoint may have kept the encoder from being written
 
     def update(self, step: int, batch: Batch) -> tuple[float, Tensor]:
@@ -50,6 +52,9 @@ class TorchTrainer(Trainer):
     def save(self, done: int) -> None:
         update = self._update
         self._saver.save(done, update.model, update.optimizer, update.state())
+        if not self._has_checkpoint:  # a run with an encoder and no checkpoint counts as one whose work was deleted
+            self._saver.settle()
+            self._has_checkpoint = True
         self._on_save()
 
     def settle(self) -> None:
