@@ -32,11 +32,23 @@ def check_encoder(source: str, option: str = "") -> None:
         if not Path(source.removeprefix(_LOCAL), "config.json").is_file():
             raise UserError(f"{given} has no config.json; give a directory that timm or save_pretrained wrote")
     elif not is_timms(source) and encoder_directory(source) is None:
+        if _is_checkpoint(Path(source)):
+            raise UserError(
+                f"{given} is a checkpoint and no encoder yet; make it one with simmim convert {source} --out DIR, and "
+                "give DIR"
+            )
         scratch = ", scratch" if option == "--from" else ""
         raise UserError(
             f"{given} has no encoder; give the --out directory of a run that has saved{scratch}, timm:NAME or "
             "local-dir:PATH"
         )
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Tell whether `path` looks like weights of another package, which `simmim convert` reads: file or directory."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+    return path.is_file() and path.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 
 
 def check_start(config: PretrainConfig | FinetuneConfig) -> None:
