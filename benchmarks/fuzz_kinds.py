@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fuzz_dicom import dicom_files
 from PIL import Image
 
 from simmim.commands.pack import PackConfig, pack
@@ -68,6 +69,7 @@ def image_kinds(pictures: list[Image.Image], deep: Image.Image) -> dict[str, Kin
     names = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
     found = {name: {"a": encoded(pictures[0], name, **frames.get(name, {}))} for name in names}
     found["TIFF"] = {"a": encoded(deep, "TIFF"), "b": encoded(pictures[0], "TIFF", compression="tiff_lzw")}
+    found["DICOM"] = dicom_files(np.asarray(deep))
     return {name: Kind(read_images, files) for name, files in found.items()}
 
 

@@ -88,7 +88,7 @@ def test_a_subset_has_the_chosen_images_in_their_order(tmp_path: Path):
             "{0}/none does not exist; "
             "pass a folder of images or shards, a .zip or .tar, a .txt list of paths, an .npz, hf:NAME or demo",
         ),
-        ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in .avif, .bmp, .gif, "),
+        ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in .avif, .bmp, .dcm, "),
         (
             {"a.jpg": ""},
             "a.jpg",

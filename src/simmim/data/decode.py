@@ -111,6 +111,10 @@ def open_picture(raw: Raw) -> Picture:
             raise BadImage("the file is empty")
         if raw.startswith(b"\x93NUMPY"):
             return _open_npy(raw)
+        if raw[128:132] == b"DICM":
+            from simmim.data.dicom import open_dicom
+
+            return open_dicom(raw)
         if raw[:4] in _TIFF_MAGIC:
             return _open_tiff(raw)
         return _open_pillow(_identify(raw), raw)
@@ -210,7 +214,7 @@ def _open_array(pixels: NDArray[Any]) -> Picture:
     native = pixels.dtype.newbyteorder("=")  # a file may hold the other byte order
     pixels = pixels.reshape(*pixels.shape[:2], -1).astype(native, copy=False)
     height, width, bands = pixels.shape
-    _check_size(height, width, bands)
+    check_size(height, width, bands)
     return Picture(height=height, width=width, bands=bands, dtype=pixels.dtype, read=lambda _: pixels)
 
 
@@ -247,7 +251,7 @@ def _open_tiff(raw: bytes) -> Picture:
         return _open_pillow(_identify(raw))
     if page.dtype is None or page.axes not in ("YX", "YXS", "SYX"):
         raise BadImage(f"a TIFF page with axes {page.axes} and {page.bitspersample} bits is not read")
-    _check_size(page.imagelength, page.imagewidth, bands)
+    check_size(page.imagelength, page.imagewidth, bands)
     orientation = int(page.tags.valueof(_ORIENTATION_TAG, 1))
     height, width = (page.imagelength, page.imagewidth)[:: 1 if orientation < 5 else -1]
 
@@ -266,7 +270,8 @@ def _pillow_reads_tiff(bands: int, bits: int, extra: tuple[int, ...]) -> bool:
     return (bands == 1 and bits <= 32) or (bands <= 4 and bits <= 8 and 0 not in extra)
 
 
-def _check_size(height: int, width: int, bands: int) -> None:
+def check_size(height: int, width: int, bands: int) -> None:
+    """Raise `BadImage` for more pixels or values than are read."""
     if height * width > MAX_PIXELS or height * width * bands > 3 * MAX_PIXELS:
         raise BadImage(f"claims {width} x {height} pixels of {bands} values; more than {MAX_PIXELS} are not read")
 

@@ -13,7 +13,9 @@ from pathlib import Path
 from simmim.data.names import Names
 from simmim.errors import UserError
 
-_SUFFIXES = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+_SUFFIXES = (
+    ".avif .bmp .dcm .dicom .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
+)
 SUFFIXES = tuple(_SUFFIXES.split())
 """Suffixes of the files in a folder that count as images."""
 _SOUND_SUFFIXES = ".aif .aifc .aiff .au .caf .flac .mp3 .oga .ogg .opus .rf64 .w64 .wav"
@@ -178,6 +180,20 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not Path(entry.path).exists()
 
 
+def _is_unnamed_dicom(entry: os.DirEntry[str]) -> bool:
+    """Tell whether a file without a suffix, or with one of digits, as UIDs have, is DICOM; looks at 4 bytes of it.
+
+    The index of a medium, `DICOMDIR`, holds no image.
+    """
+    _, dot, suffix = entry.name.rpartition(".")
+    if (dot and not suffix.isdigit()) or entry.name.upper() == "DICOMDIR":
+        return False
+    try:
+        return read_part(entry.path, 128, 4) == b"DICM"
+    except (OSError, ValueError):
+        return False
+
+
 def _walk(root: Path, folder: str, seen: set[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
     status = Path(root, folder).stat()
     if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
@@ -192,6 +208,8 @@ def _walk(root: Path, folder: str, seen: set[tuple[int, int]], suffixes: tuple[s
                 found.append(entry.name)
             elif entry.is_dir():
                 found.append(f"{entry.name}/")
+            elif ".dcm" in suffixes and _is_unnamed_dicom(entry):
+                found.append(entry.name)
     found.sort()  # folders sort by name with the slash, so whole paths are in order without a list of all
     for name in found:
         if name.endswith("/"):

@@ -10,7 +10,7 @@ from simmim.data.decode import BadImage, open_picture
 if TYPE_CHECKING:
     from simmim.data.sources import ImageSource
 
-_SUFFIXES = (".tif", ".tiff", ".gif", ".webp")
+_SUFFIXES = (".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
 _LOOKED_AT = 16
 
 
@@ -19,7 +19,7 @@ def say_pages(source: "ImageSource") -> str | None:
 
     Some of the files that could are looked at, spread evenly over the source.
     """
-    able = [index for index in range(len(source)) if source.name(index).lower().endswith(_SUFFIXES)]
+    able = [index for index in range(len(source)) if _may_hold_several(source.name(index))]
     chosen = np.linspace(0, len(able) - 1, min(len(able), _LOOKED_AT)).round().astype(int)
     found = {source.name(able[place]): _count(source, able[place]) for place in chosen}
     several = {name: pages for name, pages in found.items() if pages > 1}
@@ -31,6 +31,12 @@ def say_pages(source: "ImageSource") -> str | None:
         f"only the first page of each file is read, and {name} has {pages} ({looked}); to use all, save each page as a "
         "file of its own"
     )
+
+
+def _may_hold_several(name: str) -> bool:
+    """Tell by its name whether a file may be of a format with pages; DICOM's may end in digits, or have no suffix."""
+    _, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return name.lower().endswith(_SUFFIXES) or not dot or suffix.isdigit()
 
 
 def _count(source: "ImageSource", index: int) -> int:
@@ -47,6 +53,10 @@ def count_pages(raw: bytes) -> int:
     from PIL import Image
 
     open_picture(raw)  # not bombs, nor formats that are not read
+    if raw[128:132] == b"DICM":
+        from simmim.data.dicom import count_frames
+
+        return count_frames(raw)
     try:
         image = Image.open(io.BytesIO(raw))
         pages = int(getattr(image, "n_frames", 1))
