@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tifffile
 from fuzz_dicom import dicom_files
 from PIL import Image
 
@@ -69,8 +70,17 @@ def image_kinds(pictures: list[Image.Image], deep: Image.Image) -> dict[str, Kin
     names = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
     found = {name: {"a": encoded(pictures[0], name, **frames.get(name, {}))} for name in names}
     found["TIFF"] = {"a": encoded(deep, "TIFF"), "b": encoded(pictures[0], "TIFF", compression="tiff_lzw")}
+    found["GeoTIFF"] = {"a": geotiff(pictures, tile=(16, 16), compression="lzw"), "b": geotiff(pictures)}
     found["DICOM"] = dicom_files(np.asarray(deep))
     return {name: Kind(read_images, files) for name, files in found.items()}
+
+
+def geotiff(bands: list[Image.Image], **options: Any) -> bytes:
+    """Write the red of each picture as a 16-bit band, of which 0 is missing."""
+    pixels, out = np.stack([np.asarray(band)[..., 0] for band in bands]).astype(np.uint16) // 2 * 300, io.BytesIO()
+    tag = (42113, "s", 0, "0", True)
+    tifffile.imwrite(out, pixels, photometric="minisblack", planarconfig="separate", extratags=[tag], **options)
+    return out.getvalue()
 
 
 def set_kinds(pictures: list[Image.Image], classes: bytes, work: Path) -> dict[str, Kind]:

@@ -2,13 +2,12 @@
 
 Pixels are uint8, or float32 in the same 0..255 scale for data deeper than 8 bits. Pillow reads formats that it keeps
 without loss. libjpeg-turbo (through simplejpeg) decodes JPEGs faster to the same values, and at a half, a quarter or an
-eighth of the size for a fraction of the time. tifffile reads TIFFs with many bands or deep colour.
+eighth of the size for a fraction of the time. `tiff` and `dicom` read their formats.
 
 Shapes: `H W` pixels, `C` channels.
 """
 
 import io
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,7 +28,7 @@ MAX_PIXELS = 178_956_970
 # Pixel formats only: Pillow passes others, such as EPS, to external programs. JPEG first, as the most common.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "TGA")
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_ORIENTATION_TAG = 274
+ORIENTATION_TAG = 274
 
 # Conversions of Pillow's modes; other modes stay unchanged.
 _MODES = {"1": "L", "La": "LA", "P": "RGB", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
@@ -56,6 +55,8 @@ class Picture:
     """Type of the stored values."""
     read: Callable[[int], NDArray[Any]]
     """Reduction (1, 2, 4 or 8) allowed for a JPEG → stored values (h, w, bands), upright."""
+    missing: Callable[[], NDArray[np.bool_]] | None = None
+    """Which of the stored values (H, W, bands), upright, were missing and filled; `None` where none can be."""
     jpeg_orientation: int | None = None
     """EXIF rotation (1..8) of a grey or YCbCr JPEG, which all decoders accept; else `None`."""
 
@@ -106,7 +107,7 @@ def open_picture(raw: Raw) -> Picture:
         if isinstance(raw, np.ndarray):
             return _open_array(raw)
         if not isinstance(raw, bytes):
-            return _open_pillow(raw)
+            return open_pillow(raw)
         if not raw:
             raise BadImage("the file is empty")
         if raw.startswith(b"\x93NUMPY"):
@@ -116,8 +117,10 @@ def open_picture(raw: Raw) -> Picture:
 
             return open_dicom(raw)
         if raw[:4] in _TIFF_MAGIC:
-            return _open_tiff(raw)
-        return _open_pillow(_identify(raw), raw)
+            from simmim.data.tiff import open_tiff
+
+            return open_tiff(raw)
+        return open_pillow(identify(raw), raw)
 
 
 class _BlameTheImage:
@@ -131,7 +134,8 @@ class _BlameTheImage:
             raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def _identify(raw: bytes) -> "Image.Image":
+def identify(raw: bytes) -> "Image.Image":
+    """Have Pillow read the header of a file. Raises `BadImage` if it is of no format that is read here."""
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -140,10 +144,11 @@ def _identify(raw: bytes) -> "Image.Image":
         raise BadImage("not an image in a format that is read here") from error
 
 
-def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
+def open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
+    """Open a Pillow image, of which `raw` are the bytes, if it is a file."""
     if image.format == "TIFF":
         image.load()  # loading turns the image upright and changes its size
-    stored = image.getexif().get(_ORIENTATION_TAG)
+    stored = image.getexif().get(ORIENTATION_TAG)
     orientation = next((known for known in range(1, 9) if known == stored), 1)  # other values mean no rotation
     width, height = image.size if orientation < 5 else image.size[::-1]
     mode = _MODES.get(image.mode, image.mode)
@@ -157,8 +162,8 @@ def _open_pillow(image: "Image.Image", raw: bytes | None = None) -> Picture:
 
     def read(reduction: int) -> NDArray[Any]:
         if raw is not None and is_jpeg:
-            return _upright(_jpeg_pixels(raw, image, reduction), orientation)
-        return _upright(_pillow_pixels(image, mode).astype(dtype, copy=False), orientation)
+            return upright(_jpeg_pixels(raw, image, reduction), orientation)
+        return upright(_pillow_pixels(image, mode).astype(dtype, copy=False), orientation)
 
     return Picture(
         height=height,
@@ -195,7 +200,7 @@ def _jpeg_pixels(raw: bytes, image: "Image.Image", reduction: int) -> NDArray[An
         return _pillow_pixels(image, image.mode)
 
 
-def _upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
+def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:
     """Undo an EXIF rotation (1..8)."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
@@ -233,41 +238,6 @@ def _open_npy(raw: bytes) -> Picture:
         raise BadImage(f"the file ends before the {count} values of shape {shape} that it claims")
     values = np.frombuffer(raw, dtype, count, file.tell())
     return _open_array(values.reshape(shape, order="F" if fortran else "C"))
-
-
-def _open_tiff(raw: bytes) -> Picture:
-    try:
-        import tifffile
-    except ImportError:
-        image: Any = _identify(raw)
-        tags = image.tag_v2
-        if not _pillow_reads_tiff(tags.get(277, 1), max(tags.get(258, (1,))), tags.get(338, ())):
-            raise BadImage("a TIFF with many bands or deep colour needs tifffile; pip install simmim[data]") from None
-        return _open_pillow(image)
-    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file, `BadImage` says
-    page = tifffile.TiffFile(io.BytesIO(raw)).pages.first
-    bands = page.samplesperpixel
-    if _pillow_reads_tiff(bands, page.bitspersample, page.extrasamples):
-        return _open_pillow(_identify(raw))
-    if page.dtype is None or page.axes not in ("YX", "YXS", "SYX"):
-        raise BadImage(f"a TIFF page with axes {page.axes} and {page.bitspersample} bits is not read")
-    check_size(page.imagelength, page.imagewidth, bands)
-    orientation = int(page.tags.valueof(_ORIENTATION_TAG, 1))
-    height, width = (page.imagelength, page.imagewidth)[:: 1 if orientation < 5 else -1]
-
-    def read(_: int) -> NDArray[Any]:
-        pixels = page.asarray()
-        pixels = np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels
-        return _upright(pixels.reshape(*pixels.shape[:2], -1), orientation)
-
-    unassociated_alpha = 2
-    has_alpha = bands in (2, 4) and page.extrasamples == (unassociated_alpha,)
-    return Picture(height=height, width=width, bands=bands, has_alpha=has_alpha, dtype=page.dtype, read=read)
-
-
-def _pillow_reads_tiff(bands: int, bits: int, extra: tuple[int, ...]) -> bool:
-    """Return whether Pillow keeps every bit: it drops low bytes of deep colour, and bands of unknown meaning (0)."""
-    return (bands == 1 and bits <= 32) or (bands <= 4 and bits <= 8 and 0 not in extra)
 
 
 def check_size(height: int, width: int, bands: int) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simmim.data.augment import CentreCrop, load
-from simmim.data.decode import BadImage
+from simmim.data.augment import Box, CentreCrop, crop_resize, show
+from simmim.data.decode import BadImage, Picture, open_picture
 from simmim.data.sources import ImageSource, read_raw
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys
@@ -33,28 +33,49 @@ def measure_mean_std(
     """Measure mean and standard deviation (C,) of pixels / 255, over centre crops of up to `limit` images.
 
     `seed` draws the images. They are resized to 224×224 first, since models see resized images, which vary less.
-    With `spectrogram` they are those of the log-mel energies of sounds, of the samples in their middle. Unreadable
-    images are skipped. A constant channel gets deviation 1. Raises `UserError` if no image can be read.
+    With `spectrogram` they are those of the log-mel energies of sounds, of the samples in their middle.
+    Values that were missing, and those that resizing mixes with them, are left out; an image counts by its share of
+    others. Unreadable images are skipped. A constant channel gets deviation 1. Raises `UserError` if there are none.
     """
     crop = CentreCrop(size=(spectrogram.samples, 1) if spectrogram else (224, 224))
 
-    def moments(index: int) -> list[NDArray[Any]]:
+    def moments(index: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         try:
-            pixels = load(read_raw(source, index), crop.box, size=crop.size, channels=channels, dtype=dtype)
+            picture = open_picture(read_raw(source, index))
+            box = crop.box(picture.height, picture.width)
+            pixels = show(picture, box, size=crop.size, channels=channels, dtype=dtype)
+            known = _known(picture, box, crop.size, channels)
         except BadImage:
             return []
         if spectrogram:
             scaled = spectrogram(np, pixels.reshape(1, -1)).reshape(-1, 1).astype(np.float64)
         else:
             scaled = pixels.reshape(-1, channels) / np.float64(255)
-        return [np.stack((scaled.mean(axis=0), np.square(scaled).mean(axis=0)))]
+        if known is None:
+            return [(np.stack((scaled.mean(axis=0), np.square(scaled).mean(axis=0))), np.ones(channels))]
+        counts = known.sum(axis=0)
+        sums = np.stack((scaled.sum(axis=0, where=known), np.square(scaled).sum(axis=0, where=known)))
+        return [(sums / np.maximum(counts, 1), counts / len(known))]
 
     drawn = np.argsort(sample_keys(seed, 0, np.arange(len(source)), stream="statistics"))[:limit]
     with ThreadPoolExecutor() as pool:
         found = list(chain.from_iterable(pool.map(moments, drawn.tolist())))
     if not found:
         raise UserError(f"none of {len(drawn)} images can be read, so their mean and deviation are not known")
-    mean, mean_square = np.mean(found, axis=0)
+    each, shares = map(np.stack, zip(*found, strict=True))
+    if not shares.any(axis=0).all():
+        raise UserError("the middle of the images holds nothing but nodata; give --mean and --std")
+    mean, mean_square = np.average(each, axis=0, weights=np.broadcast_to(shares[:, None], each.shape))
     std = np.sqrt(np.maximum(mean_square - np.square(mean), 0))
     changes = std > 1e-6 * np.abs(mean)  # smaller values are rounding errors of constants
     return tuple(mean.tolist()), tuple(np.where(changes, std, 1.0).tolist())
+
+
+def _known(picture: Picture, box: Box, size: tuple[int, int], channels: int) -> NDArray[np.bool_] | None:
+    """Return which values (pixels, C) of a crop come from none that was missing; `None` where none is."""
+    missing = picture.missing() if picture.missing else None
+    if missing is None or not missing.any():
+        return None
+    if missing.shape[2] != channels:  # grey ↔ colour, or transparency: all of a pixel
+        missing = np.repeat(missing.any(axis=2, keepdims=True), channels, axis=2)
+    return crop_resize(missing.astype(np.float32), box, size).reshape(-1, channels) == 0
