@@ -276,6 +276,38 @@ def test_a_broken_file_is_one_line_without_the_patient(message: str, capfd: pyte
     assert not any(secret in said for secret in (PATIENT, "4711", "1970"))
 
 
+def test_a_file_without_a_transfer_syntax_is_told_so():
+    raw = stored(dicom(DEEP)).replace(b"\x02\0\x10\0UI", b"\x02\0\x11\0UI", 1)
+    with pytest.raises(BadImage, match="names no transfer syntax"):
+        open_picture(raw)
+
+
+def test_the_files_that_come_with_pydicom_read_as_its_own_functions_do():
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut, pixel_array
+
+    compared = 0
+    for path in sorted((Path(pydicom.__file__).parent / "data" / "test_files").glob("*.dcm")):
+        data = pydicom.dcmread(path, force=True)
+        try:
+            found = open_picture(path.read_bytes()).read(1)
+        except BadImage:
+            continue
+        if data.PhotometricInterpretation == "PALETTE COLOR":
+            continue
+        values, low, high = pixel_array(data, index=0), 0.0, 2.0**data.BitsStored - 1
+        if data.SamplesPerPixel == 1:
+            if data.PixelRepresentation:
+                low, high = -(2.0 ** (data.BitsStored - 1)), 2.0 ** (data.BitsStored - 1) - 1
+            low, high = (
+                end * float(data.get("RescaleSlope", 1)) + float(data.get("RescaleIntercept", 0)) for end in (low, high)
+            )
+            values = apply_voi_lut(apply_modality_lut(values, data), data)[..., None]
+        shares = np.clip((values - low) / (high - low), 0, 1)
+        np.testing.assert_allclose(found, shares * np.iinfo(found.dtype).max, atol=0.51, err_msg=path.name)
+        compared += 1
+    assert compared >= 40
+
+
 def test_a_value_that_pydicom_would_quote_is_not_told(capfd: pytest.CaptureFixture[str]):
     raw = stored(dicom(DEEP, RescaleSlope="1.25", RescaleIntercept="0")).replace(b"1.25", b"Jane")
     with pytest.raises(BadImage) as caught:

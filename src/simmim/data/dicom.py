@@ -133,6 +133,8 @@ def _check_readable(file: Any) -> Any:
             raise BadImage("holds pixels as floats, which are not read; save them as float32 .tif or .npy")
         raise BadImage(f"a DICOM file without pixel data ({_known_name(file.get('SOPClassUID'))}); leave it out")
     syntax = file.file_meta.get("TransferSyntaxUID")
+    if not syntax:
+        raise BadImage("a DICOM file that names no transfer syntax; write it again, as by gdcmconv")
     name = _known_name(syntax)
     try:
         decoder = pydicom.pixels.get_decoder(syntax)
