@@ -105,7 +105,7 @@ BAD_OPTIONS = {
     "--mask-ratio 1.2": "mask ratio 1.2 is not between 0 and 1; use for example 0.6",
     "--mask-ratio most": "--mask.ratio 'most' is not a number; see `simmim pretrain --help`",
     "--mask stripes": "mask 'stripes' is not known; choose from random, block, inverse-block, grid, square, uniform, "
-    "attention, hard, noise",
+    "attention, hard, noise, strips",
     "--target pixel": "target 'pixel' is not known; choose from pixels, normalized, local_normalized, clusters, hog",
     "--loss l3": "loss 'l3' is not known; choose from l1, mse, smooth_l1, cross_entropy",
     "--target clusters": "loss l1 is undefined for target clusters; use cross_entropy",

@@ -222,12 +222,15 @@ def test_an_enhanced_file_has_its_rules_in_the_functional_groups():
     np.testing.assert_allclose(read(data)[..., 0], expected, atol=0.5)
 
 
-def test_a_folder_holds_files_with_and_without_a_suffix(tmp_path: Path):
+def test_files_without_a_suffix_are_looked_at_where_no_other_file_is_an_image(tmp_path: Path):
     raw = stored(dicom(DEEP))
-    for name in ("a.dcm", "IM0002", "1.2.840.7", "DICOMDIR", "notes", "x.bak"):
+    for name in ("IM0002", "1.2.840.7", "DICOMDIR", "notes", "x.bak"):
         (tmp_path / name).write_bytes(b"\0" * 200 if name == "notes" else raw)
     source = open_source(str(tmp_path))
-    assert [Path(source.name(index)).name for index in range(len(source))] == ["1.2.840.7", "IM0002", "a.dcm"]
+    assert [Path(source.name(index)).name for index in range(len(source))] == ["1.2.840.7", "IM0002"]
+    (tmp_path / "a.dcm").write_bytes(raw)
+    source = open_source(str(tmp_path))
+    assert [Path(source.name(index)).name for index in range(len(source))] == ["a.dcm"]
 
 
 def without_pixels() -> Dataset:

@@ -117,15 +117,7 @@ def test_transparency_is_not_missing():
 
 
 def nothing_but_nodata() -> bytes:
-    return geotiff(np.full((9, 7, 3), 7, np.uint8), "7", photometric="rgb")
-
-
-def palette() -> bytes:
-    colours = np.zeros((3, 256), np.uint16)
-    file = io.BytesIO()
-    tags = [(NODATA, "s", 0, "7", True)]
-    tifffile.imwrite(file, np.eye(9, dtype=np.uint8), photometric="palette", colormap=colours, extratags=tags)
-    return file.getvalue()
+    return geotiff(np.full((9, 7, 3), 7, np.uint16), "7", photometric="rgb")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +128,6 @@ def palette() -> bytes:
             geotiff(VALUES["float32"].astype(np.float32), "nan", compression="lerc"),
             "LERC with NaN as nodata is not read, as tifffile drops its mask; compress with DEFLATE",
         ),
-        (palette(), "a palette with nodata is not read; expand it, as by gdal_translate -expand rgb"),
     ],
 )
 def test_what_cannot_be_filled_is_refused_in_one_line(raw: bytes, message: str):
@@ -146,7 +137,14 @@ def test_what_cannot_be_filled_is_refused_in_one_line(raw: bytes, message: str):
 
 
 def test_nodata_without_tifffile_names_the_remedy(monkeypatch: pytest.MonkeyPatch):
-    raw = geotiff(VALUES["uint8"][..., :3].astype(np.uint8), "0", photometric="rgb")
+    raw = geotiff(VALUES["uint16"][..., 0].astype(np.uint16), "0", photometric="minisblack")
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(BadImage, match=r"nodata needs tifffile; pip install simmim\[data\]"):
         open_picture(raw)
+
+
+@pytest.mark.parametrize(("photometric", "shape"), [("rgb", (9, 7, 3)), ("miniswhite", (9, 7)), ("minisblack", (9, 7))])
+def test_8_bit_pictures_stay_as_they_are_whatever_their_nodata_tag(photometric: str, shape: tuple[int, ...]):
+    pixels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+    tagged, plain = (geotiff(pixels, nodata, photometric=photometric) for nodata in ("0", "none"))
+    np.testing.assert_array_equal(open_picture(tagged).read(1), open_picture(plain).read(1))

@@ -55,7 +55,7 @@ class User:
     def __init__(self, run: Path, file: Path | None):
         if file is None:
             source = open_exported(run, "onnx")
-            graph, told = _Outputs(source.backbone, source.task), _description(source)
+            graph, told = _Outputs(source.backbone, source.task, source.hears), _description(source)
             self.run = lambda images: graph(torch.from_numpy(images))[0].numpy()
         else:
             onnxruntime = pytest.importorskip("onnxruntime")

@@ -21,7 +21,8 @@ from simmim.data.decode import BadImage, Picture, check_size
 
 _DEEPEST = np.iinfo(np.uint16).max
 _GREYS, _COLOURS = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_SYNTAX = b"\x02\0\x10\0UI"  # element (0002,0010), before its length and value
+_PREAMBLE = 132  # bytes before the first element
+_META, _SYNTAX = 0x0002, 0x00020010  # group of the file's description; its transfer syntax
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _ONCE = threading.Lock()
 # All that is read of a file. Names, dates and places stay unread.
@@ -117,8 +118,11 @@ def _pydicom() -> Any:
 
 def _parse(raw: bytes) -> Any:
     pydicom = _pydicom()
-    place = raw.find(_SYNTAX, 132, 4096) + len(_SYNTAX) + 2
-    if raw.startswith(_DEFLATED, place):  # it could unpack to any size
+    header = io.BytesIO(raw)
+    header.seek(_PREAMBLE)
+    elements = pydicom.filereader.data_element_generator(header, False, True, lambda tag, *_: int(tag) >> 16 != _META)
+    if any(int(each.tag) == _SYNTAX and _DEFLATED in bytes(each.value or b"") for each in elements):
+        # It could unpack to any size.
         raise BadImage("transfer syntax Deflated Explicit VR Little Endian is not read; unpack it, as by dcmconv +te")
     return pydicom.dcmread(io.BytesIO(raw), specific_tags=_TAGS)
 

@@ -93,7 +93,7 @@ def names_sounds(data: object) -> bool:
         return True
     try:
         return is_sound(_first_name(path) or "")
-    except (OSError, ValueError, tarfile.TarError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, tarfile.TarError, zipfile.BadZipFile):
         return False
 
 
@@ -102,9 +102,9 @@ def _first_name(path: Path) -> str | None:
     known = (*SUFFIXES, *SOUND_SUFFIXES)
     suffix = path.suffix.lower()
     if path.is_dir():
-        if (path / "00000.json").is_file():  # packed
-            return next(iter(json.loads((path / "00000.json").read_bytes()).get("names", ())), None)
-        names: Iterable[str] = _walk(path, "", set(), (*known, ".zip", ".tar"))
+        if (path / "pack.json").is_file():
+            return next(iter(json.loads((path / "00000.json").read_bytes())["names"]), None)
+        names: Iterable[str] = _walk(path, "", set(), (*known, ".zip", ".tar"), unnamed=False)
         found = next(iter(names), None)
         return _first_name(path / found) if found and found.lower().endswith((".zip", ".tar")) else found
     if not path.is_file():
@@ -171,8 +171,12 @@ def open_list(path: Path) -> PathList:
 
 
 def find_images(root: Path, suffixes: tuple[str, ...] = SUFFIXES) -> Names:
-    """List image files in any depth, sorted, as paths relative to `root`. Hidden files and folders are left out."""
-    return Names(_walk(root, "", set(), suffixes))
+    """List image files in any depth, sorted, as paths relative to `root`. Hidden files and folders are left out.
+
+    Where no file has one of the suffixes, those without any are looked at, as DICOM files may be.
+    """
+    found = Names(_walk(root, "", set(), suffixes, unnamed=False))
+    return found if found or ".dcm" not in suffixes else Names(_walk(root, "", set(), suffixes, unnamed=True))
 
 
 def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
@@ -194,7 +198,9 @@ def _is_unnamed_dicom(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _walk(root: Path, folder: str, seen: set[tuple[int, int]], suffixes: tuple[str, ...]) -> Iterator[str]:
+def _walk(
+    root: Path, folder: str, seen: set[tuple[int, int]], suffixes: tuple[str, ...], *, unnamed: bool
+) -> Iterator[str]:
     status = Path(root, folder).stat()
     if (status.st_dev, status.st_ino) in seen:  # a symbolic link to a folder that was walked already
         return
@@ -208,11 +214,11 @@ def _walk(root: Path, folder: str, seen: set[tuple[int, int]], suffixes: tuple[s
                 found.append(entry.name)
             elif entry.is_dir():
                 found.append(f"{entry.name}/")
-            elif ".dcm" in suffixes and _is_unnamed_dicom(entry):
+            elif unnamed and _is_unnamed_dicom(entry):
                 found.append(entry.name)
     found.sort()  # folders sort by name with the slash, so whole paths are in order without a list of all
     for name in found:
         if name.endswith("/"):
-            yield from _walk(root, folder + name, seen, suffixes)
+            yield from _walk(root, folder + name, seen, suffixes, unnamed=unnamed)
         else:
             yield folder + name

@@ -9,6 +9,7 @@ Shapes: `n` samples.
 
 import io
 import math
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _EDGE = 0.05  # seconds beyond a part, so that resampling it equals resampling the whole
 _BLOCK = 2**20  # frames read at a time to check a file
 _LOOKED_AT = 10_000
+_UNKNOWN = 2**62  # libsndfile's count of frames where a header has none is 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +139,12 @@ def open_clip(raw: bytes | str, rate: int | None = None) -> Clip:
     if isinstance(raw, str) and not Path(raw).stat().st_size:
         raise BadImage("the file is empty")
     with _BlameTheSound():
-        file = _library("soundfile").SoundFile(io.BytesIO(raw) if isinstance(raw, bytes) else raw)
+        # As bytes: a path need not be text that UTF-8 holds.
+        file = _library("soundfile").SoundFile(io.BytesIO(raw) if isinstance(raw, bytes) else os.fsencode(raw))
     if not file.frames:
         raise BadImage("holds no samples")
+    if file.frames >= _UNKNOWN:
+        raise BadImage("does not say how long it is; write it again, as by ffmpeg -i IN OUT.flac")
     wanted = rate or file.samplerate
     return Clip(
         height=max(1, file.frames * wanted // file.samplerate),

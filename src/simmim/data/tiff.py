@@ -21,6 +21,7 @@ def open_tiff(raw: bytes) -> Picture:
 
     Missing values become the mean of the others of their band. They are those that equal GDAL's nodata tag, in each
     band of its own; with the tag also those that are no number. A page of which a band has no other values is bad.
+    8-bit pictures of up to four bands stay as they are: there 0 is a colour.
     """
     try:
         import tifffile
@@ -30,7 +31,7 @@ def open_tiff(raw: bytes) -> Picture:
     page: Any = tifffile.TiffFile(io.BytesIO(raw)).pages.first
     bands = page.samplesperpixel
     nodata = None if page.dtype is None else _parse_nodata(page.tags.valueof(_NODATA_TAG), page.dtype)
-    if nodata is None and _pillow_reads(bands, page.bitspersample, page.extrasamples):
+    if (nodata is None or page.bitspersample <= 8) and _pillow_reads(bands, page.bitspersample, page.extrasamples):
         return open_pillow(identify(raw))
     if page.dtype is None or page.axes not in ("YX", "YXS", "SYX"):
         raise BadImage(f"a TIFF page with axes {page.axes} and {page.bitspersample} bits is not read")
@@ -74,7 +75,8 @@ def open_tiff(raw: bytes) -> Picture:
 def _without_tifffile(raw: bytes) -> Picture:
     image: Any = identify(raw)
     tags = image.tag_v2
-    if _NODATA_TAG in tags or not _pillow_reads(tags.get(277, 1), max(tags.get(258, (1,))), tags.get(338, ())):
+    bits = max(tags.get(258, (1,)))
+    if (_NODATA_TAG in tags and bits > 8) or not _pillow_reads(tags.get(277, 1), bits, tags.get(338, ())):
         raise BadImage("a TIFF with many bands, deep colour or nodata needs tifffile; pip install simmim[data]")
     return open_pillow(image)
 

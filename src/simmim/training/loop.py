@@ -268,6 +268,8 @@ class Loop:
         self._clock.restart(done)  # an event's time is no training time
         limit = self._engine.bad_limit
         if any(bad >= limit for bad in skips):
+            with contextlib.suppress(WriteError):  # all ranks come here alike, so that none waits in vain
+                self._settle()
             raise TrainingDivergedError(
                 f"loss or gradient was not finite for {limit} steps in a row, up to step {done}; they changed nothing "
                 "and the last checkpoint is intact; start again (--fresh) with a lower --lr or --precision fp32"

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from simmim.errors import UserError
+from simmim.errors import TrainingFailedError, UserError
 from simmim.interop.pickles import UnsafePickleError
 from simmim.torch_engine.train.distributed import World
 from simmim.training.checkpoint_directory import ARRAYS, begin, checkpoint_path, filling, publish
@@ -73,6 +73,8 @@ class CheckpointSaver:
     def __init__(self, directory: Path, world: World, *, keep: int, background: bool = False):
         """Prepare; all processes call it together, since the threads of several have a group of their own."""
         self._directory, self._world, self._keep = directory, world, keep
+        # It says that it runs on one process, which we know. Filters are the process's: a thread must not change them.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if background else None
         self._stager = DefaultStager(_AT_ONCE) if background else None
         self._group: dist.ProcessGroup | None = None
@@ -108,9 +110,9 @@ class CheckpointSaver:
 
     def _write(self, step: int, state: dict[str, Any], extra: dict[str, Any]) -> None:
         with filling(self._directory, step) as aside:
-            with warnings.catch_warnings():  # it says that it runs on one process: we know
-                warnings.simplefilter("ignore", UserWarning)
-                save(state, checkpoint_id=aside, process_group=self._group, no_dist=self._world.size == 1)
+            if self._world.size > 1 and not dist.is_initialized():  # each rank would write a checkpoint of its own
+                raise TrainingFailedError("the ranks have parted while a checkpoint was being written")
+            save(state, checkpoint_id=aside, process_group=self._group, no_dist=self._world.size == 1)
             self._world.barrier(self._group)
             if self._world.is_main:
                 (aside / EXTRA).write_text(json.dumps(extra), encoding="utf-8")
