@@ -22,6 +22,7 @@ from simmim.errors import UserError
 from simmim.method.heads import TransformerHead
 from simmim.method.losses import MSELoss
 from simmim.method.masks import RandomMask
+from simmim.method.objectives import DescriptorRegression
 from simmim.method.targets import NormalizedTarget
 from simmim.report.gallery import thumbnails_of
 from simmim.torch_engine.models.masked_image_model import PretrainStep
@@ -153,6 +154,19 @@ def test_a_broken_training_of_sounds_resumes_to_the_same_weights(
     tiny.assert_same(worker.weights(config), worker.weights(run.read_config(PretrainConfig)))
 
 
+def test_a_descriptor_of_sounds_is_learnt_and_resumes_to_the_same_weights(
+    sounds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = DescriptorRegression(shape_values=8, colour_values=8, words=8, texture_values=4)
+    whole = run_settings(sounds, tmp_path / "whole", objectives=(small,), lr=0.1, batch_size=20)
+    losses = [json.loads(line)["loss"] for line in pretrain(whole)[0].metrics.read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+    broken = dataclasses.replace(whole, out=str(tmp_path / "broken"))
+    worker.break_off(broken, 8, monkeypatch)
+    pretrain(broken)
+    tiny.assert_same(worker.weights(broken), worker.weights(whole))
+
+
 def test_a_reconstruction_can_be_seen_and_heard(run: Run, sounds: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
     assert main(["reconstruct", str(run.path), str(sounds), "--count", "2", "--wav", "--out", str(out)]) == 0
@@ -275,7 +289,7 @@ def test_thumbnails_of_sounds_are_spectrograms(sounds: Path) -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "objective descriptor": {"objectives": [{"kind": "descriptor"}]},
+    "objective sigreg": {"objectives": [{"kind": "sigreg"}]},
     "--flip horizontal": {"flip": "horizontal"},
     "--crop-scale": {"crop_scale": (0.5, 1)},
     "--engine keras": {"engine": "keras"},
@@ -289,6 +303,11 @@ def test_what_is_of_images_only_is_refused_for_sounds(option: str, sounds: Path,
     given = {"data": str(sounds), "out": str(tmp_path / "a"), **REFUSED[option]}
     with pytest.raises(UserError, match=f"{option} is for images, and {sounds} holds sounds; "):
         open_images(from_settings(PretrainConfig, given))
+
+
+def test_bench_refuses_sounds(sounds: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--data", str(sounds)]) == 2
+    assert f"simmim bench is for images, and {sounds} holds sounds; " in capsys.readouterr().err
 
 
 def test_settings_of_sounds_are_refused_for_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,9 @@ from simmim.data.sources import ImageSource
 from simmim.errors import UserError
 from simmim.method.targets import ClusterTarget
 
+_OBJECTIVES = ("pixels", "ema", "descriptor")
+"""Objectives that were tried on sounds and need no colours."""
+
 
 def as_input(source: ImageSource, config: PretrainConfig) -> tuple[ImageSource, bool]:
     """Return a source as a training reads it, and whether it holds sounds.
@@ -38,8 +41,8 @@ def check_sounds(config: PretrainConfig) -> None:
         f"--target {config.target.kind}": (isinstance(config.target, ClusterTarget), "use pixels or normalized"),
     }
     for objective in config.objectives:
-        here = objective.kind in ("pixels", "ema")
-        refused[f"objective {objective.kind}"] = (not here, "use pixels or ema")
+        here = objective.kind in _OBJECTIVES
+        refused[f"objective {objective.kind}"] = (not here, f"use {', '.join(_OBJECTIVES[:-1])} or {_OBJECTIVES[-1]}")
     for option, (given, remedy) in refused.items():
         if given:
             raise UserError(f"{option} is for images, and {config.data} holds sounds; {remedy}")

@@ -14,6 +14,7 @@ from simmim.config.commands import BenchConfig
 from simmim.config.pretraining import PretrainConfig, ask_objectives
 from simmim.config.validation import from_settings, validated
 from simmim.data.packed.format import PackedImages
+from simmim.data.sounds import holds_sounds
 from simmim.data.sources import ArrayImages, ImageSource, Subset, open_source, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.errors import UserError
@@ -42,6 +43,10 @@ def bench(config: BenchConfig) -> dict[str, Any]:
             raise UserError(f"{file} cannot be written: its folder is not there; make it, or give another file")
     device = choose_device(config.device)
     source = open_source(config.data)
+    if holds_sounds(source):
+        raise UserError(
+            f"simmim bench is for images, and {config.data} holds sounds; the progress of a pretraining shows its speed"
+        )
     plan = plan_of(config, source, device)
     training = plan.config
     figures = {
