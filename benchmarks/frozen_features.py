@@ -62,7 +62,11 @@ def untrained(encoder: str, seed: int, images: dict[str, Any]) -> Features:
 
 def raw_pixels(images: dict[str, Any]) -> Features:
     """Flatten the pixels and standardise each over the training images: the vote gains by it, or is as good."""
-    found = read_features(lambda pixels: pixels.flatten(1), images, (SIDE, SIDE))
+    return standardised(read_features(lambda pixels: pixels.flatten(1), images, (SIDE, SIDE)))
+
+
+def standardised(found: Features) -> Features:
+    """Scale each value by its mean and deviation over the training images."""
     mean, std = found.train.mean(axis=0), np.maximum(found.train.std(axis=0), 1e-6)
     return dataclasses.replace(found, train=(found.train - mean) / std, val=(found.val - mean) / std)
 

@@ -24,9 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from features import Pieces
-from frozen_features import classify, vote
+from frozen_features import classify, standardised, vote
 from results import machine, save
 from spoken_words import FEW, WORDS, few_labels, fingerprint, make_set
 
@@ -107,7 +106,7 @@ class Bench:
         return self.work / "runs" / f"{self.name}-{arm}-{seed}"
 
     def pretrain(self, arm: str, seed: int) -> None:
-        """Pretrain an arm for the processor time. The first seed's trial finds the steps for all seeds."""
+        """Pretrain an arm for its steps, and measure the processor time."""
         settings = {**ENCODER, **ARMS[arm], "data": str(self.clips / "train"), "seed": seed}
         shown = json.loads(json.dumps({name: settings[name] for name in settings if name not in ("data", "seed")}))
 
@@ -171,12 +170,6 @@ class Bench:
         for seed in seeds:
             self.finetune(f"scratch {best:g}", seed, best)
             self.finetune(f"scratch {best:g} x{times}", seed, best, times=times)
-
-
-def standardised(found: Features) -> Features:
-    """Scale each value by its mean and deviation over the training clips."""
-    mean, std = found.train.mean(axis=0), np.maximum(found.train.std(axis=0), 1e-6)
-    return dataclasses.replace(found, train=(found.train - mean) / std, val=(found.val - mean) / std)
 
 
 def table(bench: Bench, seeds: list[int]) -> dict[str, dict[str, Any]]:

@@ -376,6 +376,19 @@ def test_a_checkpoint_that_fails_in_the_background_ends_a_training_at_the_next_s
     assert rows(tmp_path)[-1]["step"] == 9
 
 
+def test_a_checkpoint_that_is_being_written_is_waited_for_before_a_divergence_ends_the_training(tmp_path: Path) -> None:
+    class Slow(Diary):
+        alone = False
+
+        def settle(self) -> None:
+            self.done.append("settle")
+
+    engine = Slow(bad=range(5, 40))
+    with pytest.raises(TrainingDivergedError):
+        loop(engine, tmp_path, total=40).fit()
+    assert engine.done[-1] == "settle"
+
+
 def test_figures_are_on_the_disk_before_the_checkpoint_that_holds_their_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

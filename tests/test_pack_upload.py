@@ -86,6 +86,29 @@ def test_what_is_cut_after_any_file_is_no_pack_and_goes_on(
     assert stored(url) == on_disk(tmp_path / "out")
 
 
+def test_an_index_follows_its_shard_and_pack_json_comes_last(images: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    files, _ = fsspec.core.url_to_fs(url)
+    put, sent = type(files).put_file, []
+
+    def put_file(self, local, remote, **settings):
+        sent.append(remote.split("/")[-1])
+        put(self, local, remote, **settings)
+
+    monkeypatch.setattr(type(files), "put_file", put_file)
+    pack(config(images, url))
+    shards = [name for number in range(3) for name in (f"0000{number}.array_record", f"0000{number}.json")]
+    assert sent == ["packing.json", *shards, "pack.json"]
+
+
+def test_a_file_that_storage_keeps_only_a_part_of_is_told(images: Path, url: str, monkeypatch: pytest.MonkeyPatch):
+    files, _ = fsspec.core.url_to_fs(url)
+    monkeypatch.setattr(
+        type(files), "put_file", lambda self, local, remote, **_: self.pipe_file(remote, Path(local).read_bytes()[:9])
+    )
+    with pytest.raises(UserError, match=r"packing\.json cannot be written: it has 9 bytes there, and \d+ here"):
+        pack(config(images, url))
+
+
 def test_a_finished_set_in_storage_is_only_verified(images: Path, url: str, monkeypatch: pytest.MonkeyPatch):
     pack(config(images, url))
     fail_after(monkeypatch, 1)  # pack.json

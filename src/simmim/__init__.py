@@ -69,8 +69,7 @@ def pretrain(*, recipe: str | None = None, **settings: Any) -> "Run":
     """Pretrain a backbone, or resume the run in `out`; settings are the fields of `PretrainConfig`.
 
     All others are those of the recipe. Without one it is `default-small`, for useful features (`audio-small` for
-    sounds), or SimMIM where an
-    objective, target, loss, head or the Keras engine is given (docs/pretraining.md).
+    sounds), or SimMIM where an objective, target, loss, head or the Keras engine is given (docs/pretraining.md).
 
     Returns the run. Raises `UserError` for an invalid setting, images that cannot be read, or an `out` that holds a run
     with another configuration. A training that a signal stopped is saved first; then Ctrl-C raises `KeyboardInterrupt`,

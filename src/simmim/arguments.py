@@ -45,7 +45,7 @@ def parse_with_defaults(
     about: str | None,
     argv: list[str],
     find: Callable[[str], Config],
-    first: "Callable[..., Config] | None" = None,
+    first: Callable[..., Config] | None = None,
 ) -> Config:
     """Parse arguments whose defaults may come from a recipe, looked up by `find`, or from a file.
 

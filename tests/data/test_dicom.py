@@ -279,6 +279,16 @@ def test_a_broken_file_is_one_line_without_the_patient(message: str, capfd: pyte
     assert not any(secret in said for secret in (PATIENT, "4711", "1970"))
 
 
+def test_a_deflated_file_cannot_hide_that_it_is():
+    data = dicom(DEEP, syntax=DeflatedExplicitVRLittleEndian)
+    # Bytes of the element that names the syntax, in the value of one before it.
+    data.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    raw = stored(data).replace(b"1.2.3\0", b"\x02\0\x10\0UI", 1)
+    assert raw.count(b"\x02\0\x10\0UI") == 2
+    with pytest.raises(BadImage, match="Deflated Explicit VR Little Endian is not read"):
+        open_picture(raw)
+
+
 def test_a_file_without_a_transfer_syntax_is_told_so():
     raw = stored(dicom(DEEP)).replace(b"\x02\0\x10\0UI", b"\x02\0\x11\0UI", 1)
     with pytest.raises(BadImage, match="names no transfer syntax"):

@@ -1,5 +1,6 @@
 """Sound files: what is read of them, against soundfile and soxr, and what is said of those that cannot be."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from simmim.data.augment import CentreCrop, load
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage
 from simmim.data.evaluation import eval_images
+from simmim.data.files import names_sounds
 from simmim.data.pipeline import Reading, train_batches
 from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sound_augment import SoundAugment, TimeCrop, sound_augment
@@ -183,6 +185,29 @@ def test_a_sound_without_samples_and_one_that_is_not_finite_are_bad(tmp_path: Pa
     soundfile.write(tmp_path / "b.wav", np.array([0, np.nan], np.float32), 16000, subtype="FLOAT")
     with pytest.raises(BadImage, match="not finite"):
         open_clip(str(tmp_path / "b.wav")).cut(0, 2)
+
+
+def test_a_name_that_is_no_utf8_is_read(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.wav")
+    write(tmp_path / "a.wav").rename(path)
+    assert open_clip(open_source(str(tmp_path)).name(0)).height == 16000
+
+
+def test_a_sound_that_does_not_say_its_length_is_bad(tmp_path: Path) -> None:
+    header = bytearray(write(tmp_path / "a.flac").read_bytes())
+    header[21] &= 0xF0  # the lower four bits of this byte and the next four bytes count the samples
+    header[22:26] = bytes(4)
+    with pytest.raises(BadImage, match=r"does not say how long it is; write it again, as by ffmpeg"):
+        open_clip(bytes(header))
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"names": 5}', '{"names": [5]}', "{}", "no JSON"])
+def test_annotations_beside_sounds_are_no_index_of_packed_ones(tmp_path: Path, content: str) -> None:
+    write(tmp_path / "00000.wav")
+    (tmp_path / "00000.json").write_text(content)
+    assert names_sounds(tmp_path)
+    (tmp_path / "pack.json").write_text("{}")
+    assert not names_sounds(tmp_path)
 
 
 def test_sounds_without_the_extra_are_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

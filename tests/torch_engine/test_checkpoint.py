@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, and what is done about damage."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
 from simmim.disk import WriteError
-from simmim.errors import UserError
+from simmim.errors import TrainingFailedError, UserError
 from simmim.torch_engine.train import checkpoint as checkpoint_module
 from simmim.torch_engine.train.checkpoint import (
     EXTRA,
@@ -166,6 +167,15 @@ def test_a_disk_that_is_full_in_the_background_is_told_and_leaves_the_checkpoint
     with pytest.raises(WriteError, match=r"writing-00000002.* cannot be written: No space left"):
         saver.settle()
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_ranks_that_have_parted_write_no_checkpoints_of_their_own(trained: Update, tmp_path: Path) -> None:
+    two = dataclasses.replace(tiny.CPU, size=2)
+    aside_path(tmp_path, 1).mkdir()
+    saver = CheckpointSaver(tmp_path, two, keep=2)
+    with pytest.raises(TrainingFailedError, match="the ranks have parted"):
+        saver._write(1, {"model": trained.model.state_dict()}, {})
+    assert newest_checkpoint(tmp_path) is None
 
 
 @pytest.mark.parametrize("moment", ["_digest", "to_disk"])

@@ -59,12 +59,10 @@ def found_by(file: Path, photo: Path) -> tuple[torch.Tensor, ...]:
     _, height, width = facts["input_size"]
     image = Image.open(photo).convert("RGB")
     factor = min(height / image.height, width / image.width)
-    box = (0, 0, width / factor, height / factor)
     size = (round(image.width * factor), round(image.height * factor))
     mean, std = np.float32(facts["mean"]), np.float32(facts["std"])
     pixels = np.broadcast_to(np.round(mean * 255), (height, width, 3)).copy()
     pixels[: size[1], : size[0]] = np.asarray(image.resize(size, Image.Resampling.BILINEAR), np.float32)
-    assert box[2] >= image.width - 1
     normal = ((pixels / 255 - mean) / std).transpose(2, 0, 1)[None].astype(np.float32)
     least = np.array(facts["score_threshold"], np.float32)
     boxes, labels, scores = session.run(None, {"images": normal, "score_threshold": least})

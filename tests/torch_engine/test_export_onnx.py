@@ -18,7 +18,7 @@ from simmim.config.tasks import SegmentConfig
 from simmim.config.validation import from_settings
 from simmim.errors import UserError
 from simmim.torch_engine.interop.export import open_exported
-from simmim.torch_engine.interop.export_onnx import _description, _Outputs
+from simmim.torch_engine.interop.export_onnx import _facts, _Outputs
 from simmim.torch_engine.tasks.base import save_model
 from simmim.torch_engine.tasks.segment import _BUILT_FROM
 from simmim.torch_engine.tasks.segmenter import build_segment_step
@@ -55,14 +55,14 @@ class User:
     def __init__(self, run: Path, file: Path | None):
         if file is None:
             source = open_exported(run, "onnx")
-            graph, told = _Outputs(source.backbone, source.task, source.hears), _description(source)
+            graph, told = _Outputs(source.backbone, source.task, source.hears), json.loads(json.dumps(_facts(source)))
             self.run = lambda images: graph(torch.from_numpy(images))[0].numpy()
         else:
             onnxruntime = pytest.importorskip("onnxruntime")
             session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-            told = session.get_modelmeta().custom_metadata_map
+            told = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
             self.run = lambda images: session.run(["logits"], {"images": images})[0]
-        self.facts: dict[str, Any] = {name: json.loads(value) for name, value in told.items()}
+        self.facts: dict[str, Any] = told
 
     @torch.no_grad()
     def logits(self, file: Path) -> np.ndarray:
@@ -172,6 +172,6 @@ def test_an_encoders_metadata_tell_the_crop_of_embed(tmp_path: Path) -> None:
         data="demo", out=str(tmp_path / "run"), model=KIND.model, model_args=KIND.arguments, image_size=(64, 64),
         steps=1, batch_size=4, device="cpu", val_images=0,
     )  # fmt: skip
-    facts = _description(open_exported(run.path))
-    assert (json.loads(facts["crop"]), json.loads(facts["crop_fraction"])) == ("centre", 0.875)
+    facts = _facts(open_exported(run.path))
+    assert (facts["crop"], facts["crop_fraction"]) == ("centre", 0.875)
     assert "the box in the middle with 0.875 of the sides of the largest one of shape 64:64" in facts["preparation"]

@@ -250,7 +250,6 @@ def remarkable(
         "Likely duplicates": [f"{names[i]}\t{names[j]}" for i, j, _ in duplicates(small, blank)],
         "Outliers: far from all others": [],
         "Blank": [names[number] for number in np.flatnonzero(blank)],
-        "Blurred": [],
     }
     if near.shape[1]:
         closeness = np.einsum("nd,nkd->n", unit, unit[near]) / near.shape[1]
@@ -258,11 +257,11 @@ def remarkable(
         found["Outliers: far from all others"] = [
             names[number] for number in np.argsort(closeness) if closeness[number] < limit
         ]
-    if sounds:
-        return {what: listed[:_LISTED] for what, listed in found.items() if what != "Blurred"}
-    sharp = laplacian(grey).var(axis=(1, 2))
-    limit = _BLURRED * np.median(sharp)
-    found["Blurred"] = [names[number] for number in np.argsort(sharp) if sharp[number] < limit and not blank[number]]
+    if not sounds:
+        sharp = laplacian(grey).var(axis=(1, 2))
+        limit = _BLURRED * np.median(sharp)
+        order = np.argsort(sharp)
+        found["Blurred"] = [names[number] for number in order if sharp[number] < limit and not blank[number]]
     return {what: listed[:_LISTED] for what, listed in found.items()}
 
 

@@ -323,9 +323,7 @@ def _mean_std(config: PretrainConfig, images: Images) -> tuple[tuple[float, ...]
     if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
         return IMAGENET_MEAN, IMAGENET_STD
     how: dict[str, Any] = {"channels": config.channels, "dtype": images.dtype, "seed": config.seed}
-    if images.sounds:
-        return measure_mean_std(images.train, **how, spectrogram=config.spectrogram)
-    return measure_mean_std(images.train, **how)
+    return measure_mean_std(images.train, **how, spectrogram=config.spectrogram)
 
 
 def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:

@@ -3,8 +3,6 @@
 Shapes: `C` channels, `H W` pixels of the letterbox, `n` objects. A box is (left, top, right, bottom) in its pixels.
 """
 
-import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from torchvision.ops import boxes as box_ops
 
 from simmim.errors import UserError
 from simmim.torch_engine.interop.export import TOLERANCE, Source
+from simmim.torch_engine.interop.onnx_file import write_onnx
 
 INPUTS = ("images", "score_threshold")
 OUTPUTS = ("boxes", "labels", "scores")
@@ -25,32 +24,20 @@ _PROBED = 4  # random images on which the file is compared
 def export_detector(source: Source, detector: nn.Module, file: Path) -> list[str]:
     """Write `file`: a normalised letterbox (1, C, H, W) and the least score (a scalar) → `OUTPUTS`, best first.
 
-    `detector` is the source's, changed to what the exporter takes.
-
-    Raises `UserError` if onnxruntime finds other objects than PyTorch.
+    `detector` is the source's, changed to what the exporter takes. Raises `UserError` if onnxruntime finds other
+    objects than PyTorch.
     """
-    import onnxruntime
-
-    with warnings.catch_warnings(), _nms_without_branches(max(source.input_size[1:]) + 1):
-        warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
-            _Objects(detector),
-            (source.images(1), torch.tensor(source.backbone.score_thresh)),
-            dynamo=True,
-            input_names=list(INPUTS),
-            output_names=list(OUTPUTS),
-            verbose=False,
-        )
-    program.model.metadata_props.update(_description(source))
-    program.save(str(file))
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    with _nms_without_branches(max(source.input_size[1:]) + 1):
+        values = (source.images(1), torch.tensor(source.backbone.score_thresh))
+        inputs: dict[str, Tensor] = dict(zip(INPUTS, values, strict=True))
+        session = write_onnx(file, _Objects(detector), inputs, OUTPUTS, _facts(source))
     ours, largest, count = _Objects(source.backbone), 0.0, 0
     for image in source.images(_PROBED).split(1):
         least = torch.tensor(0.0)  # so that there is something to compare in images of noise
         with torch.no_grad():
             expected = ours(image, least)
-        inputs = dict(zip(INPUTS, (image.numpy(), least.numpy()), strict=True))
-        found = tuple(torch.from_numpy(array) for array in session.run(list(OUTPUTS), inputs))
+        given = dict(zip(INPUTS, (image.numpy(), least.numpy()), strict=True))
+        found = tuple(torch.from_numpy(array) for array in session.run(list(OUTPUTS), given))
         count += len(expected[0])
         largest = max(largest, distance(expected, found, max(source.input_size[1:])))
     if not largest <= TOLERANCE:
@@ -111,8 +98,8 @@ def _nms_without_branches(apart: float) -> Iterator[None]:
         box_ops.batched_nms = usual
 
 
-def _description(source: Source) -> dict[str, str]:
-    """Describe in the file's metadata how to prepare an image and to read what is found."""
+def _facts(source: Source) -> dict[str, Any]:
+    """Tell how to prepare an image, and to read what is found."""
     channels, height, width = source.input_size
     facts: dict[str, Any] = {
         "task": source.task, "input_size": source.input_size, "channels": channels, "crop": "letterbox",
@@ -126,4 +113,4 @@ def _description(source: Source) -> dict[str, str]:
         "values / 255 - mean) / std, in the order 1, C, H, W. Divide the boxes found by the factor and cut them off "
         "at the image's edges. Labels count the classes from 0."
     )
-    return {name: json.dumps(value) for name, value in facts.items()}
+    return facts

@@ -5,8 +5,6 @@ Shapes: `B` images, `C` channels, `H W` pixels, `D` features, `K` classes.
 
 import copy
 import importlib.util
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ from torch.nn import functional
 from simmim.errors import UserError
 from simmim.torch_engine.interop.export import Outputs, Source, compare
 from simmim.torch_engine.interop.export_detector import export_detector
+from simmim.torch_engine.interop.onnx_file import write_onnx
 from simmim.torch_engine.models.sound_input import SoundInput
-
-_ONE_FILE = 1_500_000_000  # bytes; protobuf is limited to 2 GB, larger weights go into a separate file
 
 
 def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
@@ -32,27 +29,19 @@ def export_onnx(source: Source, out: Path, _allow_loss: bool) -> list[str]:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"--format onnx needs {package}: pip install 'simmim[onnx]'")
-    import onnxruntime
-
     if source.task == "detect":
         return export_detector(source, _without_fused_attention(source.backbone), out / "model.onnx")
     names = ("features", "embedding") if source.task == "encoder" else ("logits",)
     file = out / "model.onnx"
     given, example = ("images", source.images) if source.hears is None else ("samples", source.samples)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program: Any = torch.onnx.export(
-            _Outputs(_without_fused_attention(source.backbone), source.task, source.hears),
-            (example(2),),
-            dynamo=True,
-            input_names=[given],
-            output_names=list(names),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            verbose=False,
-        )
-    program.model.metadata_props.update(_description(source))
-    program.save(str(file), external_data=sum(weight.nbytes for weight in source.backbone.parameters()) > _ONE_FILE)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session = write_onnx(
+        file,
+        _Outputs(_without_fused_attention(source.backbone), source.task, source.hears),
+        {given: example(2)},
+        names,
+        _facts(source),
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+    )
     module = _Outputs(source.backbone, source.task, source.hears)
 
     def pair(number: int) -> tuple[str, Outputs, Outputs]:
@@ -94,10 +83,10 @@ def _without_fused_attention(backbone: nn.Module) -> nn.Module:
     return backbone
 
 
-def _description(source: Source) -> dict[str, str]:
-    """Describe in the file's metadata all that preparing an image takes, as JSON values, and in words."""
+def _facts(source: Source) -> dict[str, Any]:
+    """Tell all that preparing an image takes, as values and in words."""
     if source.hears is not None:
-        return _description_of_sounds(source, source.hears)
+        return _facts_of_sounds(source, source.hears)
     channels, height, width = source.input_size
     crop = {"crop": "whole"} if source.crop is None else {"crop": "centre", "crop_fraction": source.crop}
     facts: dict[str, Any] = {
@@ -119,10 +108,10 @@ def _description(source: Source) -> dict[str, str]:
     )
     if source.task == "segment":
         facts["preparation"] += " Resize the logits to the image's size by bilinear interpolation; the largest decides."
-    return {name: json.dumps(value) for name, value in facts.items()}
+    return facts
 
 
-def _description_of_sounds(source: Source, hears: SoundInput) -> dict[str, str]:
+def _facts_of_sounds(source: Source, hears: SoundInput) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "task": source.task,
         "input_size": (hears.samples,),
@@ -135,4 +124,4 @@ def _description_of_sounds(source: Source, hears: SoundInput) -> dict[str, str]:
     }
     if source.classes:
         facts["classes"] = source.classes
-    return {name: json.dumps(value) for name, value in facts.items()}
+    return facts

@@ -149,7 +149,7 @@ class LastBlock(nn.Module):
 
     def forward_chosen(self, x: Tensor, chosen: Chosen) -> Tensor:
         """Compute the chosen tokens: (B, N, D) or (B, h, w, D) → (B, n, D)."""
-        raise NotImplementedError
+        raise AssertionError
 
 
 def embed_visible(patch_embed: nn.Module, state: ForwardState) -> None:

@@ -70,20 +70,19 @@ def _read_origin(config: FinetuneConfig) -> Origin:
     check_encoder(config.init, "--from")
     directory = encoder_directory(config.init)
     assert directory is not None
-    name, arguments, data = _read_hub(directory)
+    name, arguments, data, sound = _read_hub(directory)
     channels, height, width = data["input_size"]
     weights = load_file(directory / "model.safetensors")
-    told = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("sound")
-    sound = None if told is None else Sound(**told)
     return Origin(name, arguments, (height, width), channels, tuple(data["mean"]), tuple(data["std"]), weights, sound)
 
 
-def _read_hub(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Return timm's name of a hub directory's model, its arguments, and how it takes images."""
+def _read_hub(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any], Sound | None]:
+    """Return timm's name of a hub directory's model, its arguments, how it takes images, and its front end."""
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     told = settings.get("model_args", {})
     arguments = {name: value for name, value in told.items() if name not in ("in_chans", "img_size", "num_classes")}
-    return settings["architecture"], arguments, settings.get("pretrained_cfg", settings)
+    sound = Sound(**settings["sound"]) if "sound" in settings else None
+    return settings["architecture"], arguments, settings.get("pretrained_cfg", settings), sound
 
 
 def _from_timm(source: str) -> Origin:
@@ -94,7 +93,7 @@ def _from_timm(source: str) -> Origin:
         model = load_timm(source, option="--from")
     else:
         model = load_timm(source, option="--from")
-        name, arguments, _ = _read_hub(Path(source.removeprefix("local-dir:")))
+        name, arguments, *_ = _read_hub(Path(source.removeprefix("local-dir:")))
         find_family(name)
     cfg: Any = model.pretrained_cfg
     channels, height, width = cfg["input_size"]
