@@ -1,6 +1,7 @@
 """Sound files: what is read of them, against soundfile and soxr, and what is said of those that cannot be."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage
 from simmim.data.evaluation import eval_images
 from simmim.data.files import names_sounds
+from simmim.data.labelled.classes import open_labelled
 from simmim.data.pipeline import Reading, train_batches
 from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sound_augment import SoundAugment, TimeCrop, sound_augment
 from simmim.data.sounds import Sounds, as_sounds, holds_sounds, open_clip
-from simmim.data.sources import open_source, sniff
+from simmim.data.sources import ImageSource, open_source, sniff
 from simmim.data.statistics import measure_mean_std
 from simmim.errors import UserError
 
@@ -144,12 +146,44 @@ def test_mean_and_deviation_are_those_of_the_spectrograms(folder: Path) -> None:
     assert std == pytest.approx((values.std(),))
 
 
-def test_pictures_among_sounds_are_told_in_one_line(tmp_path: Path) -> None:
-    write(tmp_path / "a.wav")
-    (tmp_path / "b.png").write_bytes(b"")
-    line = r"holds pictures, such as b\.png, and sounds, such as a\.wav; give a folder of one kind"
-    with pytest.raises(UserError, match=line):
-        open_source(str(tmp_path))
+def names(source: ImageSource) -> list[str]:
+    return [Path(source.name(index)).name for index in range(len(source))]
+
+
+def test_where_there_are_pictures_sounds_are_left_out_and_audio_takes_them(tmp_path: Path) -> None:
+    folder = write(tmp_path / "songs" / "a.wav").parent
+    write(folder / "more" / "c.flac")
+    assert names_sounds(folder) and names(open_source(str(folder))) == ["a.wav", "c.flac"]
+    (folder / "cover.png").write_bytes(b"")
+    assert not names_sounds(folder) and names(open_source(str(folder))) == ["cover.png"]
+    assert names(open_source(f"audio:{folder}")) == ["a.wav", "c.flac"]
+
+
+@pytest.mark.parametrize("pack", ["zip", "tar"])
+def test_archives_choose_likewise(tmp_path: Path, pack: str) -> None:
+    write(tmp_path / "songs" / "a.wav")
+    for expected in (["a.wav"], ["cover.png"]):
+        file = shutil.make_archive(str(tmp_path / "songs"), pack, tmp_path / "songs")
+        assert names(open_source(file)) == expected and names_sounds(file) == (expected == ["a.wav"])
+        (tmp_path / "songs" / "cover.png").write_bytes(b"")
+
+
+def test_class_folders_choose_likewise(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        for number in range(4):
+            write(tmp_path / name / f"{number}.wav")
+    assert len(open_labelled(str(tmp_path)).train) + len(open_labelled(str(tmp_path)).val) == 8
+    (tmp_path / "one" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"class folder .*two holds no images"):
+        open_labelled(str(tmp_path))
+
+
+def test_a_list_of_both_kinds_is_told_in_one_line(folder: Path) -> None:
+    (folder / "list.txt").write_text("1.flac\n2.png\n")
+    with pytest.raises(
+        UserError, match=r"holds sounds, such as .*1\.flac, and others, such as .*2\.png; give files of one"
+    ):
+        holds_sounds(open_source(str(folder / "list.txt")))
 
 
 @pytest.mark.parametrize(

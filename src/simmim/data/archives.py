@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simmim.data.decode import BadImage
-from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, check_one_kind, find_images, read_part
+from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, find_images, of_one_kind, read_part
 from simmim.data.names import Names
 from simmim.errors import UserError
 
@@ -42,7 +42,10 @@ class _Member(NamedTuple):
 
 
 class ArchiveImages:
-    """Images of archives, by name within each; an `ImageSource`. A name is `ARCHIVE/NAME`."""
+    """Images of archives, or sounds where there are none, by name within each; an `ImageSource`.
+
+    A name is `ARCHIVE/NAME`.
+    """
 
     def __init__(self, paths: Sequence[Path]):
         """Raise `UserError` for an archive that is damaged or encrypted, or where none holds an image."""
@@ -50,14 +53,14 @@ class ArchiveImages:
         self._ends: list[int] = []
         self._texts: list[dict[str, _Member]] = []  # WebDataset's labels, by the key of a sample
         members: list[_Member] = []
-        for path in paths:
-            found = _read_directory(path)
-            members += sorted((each for each in found if each.name.lower().endswith(_READ)), key=lambda each: each.name)
+        directories = [_read_directory(path) for path in paths]
+        kept = set(of_one_kind([member.name for found in directories for member in found]))
+        for found in directories:
+            members += sorted((each for each in found if each.name in kept), key=lambda each: each.name)
             self._ends.append(len(members))
             self._texts.append({_key(each.name): each for each in found if each.name.lower().endswith(_LABEL)})
         if not members:
             raise UserError(f"{self._paths[0]} holds no images; files read end in {', '.join(SUFFIXES)}")
-        check_one_kind((member.name for member in members), self._paths[0])
         self._names = Names(member.name for member in members)
         self._places = array("Q", (member.place for member in members))
         self._stored = array("Q", (member.stored for member in members))

@@ -7,7 +7,7 @@ import stat
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simmim.data.names import Names
@@ -20,7 +20,8 @@ SUFFIXES = tuple(_SUFFIXES.split())
 """Suffixes of the files in a folder that count as images."""
 _SOUND_SUFFIXES = ".aif .aifc .aiff .au .caf .flac .mp3 .oga .ogg .opus .rf64 .w64 .wav"
 SOUND_SUFFIXES = tuple(_SOUND_SUFFIXES.split())
-"""Suffixes of the files in a folder that count as sounds."""
+"""Suffixes of the files in a folder that count as sounds, where it holds no image."""
+_ARCHIVES = (".zip", ".tar")
 
 # Errors that may pass on a network file system (NFS, SMB, FUSE), and how long to wait before each further try.
 _PASSING = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "ENETDOWN", "ENETUNREACH", "EHOSTUNREACH", "ECONNRESET",
@@ -82,7 +83,7 @@ def is_sound(name: str) -> bool:
 
 
 def names_sounds(data: object) -> bool:
-    """Tell whether `--data` names sounds: by its scheme, or by the first file of a folder, list or archive.
+    """Tell whether `--data` names sounds: by its scheme, the files of a folder or archive, or the first of a list.
 
     Reads no more than that needs; what is wrong with the data shows when it is opened.
     """
@@ -98,57 +99,55 @@ def names_sounds(data: object) -> bool:
 
 
 def _first_name(path: Path) -> str | None:
-    """Return the name of the first picture or sound of a folder, list or archive; `None` where there is none."""
-    known = (*SUFFIXES, *SOUND_SUFFIXES)
+    """Return the name of a picture of a folder, list or archive; where there is none, of a sound; else `None`.
+
+    In a list it is the first name, whatever it is.
+    """
     suffix = path.suffix.lower()
     if path.is_dir():
         if (path / "pack.json").is_file():
             return next(iter(json.loads((path / "00000.json").read_bytes())["names"]), None)
-        names: Iterable[str] = _walk(path, "", set(), (*known, ".zip", ".tar"), unnamed=False)
-        found = next(iter(names), None)
-        return _first_name(path / found) if found and found.lower().endswith((".zip", ".tar")) else found
-    if not path.is_file():
-        return None
-    if suffix in (".txt", ".lst"):
+        for suffixes in (SUFFIXES, SOUND_SUFFIXES, _ARCHIVES):
+            if found := next(_walk(path, "", set(), suffixes, unnamed=False), None):
+                return _first_name(path / found) if suffixes is _ARCHIVES else found
+    elif suffix in (".txt", ".lst") and path.is_file():
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             return next((name for line in lines if (name := line.strip()) and not name.startswith("#")), None)
-    if suffix == ".zip":
+    elif suffix == ".zip" and path.is_file():
         with zipfile.ZipFile(path) as archive:
-            return next((name for name in archive.namelist() if name.lower().endswith(known)), None)
-    if suffix == ".tar":
+            return next(iter(of_one_kind(archive.namelist())), None)
+    elif suffix == ".tar" and path.is_file():
         with tarfile.open(path) as members:
-            return next((each.name for each in members if each.name.lower().endswith(known)), None)
+            return next(iter(of_one_kind([each.name for each in members])), None)
     return None
 
 
-def check_one_kind(names: Iterable[str], where: object) -> None:
-    """Raise `UserError` for names of both pictures and sounds. `where` names what holds them."""
-    first: dict[bool, str] = {}
-    for name in names:
-        if name.lower().endswith(SOUND_SUFFIXES):
-            first.setdefault(True, name)
-        elif name.lower().endswith(SUFFIXES):
-            first.setdefault(False, name)
-        if len(first) == 2:
-            raise UserError(
-                f"{where} holds pictures, such as {first[False]}, and sounds, such as {first[True]}; "
-                "give a folder of one kind, or a .txt list of the paths of one"
-            )
+def of_one_kind(names: Sequence[str]) -> list[str]:
+    """Return the names of pictures; where there are none, those of sounds."""
+    for suffixes in (SUFFIXES, SOUND_SUFFIXES):
+        if found := [name for name in names if name.lower().endswith(suffixes)]:
+            return found
+    return []
 
 
 def open_folder(folder: Path) -> PathList:
-    """Open all images, or all sounds, below a folder.
+    """Open all images below a folder; where there are none, all sounds.
 
-    Raises `UserError` if there are none or both, or the folder cannot be listed.
+    Raises `UserError` if there are neither, or the folder cannot be listed.
     """
     try:
-        names = find_images(folder, (*SUFFIXES, *SOUND_SUFFIXES))
+        names = find_images(folder) or find_images(folder, SOUND_SUFFIXES)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
     if not names:
         raise UserError(f"folder {folder} holds no images; files read end in {', '.join(SUFFIXES)}")
-    check_one_kind(names, f"folder {folder}")
     return PathList(names, root=folder)
+
+
+def open_sounds(folder: Path) -> PathList | None:
+    """Open the sounds below a folder, whatever else it holds; `None` where it is no folder or has none."""
+    names = find_images(folder, SOUND_SUFFIXES) if folder.is_dir() else ()
+    return PathList(names, root=folder) if names else None
 
 
 def open_list(path: Path) -> PathList:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from simmim.data.decode import BadImage, Picture, Raw
-from simmim.data.files import PathList, check_one_kind, is_sound
+from simmim.data.files import PathList, is_sound
 from simmim.disk import writing
 from simmim.errors import UserError
 
@@ -123,13 +123,15 @@ def read_as(source: "ImageSource", rate: int | None, reader: str) -> "ImageSourc
 
 
 def holds_sounds(source: "ImageSource") -> bool:
-    """Tell whether a source holds sounds, by the names of its files. Raises `UserError` for pictures among them."""
+    """Tell whether a source holds sounds, by the names of its files. Raises `UserError` for others among them."""
     if isinstance(_behind(source, 0)[0], Sounds):
         return True
     looked_at = np.unique(np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT)).astype(int))
     names = [source.name(index) for index in looked_at.tolist()]
-    check_one_kind(names, "the data")
-    return any(map(is_sound, names))
+    sound, other = (next((name for name in names if is_sound(name) is kind), None) for kind in (True, False))
+    if sound is not None and other is not None:
+        raise UserError(f"the data holds sounds, such as {sound}, and others, such as {other}; give files of one kind")
+    return sound is not None
 
 
 def open_clip(raw: bytes | str, rate: int | None = None) -> Clip:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from simmim.config.field_types import Flip
 from simmim.data.archives import ARCHIVES, open_archives
 from simmim.data.decode import BadImage, Raw, open_picture
-from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, PathList, open_folder, open_list
+from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, PathList, open_folder, open_list, open_sounds
 from simmim.data.hugging_face import open_hugging_face
 from simmim.data.key_value import open_lmdb
 from simmim.data.packed.format import is_packed, open_packed
@@ -124,7 +124,7 @@ class ArrayImages:
 
 
 _SCHEMES: dict[str, Callable[[str], ImageSource]] = {
-    "audio": lambda rest: Sounds(open_source(rest)),
+    "audio": lambda rest: Sounds(open_sounds(Path(rest).expanduser()) or open_source(rest)),
     "demo": lambda _: DemoImages(),
     "hf": open_hugging_face,
     "lmdb": open_lmdb,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.archives import ArchiveImages, open_archives
-from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, PathList, check_one_kind, find_images
+from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, PathList, find_images
 from simmim.data.hugging_face import HuggingFaceImages, image_column, load_hugging_face
 from simmim.data.packed.format import PackedImages, is_packed, open_packed
 from simmim.data.sources import ArrayImages, DemoImages, ImageSource, Subset, check_there, read_npz
@@ -153,8 +153,9 @@ def _read_classes(folder: Path) -> tuple[PathList, list[str]]:
     if not classes:
         raise UserError(f"folder {folder} has no class folders; put each class's images in a folder of its name")
     files, names = [], []
+    suffixes = SUFFIXES if any(find_images(folder / name) for name in classes) else SOUND_SUFFIXES
     for name in classes:
-        found = find_images(folder / name, (*SUFFIXES, *SOUND_SUFFIXES))
+        found = find_images(folder / name, suffixes)
         if not found:
             raise UserError(
                 f"class folder {folder / name} holds no images; add some, or remove it "
@@ -162,7 +163,6 @@ def _read_classes(folder: Path) -> tuple[PathList, list[str]]:
             )
         files += [f"{name}/{file}" for file in found]
         names += [name] * len(found)
-    check_one_kind(files, f"folder {folder}")
     return PathList(files, root=folder), names
 
 
