@@ -122,11 +122,13 @@ def test_parameters_have_timms_names_and_shapes(name: str) -> None:
 
 @every_kind
 @torch.no_grad()
-def test_saved_encoder_loads_in_timm_with_identical_features(
+def test_saved_encoder_loads_in_timm_with_its_weights_and_features(
     built: dict[str, Encoder], kind: str, tmp_path: Path
 ) -> None:
-    expected = built[kind].backbone(images())
-    assert torch.equal(loaded_by_timm(save(built[kind], tmp_path))(images()), expected)
+    loaded, weights = loaded_by_timm(save(built[kind], tmp_path)), built[kind].backbone.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in loaded.state_dict().items())
+    # torch 2.11 rounds pooling by attention by where the weights lie in memory.
+    torch.testing.assert_close(loaded(images()), built[kind].backbone(images()), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["vit", "beit with a shared bias", "swin", "resnet18"])
