@@ -25,6 +25,7 @@ PLACES = {
     "SECURITY.md": "security.md",
     "CITATION.cff": "CITATION.cff",
     "notebooks/quickstart.ipynb": "notebooks/quickstart.ipynb",
+    "notebooks/audio.ipynb": "notebooks/audio.ipynb",
 }
 """Where files outside of docs/ are on the site."""
 
