@@ -16,8 +16,8 @@ from simmim.cli import main
 from simmim.config.pretrain_recipes import RECIPES
 
 SUFFIXES = (
-    ".avif, .bmp, .dcm, .dicom, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .npy, .pbm, .pgm, .png, .pnm, .ppm, .tga, "
-    ".tif, .tiff, .webp"
+    ".avif, .bmp, .dcm, .dicom, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .npy, .pbm, .pgm, .png, .pnm, .ppm, .svs, "
+    ".tga, .tif, .tiff, .webp"
 )
 TINY = {
     "--data": "images",
@@ -160,6 +160,9 @@ BAD_OPTIONS = {
     "--decode nvjpeg": "--decode 'nvjpeg' is not known; choose from cpu, gpu",
     "--decode gpu --readers processes": "--readers processes is not for --decode gpu; leave one of them out",
     "--decode gpu --no-antialias": "--no-antialias is not for --decode gpu; leave one of them out",
+    "--crop pixels --crop-scale 0.5 1": "--crop-scale is not for --crop pixels; leave one of them out",
+    "--crop pixels --decode gpu": "--decode gpu is not for --crop pixels; leave one of them out",
+    "--crop pixels --no-antialias": "--no-antialias is not for --crop pixels; leave one of them out",
     "--decode gpu --channels 5": "--decode gpu is for JPEGs, which have 1 or 3 channels, not 5; use --decode cpu",
     "--precision int8": "--precision 'int8' is not known; choose from auto, fp32, bf16, fp16",
     "--shard": "--shard spreads a model over processes and there is one; start it with torchrun, or use --no-shard",

@@ -30,23 +30,33 @@ def scan(number: int) -> bytes:
 
 
 def satellite_image(number: int) -> bytes:
-    pixels, file = RNG.integers(-3000, 9000, (5, 40, 56), np.int16), io.BytesIO()
+    pixels, file = RNG.integers(-3000, 9000, (5, 140, 156), np.int16), io.BytesIO()
     pixels[:, : 5 * number] = -9999
     tag = (42113, "s", 0, "-9999", True)
     tifffile.imwrite(file, pixels, photometric="minisblack", planarconfig="separate", extratags=[tag])
     return file.getvalue()
 
 
-@pytest.mark.parametrize(("make", "name", "channels"), [(scan, "IM{}", 1), (satellite_image, "{}.tif", 5)])
+@pytest.mark.parametrize(
+    ("make", "name", "channels", "crop"),
+    [(scan, "IM{}", 1, "resized"), (satellite_image, "{}.tif", 5, "resized"), (satellite_image, "{}.tif", 5, "pixels")],
+)
 def test_a_training_resumes_to_the_same_bits(
-    make: Any, name: str, channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Any, name: str, channels: int, crop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     images = tmp_path / "images"
     images.mkdir()
     for number in range(6):
         (images / name.format(number)).write_bytes(make(number))
     objectives.check_resume(
-        tmp_path, monkeypatch, data=str(images), channels=channels, mean="measure", std="measure", batch_size=2
+        tmp_path,
+        monkeypatch,
+        data=str(images),
+        channels=channels,
+        mean="measure",
+        std="measure",
+        batch_size=2,
+        crop=crop,
     )
     for path in (tmp_path / "whole").rglob("*"):
         assert path.is_dir() or b"Jane" not in path.read_bytes()

@@ -1,6 +1,7 @@
 """`simmim reconstruct`: what a pretrained model sees in images, or sounds, of one's own."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from simmim.data.decode import BadImage, open_picture
 from simmim.data.evaluation import eval_images
 from simmim.data.sounds import read_as
 from simmim.data.sources import ImageSource, check_files, open_files, read_raw, sniff
+from simmim.data.windows import MiddleWindows
 from simmim.errors import UserError
 from simmim.method.objectives import PixelReconstruction
 from simmim.training.feature_pictures import panel_of, principal_axes
@@ -60,8 +62,10 @@ def reconstruct(
     chosen = np.arange(len(source))
     if len(chosen) > count:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
-    dtype = sniff(source, channels=config.channels)
-    pixels = eval_images(source, chosen, size=config.read_size, channels=config.channels, dtype=dtype)
+    how: dict[str, Any] = {"size": config.read_size, "channels": config.channels}
+    if config.crop == "pixels":
+        source, how["fraction"] = MiddleWindows(source, config.image_size), 1.0
+    pixels = eval_images(source, chosen, dtype=sniff(source, channels=config.channels), **how)
     if features:
         maps = feature_maps(step, config, pixels)
         if not np.isfinite(maps).all():

@@ -68,7 +68,7 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
 
 
 def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
-    from simmim.torch_engine.tasks.embed import embed_some, input_channels
+    from simmim.torch_engine.tasks.embed import as_seen, embed_some, input_channels
 
     queries, how = open_files(config.query), {}
     if config.features:
@@ -96,6 +96,7 @@ def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any
         rows.append((np.array([query]), indices[order]))
     if config.out:
         channels = input_channels(config.run)
+        queries, source = as_seen(config.run, queries), as_seen(config.run, source)
         parts = [
             np.concatenate(
                 [thumbnails_of(part, channels)[1] for part in (Subset(queries, query), Subset(source, near))]
@@ -107,9 +108,9 @@ def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any
 
 
 def _pairs(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
-    from simmim.torch_engine.tasks.embed import input_channels
+    from simmim.torch_engine.tasks.embed import as_seen, input_channels
 
-    channels = input_channels(config.run)
+    channels, source = input_channels(config.run), as_seen(config.run, source)
     batches = thumbnail_batches(source, channels)  # 64 at a time: small copies are kept
     copies = [(indices, small_copies(pictures), is_blank(pictures)) for indices, pictures in batches]
     read, small, blank = (np.concatenate(column) for column in zip(*copies, strict=True))

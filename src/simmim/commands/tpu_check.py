@@ -46,7 +46,7 @@ class TpuCheckConfig(PretrainConfig):
         "data", "out", "mean", "std", "max_bad_fraction", "workers", "epochs", "steps", "lr", "warmup_lr", "min_lr",
         "warmup_epochs", "schedule", "milestones", "seed", "device", "compile", "save_every_steps", "keep", "fresh",
         "log_every_steps", "log", "decode", "readers", "antialias", "init_from", "val_images", "picture_every_steps",
-        "probe", "probe_every_epochs", "crop_scale", "crop_ratio", "kernels", "gpu", "accept_changed_data",
+        "probe", "probe_every_epochs", "crop", "crop_scale", "crop_ratio", "kernels", "gpu", "accept_changed_data",
     })  # fmt: skip
 
     topology: str = "v5e:1x1"

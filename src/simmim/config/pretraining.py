@@ -44,6 +44,8 @@ class PretrainConfig(TrainingConfig):
     lr: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
     """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr (default:
     by batch size and model, see docs/pretraining.md)."""
+    crop: Literal["resized", "pixels"] = "resized"
+    """Random part of an image: a share of it, resized to the image size, or a window of it at full resolution."""
     crop_scale: SharesIfAny = None
     """Range of a random crop's area, as a share of the image (default: 0.67 1, with descriptor 0.6 1, or as the source
     declares)."""
@@ -107,10 +109,23 @@ class PretrainConfig(TrainingConfig):
             raise UserError(
                 f"--decode gpu is for JPEGs, which have 1 or 3 channels, not {self.channels}; use --decode cpu"
             )
+        if self.crop == "pixels":
+            self._check_windows()
         cpu_only = {"--readers processes": self.readers != "threads", "--no-antialias": not self.antialias}
         for option, given in cpu_only.items():
             if given and self.decode == "gpu":
                 raise UserError(f"{option} is not for --decode gpu; leave one of them out")
+
+    def _check_windows(self) -> None:
+        refused = {
+            "--crop-scale": self.crop_scale not in (None, (1.0, 1.0)),
+            "--crop-ratio": self.crop_ratio not in (None, (1.0, 1.0)),
+            "--decode gpu": self.decode == "gpu",
+            "--no-antialias": not self.antialias,
+        }
+        for option, given in refused.items():
+            if given:
+                raise UserError(f"{option} is not for --crop pixels; leave one of them out")
 
     @property
     def masks_images(self) -> bool:

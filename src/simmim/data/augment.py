@@ -51,7 +51,7 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        _check_crop_size(self.size)
+        check_crop_size(self.size)
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UserError(f"crop scale {self.scale} is not a range within 0..1; use (0.67, 1.0)")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -81,7 +81,7 @@ class CentreCrop:
     fraction: float = 0.875
 
     def __post_init__(self) -> None:
-        _check_crop_size(self.size)
+        check_crop_size(self.size)
         if not 0 < self.fraction <= 1:
             raise UserError(f"crop fraction {self.fraction} is not within 0..1; use 0.875")
 
@@ -96,7 +96,7 @@ class Letterbox:
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        _check_crop_size(self.size)
+        check_crop_size(self.size)
 
     def box(self, height: int, width: int) -> Box:
         pixels = max(height / self.size[0], width / self.size[1])  # image pixels per result pixel
@@ -115,7 +115,7 @@ class ScaleJitter:
     scale: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self) -> None:
-        _check_crop_size(self.size)
+        check_crop_size(self.size)
         if not 0 < self.scale[0] <= self.scale[1]:
             raise UserError(f"scale jitter {self.scale} is not a range of positive numbers; use 0.1 2.0")
 
@@ -140,6 +140,11 @@ def _begin(draw: float, length: int, part: int, within: int | None) -> int:
     return first + int(draw * (last - first + 1))
 
 
+def whole_box(height: int, width: int) -> Box:
+    """Return the box that is a whole image."""
+    return Box(0, 0, height, width)
+
+
 def draw_flips(seed: int, epoch: ArrayLike, index: ArrayLike, flip: Flip) -> NDArray[np.bool_]:
     """Draw flips, with probability 1/2 each: (B, 0) for none, (B, 1) for horizontal, (B, 2) for both.
 
@@ -149,9 +154,9 @@ def draw_flips(seed: int, epoch: ArrayLike, index: ArrayLike, flip: Flip) -> NDA
 
 
 def reduction(box: Box, size: tuple[int, int]) -> int:
-    """Return the reduction (1, 2, 4 or 8) at which to decode, with `box` still no smaller than `size`."""
-    spare = min(box.height / size[0], box.width / size[1])
-    return next((factor for factor in (8, 4, 2) if factor <= spare), 1)
+    """Return the reduction (a power of 2) at which to decode, with `box` still no smaller than `size`."""
+    spare = min(box.height // size[0], box.width // size[1])
+    return 1 << max(spare.bit_length() - 1, 0)
 
 
 def visible(box: Box, height: int, width: int, size: tuple[int, int]) -> tuple[Box, Box]:
@@ -300,6 +305,7 @@ def _middle(height: int, width: int, ratio: float, fraction: float = 1.0) -> Box
     return Box((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
 
 
-def _check_crop_size(size: tuple[int, int]) -> None:
+def check_crop_size(size: tuple[int, int]) -> None:
+    """Raise `UserError` for a size without pixels."""
     if min(size) < 1:
         raise UserError(f"image size {size[0]}x{size[1]} is not positive; use 224 or 160x224")

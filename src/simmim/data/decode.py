@@ -10,24 +10,30 @@ Shapes: `H W` pixels, `C` channels.
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from simmim.data.files import TIFF_MAGIC
 from simmim.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Raw: TypeAlias = "bytes | NDArray[Any] | Image.Image | Picture"
+Raw: TypeAlias = "bytes | NDArray[Any] | Image.Image | Picture | Path"
+"""An image as stored: a file's bytes, or the path of a large TIFF, of which no more is read than is shown."""
+
+Part: TypeAlias = tuple[int, int, int, int]
+"""First row, first column, rows and columns of a part of an upright image."""
 
 MAX_PIXELS = 178_956_970
 """Limit against decompression bombs, Pillow's default."""
+_CHECKED = 64  # pixels of the shorter side, at least, when an image is read only to see whether it can be
 
 # Pixel formats only: Pillow passes others, such as EPS, to external programs. JPEG first, as the most common.
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "AVIF", "TGA")
-_TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 ORIENTATION_TAG = 274
 
 # Conversions of Pillow's modes; other modes stay unchanged.
@@ -39,6 +45,10 @@ _DEEP_MODES = {"I;16": np.uint16, "I;16B": np.uint16, "I;16L": np.uint16, "I": n
 
 class BadImage(UserError):
     """Unusable image; the message is the reason, in one line."""
+
+
+class NothingButNodata(BadImage):
+    """A band of an image, or of a part of it, holds no values but missing ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +64,13 @@ class Picture:
     dtype: np.dtype[Any]
     """Type of the stored values."""
     read: Callable[[int], NDArray[Any]]
-    """Reduction (1, 2, 4 or 8) allowed for a JPEG → stored values (h, w, bands), upright."""
+    """Reduction (a power of 2) allowed for a JPEG or a pyramid → stored values (h, w, bands), upright."""
     missing: Callable[[], NDArray[np.bool_]] | None = None
     """Which of the stored values (H, W, bands), upright, were missing and filled; `None` where none can be."""
+    part: Callable[[Part], tuple[NDArray[Any], NDArray[np.bool_] | None]] | None = None
+    """Stored values (h, w, bands) of a part, and which of them were missing, where no more than that need be read."""
+    apart: tuple[Part, ...] = ()
+    """Parts that are kept aside, with which a random window shares no pixels where it can."""
     jpeg_orientation: int | None = None
     """EXIF rotation (1..8) of a grey or YCbCr JPEG, which all decoders accept; else `None`."""
 
@@ -85,9 +99,30 @@ class Picture:
                 raise BadImage(f"has {self.dtype} values, but earlier images have 8 bits")
             return np.rint(pixels).astype(np.uint8)
 
-    def check(self, reduction: int = 1) -> None:
-        """Read all of it, to see whether that is possible. Raises `BadImage`."""
-        self.decode(channels=self.channels, dtype=np.float32, reduction=reduction)
+    def cut(self, part: Part) -> "Picture":
+        """Read a part, as a picture; what was missing is filled from the part alone. Raises `BadImage`."""
+        top, left, height, width = part
+        with _BlameTheImage():
+            if self.part is not None:
+                stored, missing = self.part(part)
+            else:
+                whole, missing = self.read(1), None
+                stored = np.ascontiguousarray(whole[top : top + height, left : left + width])
+        return Picture(
+            height=height,
+            width=width,
+            bands=self.bands,
+            has_alpha=self.has_alpha,
+            dtype=self.dtype,
+            read=lambda _: stored,
+            missing=None if missing is None else lambda: missing,
+        )
+
+    def check(self, channels: int | None = None, dtype: DTypeLike = np.float32) -> None:
+        """Read all of it, of a JPEG or a pyramid at a fraction, to see whether that is possible. Raises `BadImage`."""
+        fraction = max(1, min(self.height, self.width) // _CHECKED)
+        reduction = 1 << (fraction.bit_length() - 1)
+        self.decode(channels=channels or self.channels, dtype=dtype, reduction=reduction)
 
 
 def decode(raw: Raw, *, channels: int, dtype: DTypeLike) -> NDArray[Any]:
@@ -100,12 +135,16 @@ def decode(raw: Raw, *, channels: int, dtype: DTypeLike) -> NDArray[Any]:
 
 
 def open_picture(raw: Raw) -> Picture:
-    """Read an image's header. Raises `BadImage`, also for more than `MAX_PIXELS`."""
+    """Read an image's header. Raises `BadImage`, also for more than `MAX_PIXELS` (of a TIFF when pixels are read)."""
     with _BlameTheImage():
         if isinstance(raw, Picture):
             return raw
         if isinstance(raw, np.ndarray):
             return _open_array(raw)
+        if isinstance(raw, Path):
+            from simmim.data.tiff import open_tiff
+
+            return open_tiff(str(raw))
         if not isinstance(raw, bytes):
             return open_pillow(raw)
         if not raw:
@@ -116,11 +155,29 @@ def open_picture(raw: Raw) -> Picture:
             from simmim.data.dicom import open_dicom
 
             return open_dicom(raw)
-        if raw[:4] in _TIFF_MAGIC:
+        if raw[:4] in TIFF_MAGIC:
             from simmim.data.tiff import open_tiff
 
             return open_tiff(raw)
         return open_pillow(identify(raw), raw)
+
+
+def count_pixels(path: Path) -> int:
+    """Read how many pixels an image file has, from its header where that is enough. Raises `BadImage`."""
+    with _BlameTheImage():
+        if not path.is_file():
+            raise BadImage("is no file")
+        with path.open("rb") as file:
+            if file.read(4) in TIFF_MAGIC:
+                picture = open_picture(path)
+                return picture.height * picture.width
+            file.seek(0)
+            try:
+                width, height = identify(file).size
+            except BadImage:
+                picture = open_picture(path.read_bytes())
+                return picture.height * picture.width
+            return height * width
 
 
 class _BlameTheImage:
@@ -134,12 +191,12 @@ class _BlameTheImage:
             raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def identify(raw: bytes) -> "Image.Image":
-    """Have Pillow read the header of a file. Raises `BadImage` if it is of no format that is read here."""
+def identify(raw: bytes | BinaryIO) -> "Image.Image":
+    """Have Pillow read the header of a file, open or its bytes. Raises `BadImage` for a format that is not read."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        return Image.open(io.BytesIO(raw), formats=_FORMATS)
+        return Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw, formats=_FORMATS)
     except UnidentifiedImageError as error:
         raise BadImage("not an image in a format that is read here") from error
 
@@ -198,6 +255,11 @@ def _jpeg_pixels(raw: bytes, image: "Image.Image", reduction: int) -> NDArray[An
         return simplejpeg.decode_jpeg(raw, colorspace, min_height=least_height, min_width=least_width)
     except ValueError:  # it is stricter than Pillow, which decides what is damaged
         return _pillow_pixels(image, image.mode)
+
+
+def upright_size(height: int, width: int, orientation: int) -> tuple[int, int]:
+    """Return the sides of an image whose EXIF rotation (1..8) is undone."""
+    return (height, width) if orientation < 5 else (width, height)
 
 
 def upright(pixels: NDArray[Any], orientation: int) -> NDArray[Any]:

@@ -24,13 +24,15 @@ def eval_images(
     size: tuple[int, int],
     channels: int,
     dtype: DTypeLike,
+    fraction: float = CentreCrop.fraction,
     bad_images: BadImages | None = None,
 ) -> NDArray[Any]:
     """Read the middles of images (B, H, W, C), always the same. Unreadable ones are left out and listed.
 
+    `fraction` is the share of the largest sides that is seen.
     Raises `UserError` if none of them can be read.
     """
-    crop, images, reason = CentreCrop(size=size), [], "it is empty"
+    crop, images, reason = CentreCrop(size=size, fraction=fraction), [], "it is empty"
     for index in map(int, indices):
         try:
             images.append(load(read_raw(source, index), crop.box, size=size, channels=channels, dtype=dtype))

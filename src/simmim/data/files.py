@@ -13,15 +13,17 @@ from pathlib import Path
 from simmim.data.names import Names
 from simmim.errors import UserError
 
-_SUFFIXES = (
-    ".avif .bmp .dcm .dicom .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
-)
+_SUFFIXES = ".avif .bmp .dcm .dicom .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .svs"
+_SUFFIXES += " .tga .tif .tiff .webp"
 SUFFIXES = tuple(_SUFFIXES.split())
 """Suffixes of the files in a folder that count as images."""
 _SOUND_SUFFIXES = ".aif .aifc .aiff .au .caf .flac .mp3 .oga .ogg .opus .rf64 .w64 .wav"
 SOUND_SUFFIXES = tuple(_SOUND_SUFFIXES.split())
 """Suffixes of the files in a folder that count as sounds, where it holds no image."""
 _ARCHIVES = (".zip", ".tar")
+_TIFF_SUFFIXES = (".tif", ".tiff", ".svs")
+TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_LARGE = 1 << 24  # bytes; smaller files are read whole, in one request
 
 # Errors that may pass on a network file system (NFS, SMB, FUSE), and how long to wait before each further try.
 _PASSING = ("EIO", "ESTALE", "ETIMEDOUT", "EAGAIN", "EBUSY", "ENETDOWN", "ENETUNREACH", "EHOSTUNREACH", "ECONNRESET",
@@ -45,8 +47,17 @@ class PathList:
             return str(Path(self._root, name))
         return os.path.join(self._root, name)  # noqa: PTH118  # a third of a path's time, which counts for a million names
 
-    def read(self, index: int) -> bytes:
-        return read_file(self.name(index))
+    def read(self, index: int) -> bytes | Path:
+        path = self.name(index)
+        return Path(path) if _is_large_tiff(path) else read_file(path)
+
+
+def _is_large_tiff(path: str) -> bool:
+    """Tell whether a file is a TIFF of which a part is read in less time and memory than the whole."""
+    if not path.lower().endswith(_TIFF_SUFFIXES):
+        return False
+    status = os.stat(path)  # noqa: PTH116
+    return status.st_size > _LARGE and stat.S_ISREG(status.st_mode) and read_part(path, 0, 4) in TIFF_MAGIC
 
 
 def read_file(path: str) -> bytes:

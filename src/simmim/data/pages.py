@@ -1,6 +1,7 @@
 """Files that hold several images, such as a TIFF of many pages: the first of each is read, and users are told so."""
 
 import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,22 +44,23 @@ def _count(source: "ImageSource", index: int) -> int:
     """Count the pages of a file, without the smaller copies of a TIFF pyramid; 0 for one that cannot be read."""
     try:
         raw = source.read(index)
-        return count_pages(raw) if isinstance(raw, bytes) else 1
+        return count_pages(raw) if isinstance(raw, bytes | Path) else 1
     except (OSError, ValueError):
         return 0
 
 
-def count_pages(raw: bytes) -> int:
-    """Count the images in a file's bytes, without the smaller copies of a TIFF pyramid. Raises `BadImage`."""
+def count_pages(raw: bytes | Path) -> int:
+    """Count the images in a file, without the smaller copies of a TIFF pyramid. Raises `BadImage`."""
     from PIL import Image
 
     open_picture(raw)  # not bombs, nor formats that are not read
-    if raw[128:132] == b"DICM":
+    if isinstance(raw, bytes) and raw[128:132] == b"DICM":
         from simmim.data.dicom import count_frames
 
         return count_frames(raw)
+    file = io.BytesIO(raw) if isinstance(raw, bytes) else raw
     try:
-        image = Image.open(io.BytesIO(raw))
+        image = Image.open(file)
         pages = int(getattr(image, "n_frames", 1))
         if image.format == "TIFF" and pages > 1:
             image.seek(1)
@@ -67,7 +69,7 @@ def count_pages(raw: bytes) -> int:
     except Image.UnidentifiedImageError:  # many bands: tifffile has read it
         import tifffile
 
-        found: Any = tifffile.TiffFile(io.BytesIO(raw)).pages
+        found: Any = tifffile.TiffFile(io.BytesIO(raw) if isinstance(raw, bytes) else raw).pages
         return 1 if len(found) > 1 and found[1].is_reduced else len(found)
     except Exception as error:
         raise BadImage(" ".join(str(error).split()) or type(error).__name__) from error

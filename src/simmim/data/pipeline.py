@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from simmim.config.field_types import Flip
-from simmim.data.augment import RandomResizedCrop, draw_flips, load
+from simmim.data.augment import RandomResizedCrop, draw_flips, load, whole_box
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage
 from simmim.data.sound_augment import TimeCrop
 from simmim.data.sources import ImageSource, read_raw
+from simmim.data.windows import RandomWindow
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_key, sample_keys
 
@@ -39,7 +40,7 @@ Batch = dict[str, Any]
 """
 Read = Callable[[int, int, NDArray[Any] | None], Sample]
 """Epoch and index of an image, and the row to write it to, if any → sample."""
-Crop = RandomResizedCrop | TimeCrop
+Crop = RandomResizedCrop | RandomWindow | TimeCrop
 Augment = Callable[[NDArray[Any], NDArray[np.uint64]], NDArray[Any]]
 """A cropped image (H, W, C) and its key (1,) → the image that is trained on."""
 
@@ -182,9 +183,14 @@ class _ReadCrop:
     antialias: bool
 
     def __call__(self, epoch: int, index: int, row: NDArray[Any] | None) -> Sample:
+        raw, key = read_raw(self.source, index), sample_key(self.seed, epoch, index, stream="crop")
+        if isinstance(self.crop, RandomWindow):
+            raw, choose = self.crop.cut(raw, key), whole_box
+        else:
+            choose = partial(self.crop.box, key)
         image = load(
-            read_raw(self.source, index),
-            partial(self.crop.box, sample_key(self.seed, epoch, index, stream="crop")),
+            raw,
+            choose,
             size=self.crop.size,
             channels=self.channels,
             dtype=self.dtype,

@@ -60,7 +60,7 @@ class Clip(Picture):
         first = max(0, min(box.top + (box.height - count) // 2, self.height - count))
         return _as_stored(self.cut(first, count), dtype)
 
-    def check(self, reduction: int = 1) -> None:
+    def check(self, channels: int | None = None, dtype: DTypeLike = np.float32) -> None:
         with _BlameTheSound():
             self.file.seek(0)
             while len(found := self.file.read(_BLOCK, dtype="float32", always_2d=True)):

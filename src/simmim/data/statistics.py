@@ -29,15 +29,19 @@ def measure_mean_std(
     seed: int,
     limit: int = 1000,
     spectrogram: Spectrogram | None = None,
+    windows: tuple[int, int] | None = None,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Measure mean and standard deviation (C,) of pixels / 255, over centre crops of up to `limit` images.
 
     `seed` draws the images. They are resized to 224×224 first, since models see resized images, which vary less.
+    With `windows` the images are windows of this size (H, W), which are seen whole and not resized.
     With `spectrogram` they are those of the log-mel energies of sounds, of the samples in their middle.
     Values that were missing, and those that resizing mixes with them, are left out; an image counts by its share of
     others. Unreadable images are skipped. A constant channel gets deviation 1. Raises `UserError` if there are none.
     """
     crop = CentreCrop(size=(spectrogram.samples, 1) if spectrogram else (224, 224))
+    if windows:
+        crop = CentreCrop(size=windows, fraction=1.0)
 
     def moments(index: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
         try:

@@ -3,73 +3,103 @@
 Shapes: `H W` pixels, `C` channels.
 """
 
-import io
+import importlib.util
 import logging
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simmim.data.decode import ORIENTATION_TAG, BadImage, Picture, check_size, identify, open_pillow, upright
+from simmim.data.decode import BadImage, NothingButNodata, Part, Picture, check_size, identify, open_pillow
+from simmim.data.files import read_file
+from simmim.data.tiff_parts import fetch_from, header_of
 
 _NODATA_TAG = 42113
 """GDAL's: the value of missing pixels, as text (https://gdal.org/en/stable/drivers/raster/gtiff.html)."""
+_UNASSOCIATED_ALPHA = 2
 
 
-def open_tiff(raw: bytes) -> Picture:
-    """Read the header of a TIFF's first page. Raises `BadImage`.
+def open_tiff(raw: bytes | str) -> Picture:
+    """Read the header of a TIFF's first page, of a file's bytes or by its path. Raises `BadImage`.
 
     Missing values become the mean of the others of their band. They are those that equal GDAL's nodata tag, in each
     band of its own; with the tag also those that are no number. A page of which a band has no other values is bad.
-    8-bit pictures of up to four bands stay as they are: there 0 is a colour.
+    8-bit pictures of up to four bands stay as they are: there 0 is a colour. Of a pyramid the smallest level is read
+    that has the reduced size.
     """
     try:
         import tifffile
     except ImportError:
-        return _without_tifffile(raw)
+        return _without_tifffile(_whole(raw))
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file, `BadImage` says
-    page: Any = tifffile.TiffFile(io.BytesIO(raw)).pages.first
+    header = header_of(raw)
+    page, fetch = header.first, fetch_from(raw)
     bands = page.samplesperpixel
     nodata = None if page.dtype is None else _parse_nodata(page.tags.valueof(_NODATA_TAG), page.dtype)
     if (nodata is None or page.bitspersample <= 8) and _pillow_reads(bands, page.bitspersample, page.extrasamples):
-        return open_pillow(identify(raw))
-    if page.dtype is None or page.axes not in ("YX", "YXS", "SYX"):
-        raise BadImage(f"a TIFF page with axes {page.axes} and {page.bitspersample} bits is not read")
-    if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        nodata = None
+        if not _stores_what_is_shown(page):
+            return open_pillow(identify(_whole(raw)))
+    elif page.photometric == tifffile.PHOTOMETRIC.PALETTE:
         raise BadImage("a palette with nodata is not read; expand it, as by gdal_translate -expand rgb")
     if page.compression == tifffile.COMPRESSION.LERC and nodata != nodata:
         raise BadImage("LERC with NaN as nodata is not read, as tifffile drops its mask; compress with DEFLATE")
-    check_size(page.imagelength, page.imagewidth, bands)
-    orientation = int(page.tags.valueof(ORIENTATION_TAG, 1))
-    height, width = (page.imagelength, page.imagewidth)[:: 1 if orientation < 5 else -1]
-
-    def stored() -> NDArray[Any]:
-        try:
-            pixels = page.asarray()
-        except ValueError as error:
-            if "imagecodecs" in str(error):
-                raise BadImage(f"{page.compression.name} needs imagecodecs; pip install simmim[data]") from None
-            raise
-        pixels = np.moveaxis(pixels, 0, -1) if page.axes == "SYX" else pixels
-        return upright(pixels.reshape(*pixels.shape[:2], -1), orientation)
-
-    unassociated_alpha = 2
-    has_alpha = bands in (2, 4) and page.extrasamples == (unassociated_alpha,)
+    first = header.levels[0]
+    has_alpha = bands in (2, 4) and page.extrasamples == (_UNASSOCIATED_ALPHA,)
     colours = bands - has_alpha  # transparency is never missing
 
-    def read(_: int) -> NDArray[Any]:
-        pixels = stored()
+    def stored(reduction: int = 1) -> NDArray[Any]:
+        level = header.level(reduction)
+        check_size(level.height, level.width, bands)
+        if level is first and _pillow_is_faster(page):
+            return open_pillow(identify(_whole(raw))).read(1)
+        return level.read((0, 0, level.height, level.width), fetch)
+
+    def read(reduction: int) -> NDArray[Any]:
+        pixels = stored(reduction)
         return pixels if nodata is None else _filled(pixels, _is_missing(pixels, nodata, colours))
 
+    def part(where: Part) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+        check_size(*where[2:], bands)
+        pixels = first.read(where, fetch)
+        if nodata is None:
+            return pixels, None
+        missing = _is_missing(pixels, nodata, colours)
+        return _filled(pixels, missing), missing
+
     return Picture(
-        height=height,
-        width=width,
+        height=first.height,
+        width=first.width,
         bands=bands,
         has_alpha=has_alpha,
-        dtype=page.dtype,
+        dtype=first.dtype,
         read=read,
         missing=None if nodata is None else lambda: _is_missing(stored(), nodata, colours),
+        part=part,
     )
+
+
+def _whole(raw: bytes | str) -> bytes:
+    return raw if isinstance(raw, bytes) else read_file(raw)
+
+
+def _pillow_is_faster(page: Any) -> bool:
+    """Tell whether Pillow takes half of tifffile's time for a whole page: 8-bit LZW, bands beside each other."""
+    return page.compression == 5 and page.dtype == np.uint8 and page.axes != "SYX" and page.samplesperpixel in (1, 3)
+
+
+def _stores_what_is_shown(page: Any) -> bool:
+    """Tell whether the stored values are grey or RGB as they are, and tifffile decodes them, also a part of them.
+
+    Pillow converts others: palettes, CMYK, inverted greys, single bits, associated transparency.
+    """
+    alpha = (_UNASSOCIATED_ALPHA,)
+    bands = (page.samplesperpixel, page.extrasamples) in ((1, ()), (2, alpha), (3, ()), (4, alpha))
+    colour = page.photometric in (1, 2) or (page.photometric == 6 and page.compression == 7)  # grey, RGB, JPEG's YCbCr
+    bits = page.dtype is not None and page.bitspersample == 8 * np.dtype(page.dtype).itemsize
+    decodes = page.compression in (1, 8, 32946) or _has_imagecodecs()
+    return decodes and bands and colour and bits and page.dtype in (np.uint8, np.uint16, np.int16, np.int32, np.float32)
 
 
 def _without_tifffile(raw: bytes) -> Picture:
@@ -84,6 +114,11 @@ def _without_tifffile(raw: bytes) -> Picture:
 def _pillow_reads(bands: int, bits: int, extra: tuple[int, ...]) -> bool:
     """Return whether Pillow keeps every bit: it drops low bytes of deep colour, and bands of unknown meaning (0)."""
     return (bands == 1 and bits <= 32) or (bands <= 4 and bits <= 8 and 0 not in extra)
+
+
+@cache
+def _has_imagecodecs() -> bool:
+    return importlib.util.find_spec("imagecodecs") is not None
 
 
 def _parse_nodata(text: Any, dtype: DTypeLike) -> Any:
@@ -113,7 +148,7 @@ def _filled(pixels: NDArray[Any], missing: NDArray[np.bool_]) -> NDArray[Any]:
     if not missing.any():
         return pixels
     if missing.all(axis=(0, 1)).any():
-        raise BadImage("has a band of nothing but nodata")
+        raise NothingButNodata("has a band of nothing but nodata")
     means = np.mean(pixels, axis=(0, 1), dtype=np.float64, where=~missing)
     means = means if pixels.dtype.kind == "f" else np.rint(means)
     return np.where(missing, means.astype(pixels.dtype), pixels)

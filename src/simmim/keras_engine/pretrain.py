@@ -34,7 +34,7 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
     backend = keras.config.backend()
     architecture = architecture_of(config)
     check_options(config, backend, architecture.family)
-    images = open_images(config)
+    images = open_images(config, architecture.image_size)
     machine = open_machine(backend, config)
     check_batch(config, machine.devices)
     with hold_run(config, is_main=machine.rank == 0):

@@ -54,7 +54,9 @@ def hub_settings(architecture: Architecture, config: PretrainConfig, features: i
     sized = architecture.family != "resnet"
     arguments = {"in_chans": config.channels, "global_pool": "avg"} | _FIXED[architecture.family]
     arguments |= ({"img_size": config.image_size} if sized else {}) | config.model_args
+    windows = {"crop": config.crop} if config.crop == "pixels" else {}
     return {
+        **windows,
         "architecture": architecture.name,
         "num_classes": 0,
         "num_features": features,

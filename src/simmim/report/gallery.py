@@ -81,7 +81,7 @@ def make_gallery(run: str, data: str, *, most: int, most_bytes: int = 5_000_000)
     """
     from jinja2.utils import htmlsafe_json_dumps
 
-    from simmim.torch_engine.tasks.embed import embed_some, input_channels
+    from simmim.torch_engine.tasks.embed import as_seen, embed_some, input_channels
 
     whole = open_source(data)
     order = np.argsort(sample_keys(0, 0, np.arange(len(whole)), stream="sample"))
@@ -95,7 +95,7 @@ def make_gallery(run: str, data: str, *, most: int, most_bytes: int = 5_000_000)
             "lower --images, or give fewer runs"
         )
     read, features = embed_some(run, source)
-    kept, thumbnails = thumbnails_of(Subset(source, read), channels=input_channels(run))
+    kept, thumbnails = thumbnails_of(as_seen(run, Subset(source, read)), channels=input_channels(run))
     finite = np.isfinite(features[kept]).all(axis=1)
     read, features, thumbnails = read[kept][finite], features[kept][finite], thumbnails[finite]
     if len(read) < 2:

@@ -15,9 +15,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from simmim.config.field_types import Flip
 from simmim.config.pretraining import PretrainConfig
-from simmim.data.augment import RandomResizedCrop
+from simmim.data.augment import CentreCrop, RandomResizedCrop
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage, decode
+from simmim.data.decode import BadImage, open_picture
 from simmim.data.evaluation import eval_images
 from simmim.data.pipeline import Crop, Reading, stream_from_threads, train_batches
 from simmim.data.readers.device_jpegs import Decode, device_batches
@@ -25,6 +25,7 @@ from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sound_augment import TimeCrop, sound_augment
 from simmim.data.sources import ImageSource, SourceDefaults, Subset, defaults_of, open_source, read_raw, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
+from simmim.data.windows import RandomWindow, StillWindows, Windows
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.k_means import k_means
@@ -59,34 +60,62 @@ class Images:
     channels: int = 3
     defaults: SourceDefaults = field(default_factory=SourceDefaults)
     sounds: bool = False
+    still: ImageSource | None = None
+    """The windows to train on, each at a place that stays; `None` where images are not trained on in windows."""
+
+    @property
+    def looked_at(self) -> ImageSource:
+        """The images to train on, as they are for statistics."""
+        return self.still or self.train
+
+    @property
+    def fraction(self) -> float:
+        """Share of an image's sides that an evaluation sees: windows whole, of others the middle."""
+        return 1.0 if self.still else CentreCrop.fraction
 
     @property
     def parts(self) -> dict[str, ImageSource]:
         return {"train": self.train, "val": self.val}
 
 
-def open_images(config: PretrainConfig) -> Images:
-    """Find the images and keep `val_images` of them aside, drawn by the seed. Raises `UserError`."""
+def open_images(config: PretrainConfig, usual_size: tuple[int, int] | None = None) -> Images:
+    """Find the images, or their windows, and keep `val_images` of them aside, drawn by the seed. Raises `UserError`.
+
+    `usual_size` is that of windows if the configuration has none.
+    """
     assert config.data is not None
     source = open_source(config.data)
     source, sounds = as_input(source, config)
     defaults, channels = defaults_of(source), 1 if sounds else config.channels
     if defaults.channels and defaults.channels not in (1, 3) and channels == type(config).channels:
         channels = defaults.channels  # the default number cannot be had
-    dtype = sniff(source, channels=channels)
+    windows = None
+    if config.crop == "pixels":
+        size = config.image_size or usual_size
+        assert size is not None
+        windows = Windows(source, size)
+    still = None if windows is None else StillWindows(windows, config.seed)
+    source = windows or source
+    dtype = sniff(still or source, channels=channels)
     order = np.argsort(sample_keys(config.seed, 0, np.arange(len(source)), stream="split"))
     val, train = np.sort(order[: config.val_images]), np.sort(order[config.val_images :])
+    counted = "images" if windows is None else "windows"
     if not len(train):
         raise UserError(
-            f"val images {config.val_images} leaves none of the {len(source)} images to train on; "
+            f"val images {config.val_images} leaves none of the {len(source)} {counted} to train on; "
             f"use --val-images {len(source) // 10}"
         )
     if len(train) < config.batch_size:
         raise UserError(
-            f"batch size {config.batch_size} is more than the {len(train)} images to train on "
+            f"batch size {config.batch_size} is more than the {len(train)} {counted} to train on "
             f"({len(val)} are kept aside); use --batch-size {len(train)} or less"
         )
-    return Images(Subset(source, train), Subset(source, val), dtype, channels, defaults, sounds)
+    if windows is None or still is None:
+        return Images(Subset(source, train), Subset(source, val), dtype, channels, defaults, sounds)
+    windows.keep_apart(still, val)
+    return Images(
+        Subset(windows, train), Subset(still, val), dtype, channels, defaults, sounds, still=Subset(still, train)
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +162,8 @@ class Plan(TrainingPlan):
         if isinstance(crop, RandomResizedCrop):
             plan = plan.replace(flip=plan.flip, crop_scale=crop.scale, crop_ratio=crop.ratio)
         else:
-            plan = plan.replace(flip="none", crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))  # sounds are not resized
+            flip = "none" if images.sounds else plan.flip
+            plan = plan.replace(flip=flip, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))  # neither is resized
         if config.lr is None:
             old = begun and begun.lr
             usual = usual_lr(config.batch_size, width) * min(each.usual_rate for each in config.objectives)
@@ -180,6 +210,8 @@ class Plan(TrainingPlan):
         """
         if self.images.sounds:
             return TimeCrop(size=self.config.read_size)
+        if self.config.crop == "pixels":
+            return RandomWindow(size=self.size)
         config, declared = self.config, self.images.defaults
         usual = next(filter(None, (each.usual_crop for each in config.objectives)), RandomResizedCrop.scale)
         scale = config.crop_scale or declared.crop_scale or usual
@@ -230,7 +262,7 @@ class Plan(TrainingPlan):
         """Return whether any image kept aside can be read; those that cannot, up to the first that can, are listed."""
         for index in range(len(self.images.val)):
             try:
-                decode(read_raw(self.images.val, index), channels=self.config.channels, dtype=self.images.dtype)
+                open_picture(read_raw(self.images.val, index)).check(self.config.channels, self.images.dtype)
             except BadImage as error:
                 bad_images.add(self.images.val.name(index), str(error))
             else:
@@ -242,22 +274,26 @@ class Plan(TrainingPlan):
 
         With `most`, only so many of them are read at first, and more if none of these can be.
         """
-        val = self.images.val
-        how: dict[str, Any] = {"size": self.config.read_size, "channels": self.config.channels}
-        how["dtype"] = self.images.dtype
+        val, how = self.images.val, self._how_judged
         if most is not None and most < len(val):
             with contextlib.suppress(UserError):
                 return eval_images(val, range(most), **how, bad_images=bad_images)
         return eval_images(val, range(len(val)), **how, bad_images=bad_images)[:most]
+
+    @property
+    def _how_judged(self) -> dict[str, Any]:
+        """How images are read that are not trained on."""
+        config, images = self.config, self.images
+        return {
+            "size": config.read_size, "channels": config.channels, "dtype": images.dtype, "fraction": images.fraction
+        }  # fmt: skip
 
     def sample(self, count: int, *, part: int) -> Iterator[NDArray[Any]]:
         """Yield up to `count` training images drawn by the seed, whole: (B, H, W, C) in 0..255, `part` at a time.
 
         Unreadable ones are left out. Raises `UserError` if none can be read.
         """
-        train = self.images.train
-        how: dict[str, Any] = {"size": self.config.read_size, "channels": self.config.channels}
-        how["dtype"] = self.images.dtype
+        train, how = self.images.looked_at, self._how_judged
         order = np.argsort(sample_keys(self.config.seed, 0, np.arange(len(train)), stream="sample"))[:count]
         found, reason = False, None
         for first in range(0, len(order), part):
@@ -275,9 +311,9 @@ class Plan(TrainingPlan):
         self, target: ClusterTarget, *, images: int = 500, colours: int = 100_000
     ) -> tuple[tuple[float, ...], ...]:
         """Find the target's colours, normalised, in some images drawn by the seed."""
-        config, train = self.config, self.images.train
+        config, train = self.config, self.images.looked_at
         order = np.argsort(sample_keys(config.seed, 0, np.arange(len(train)), stream="cluster images"))
-        pixels = eval_images(train, order[:images], size=self.size, channels=config.channels, dtype=self.images.dtype)
+        pixels = eval_images(train, order[:images], **self._how_judged)
         normal = (pixels / np.float32(255) - np.array(config.mean, np.float32)) / np.array(config.std, np.float32)
         found = block_means(np, normal, target.block).reshape(-1, config.channels)
         order = np.argsort(sample_keys(config.seed, 0, np.arange(len(found)), stream="cluster colours"))
@@ -299,9 +335,10 @@ class Plan(TrainingPlan):
         if found := config.spectrogram:
             seconds = found.samples / found.rate
             shown = f"{seconds:.4g} s at {found.rate} Hz, spectrograms of {size} frames x mel bands"
+        windows = " windows" if self.images.still else ""
         return [
-            f"{config.input:10} {config.data}: {len(self.images.train)} to train on, {len(self.images.val)} kept "
-            f"aside; {shown}",
+            f"{config.input:10} {config.data}: {len(self.images.train)}{windows} to train on, {len(self.images.val)} "
+            f"kept aside; {shown}",
             *hidden,
             *[f"target     {config.target.kind} by {config.loss.kind}"] * ("pixels" in kinds),
             *super().describe(),
@@ -323,7 +360,8 @@ def _mean_std(config: PretrainConfig, images: Images) -> tuple[tuple[float, ...]
     if config.mean is None and config.channels == 3 and images.dtype == np.uint8:
         return IMAGENET_MEAN, IMAGENET_STD
     how: dict[str, Any] = {"channels": config.channels, "dtype": images.dtype, "seed": config.seed}
-    return measure_mean_std(images.train, **how, spectrogram=config.spectrogram)
+    windows = config.image_size if images.still else None
+    return measure_mean_std(images.looked_at, **how, spectrogram=config.spectrogram, windows=windows)
 
 
 def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:

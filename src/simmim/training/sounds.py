@@ -35,6 +35,7 @@ def check_sounds(config: PretrainConfig) -> None:
         "--decode gpu": (config.decode != "cpu", "use --decode cpu"),
         f"--channels {config.channels}": (config.channels not in (1, PretrainConfig.channels), "leave it out"),
         f"--flip {config.flip}": (config.flip not in (None, "none"), "leave it out"),
+        "--crop pixels": (config.crop != "resized", "leave it out"),
         "--crop-scale": (config.crop_scale not in (None, (1.0, 1.0)), "sounds are not resized; leave it out"),
         "--crop-ratio": (config.crop_ratio not in (None, (1.0, 1.0)), "sounds are not resized; leave it out"),
         "--no-antialias": (not config.antialias, "leave it out"),

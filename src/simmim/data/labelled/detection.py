@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize, load, visible
-from simmim.data.decode import BadImage, open_picture
+from simmim.data.decode import BadImage, Raw, open_picture
 from simmim.data.files import PathList
 from simmim.data.labelled.classes import evaluation_folder, hold_out
 from simmim.data.labelled.coco_json import CocoFile, read_coco
@@ -52,7 +52,7 @@ class AnnotatedImages:
     def name(self, index: int) -> str:
         return self._files.name(index)
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int) -> Raw:
         raw = self._files.read(index)
         picture = open_picture(raw)
         height, width = self.sizes[index]

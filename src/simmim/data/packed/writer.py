@@ -42,7 +42,7 @@ class Original:
 
     def __call__(self, raw: Raw) -> Packed:
         picture = open_picture(raw)
-        picture.check(reduction=8)  # reads all of a JPEG at little cost
+        picture.check()  # reads all of a JPEG at little cost
         return Packed(picture.raw() if isinstance(picture, Clip) else _file_bytes(raw))
 
 
@@ -106,6 +106,8 @@ class WebP:
 def _file_bytes(raw: Raw) -> bytes:
     if isinstance(raw, bytes):
         return raw
+    if isinstance(raw, Path):
+        return raw.read_bytes()
     file = io.BytesIO()
     np.save(file, np.asarray(raw))
     return file.getvalue()

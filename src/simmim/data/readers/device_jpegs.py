@@ -80,7 +80,7 @@ def _for_device(raw: Raw, picture: Picture, box: Box, size: tuple[int, int]) -> 
     """
     if not isinstance(raw, bytes) or picture.jpeg_orientation is None:
         return None
-    if reduction(box, size) == 8 or not _is_whole(raw):
+    if reduction(box, size) >= 8 or not _is_whole(raw):
         return None
     return Jpeg(raw=raw, height=picture.height, width=picture.width, orientation=picture.jpeg_orientation, box=box)
 

@@ -89,6 +89,9 @@ def _facts(source: Source) -> dict[str, Any]:
         return _facts_of_sounds(source, source.hears)
     channels, height, width = source.input_size
     crop = {"crop": "whole"} if source.crop is None else {"crop": "centre", "crop_fraction": source.crop}
+    windows = source.config is not None and source.config.crop == "pixels"
+    if windows:
+        crop = {"crop": "window"}
     facts: dict[str, Any] = {
         "task": source.task, "input_size": source.input_size, "channels": channels, **crop,
         "interpolation": "bilinear", "antialias": True, "mean": source.mean, "std": source.std,
@@ -100,6 +103,8 @@ def _facts(source: Source) -> dict[str, Any]:
         if source.crop is None
         else f"the box in the middle with {source.crop:g} of the sides of the largest one of shape {height}:{width}"
     )
+    if windows:
+        box = f"a window of {height}x{width} pixels, of an image with a shorter side the largest box of this shape,"
     values = "8-bit values, or 16-bit values / 257" if source.dtype == "float32" else "8-bit values"
     facts["preparation"] = (
         f"Turn the image upright (EXIF), lay transparency on white, convert it to {channels} channels. Take {box} and "

@@ -23,6 +23,7 @@ from simmim.data.bad_images import BadImages, count_listed
 from simmim.data.labelled.every import open_with_labels
 from simmim.data.pages import say_pages
 from simmim.data.sources import ImageSource, Subset, open_source
+from simmim.data.windows import MiddleWindows
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.output import say
@@ -119,6 +120,13 @@ def input_channels(run: str) -> int:
     return load_encoder(run).pretrained_cfg["input_size"][0]  # type: ignore[index]
 
 
+def as_seen(run: str, source: ImageSource) -> ImageSource:
+    """Return a source as a run's encoder sees it: the windows in the middle, if it was trained on windows."""
+    backbone: Any = load_encoder(run)
+    height, width = backbone.pretrained_cfg["input_size"][1:]
+    return MiddleWindows(source, (height, width)) if getattr(backbone, "sees_windows", False) else source
+
+
 def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: torch.device) -> FeatureReader:
     model = (PatchFeatures if config.patches else PooledFeatures)(backbone, layer=config.layer, pool=config.pool)
     distributed.place(model, device)
@@ -141,6 +149,8 @@ def encoder_digest(backbone: nn.Module) -> str:
     encoder = hashlib.sha256(repr(backbone.pretrained_cfg).encode())
     if hears := getattr(backbone, "front_end", None):
         encoder.update(repr(hears.sound).encode())
+    if getattr(backbone, "sees_windows", False):
+        encoder.update(b"windows")
     for name, tensor in backbone.state_dict().items():
         encoder.update(name.encode())
         encoder.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

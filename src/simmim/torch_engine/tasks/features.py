@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from simmim.config.commands import Pool
-from simmim.data.augment import CentreCrop, load
+from simmim.data.augment import CentreCrop, load, whole_box
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import Raw, decode
 from simmim.data.evaluation import readable_batches
 from simmim.data.sounds import as_sounds, read_as
 from simmim.data.sources import ImageSource, sniff
+from simmim.data.windows import middle_window
 from simmim.errors import UserError
 from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import PixelStep
@@ -115,7 +116,8 @@ class FeatureReader:
 
     `model` turns normalised images (B, C, H, W) into features (B, D) or (B, h·w, D); it is in evaluation mode, like
     `pixels` (which normalises) on the device. `size` is (H, W), or (samples, 1); images are read as
-    `dtype` in `workers` threads, by `view` if there is one. Unreadable ones are listed in the file `listed_in`, if any.
+    `dtype` in `workers` threads, by `view` if there is one; with `windows` no more is read than the window in the
+    middle. Unreadable ones are listed in the file `listed_in`, if any.
     """
 
     model: Callable[[Tensor], Tensor]
@@ -128,6 +130,7 @@ class FeatureReader:
     workers: int
     max_bad_fraction: float
     listed_in: Path | None = None
+    windows: bool = False
     view: Callable[[Raw], NDArray[np.uint8]] | None = None
 
     @classmethod
@@ -144,6 +147,7 @@ class FeatureReader:
             size=(hears.samples, 1) if hears else (height, width),
             channels=channels,
             dtype=sniff(images, channels=channels),
+            windows=getattr(backbone, "sees_windows", False),
             view=timms_view(backbone) if is_timms(run) else None,
             **machine,
         )
@@ -180,7 +184,8 @@ class FeatureReader:
             source = as_sounds(source, self.pixels.front_end.spectrogram.rate)
 
         def read(raw: Raw) -> NDArray[Any]:
-            return load(raw, crop.box, size=self.size, channels=self.channels, dtype=self.dtype)
+            how: dict[str, Any] = {"size": self.size, "channels": self.channels, "dtype": self.dtype}
+            return load(middle_window(raw, self.size), whole_box, **how) if self.windows else load(raw, crop.box, **how)
 
         def encode(pixels: list[NDArray[Any]], part: slice) -> NDArray[np.float32]:
             images = self.pixels.normalize(torch.from_numpy(np.stack(pixels[part])).to(device))

@@ -251,6 +251,7 @@ class KnnCheck:
             batch_size=min(config.batch_size, 64),
             workers=config.workers or cpu_cores(),
             max_bad_fraction=config.max_bad_fraction,
+            windows=config.crop == "pixels",
             listed_in=Run(Path(config.out)).bad_images if config.out else None,
         )
         if self._raw_pixels is None:

@@ -54,7 +54,7 @@ def pretrain(config: PretrainConfig, watch: Watch | None = None) -> tuple[Run, O
     device = choose_device(config.device)
     config = dataclasses.replace(config, gpu=asked_gpu(config, device))
     precision = choose_precision(asked_precision(config), device)
-    images = open_images(config)
+    images = open_images(config, default_image_size(config.model))
     image_size = config.image_size or (SPECTROGRAM if images.sounds else default_image_size(config.model))
     encoder = sketch_encoder(config.model, image_size, config.model_args)
     check = KnnCheck(config) if config.probe else None

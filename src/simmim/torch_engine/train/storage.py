@@ -74,6 +74,8 @@ def save_hub(
             settings["label_names"] = list(classes)
         if config.input == "sounds":
             settings["sound"] = config.sound.as_table()
+        if isinstance(config, PretrainConfig) and config.crop == "pixels":
+            settings["crop"] = config.crop
         if dtype is not None:
             settings["pixel_dtype"] = dtype.name
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -120,6 +122,7 @@ def _encoder_of(run: str | Path, *, pretrained: bool) -> nn.Module:
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if "sound" in settings:
         backbone.front_end = SoundInput(settings)
+    backbone.sees_windows = settings.get("crop") == "pixels"
     return backbone
 
 
