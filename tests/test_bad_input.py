@@ -16,8 +16,8 @@ from simmim.cli import main
 from simmim.config.pretrain_recipes import RECIPES
 
 SUFFIXES = (
-    ".avif, .bmp, .dcm, .dicom, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .npy, .pbm, .pgm, .png, .pnm, .ppm, .svs, "
-    ".tga, .tif, .tiff, .webp"
+    ".avif, .bmp, .dcm, .dicom, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .nii, .nii.gz, .npy, .pbm, .pgm, .png, "
+    ".pnm, .ppm, .svs, .tga, .tif, .tiff, .webp"
 )
 TINY = {
     "--data": "images",

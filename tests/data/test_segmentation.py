@@ -24,8 +24,8 @@ from simmim.data.labelled.segmentation import (
 from simmim.method.random_keys import sample_keys
 
 SUFFIXES = (
-    ".avif, .bmp, .dcm, .dicom, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .npy, .pbm, .pgm, .png, .pnm, .ppm, .svs, "
-    ".tga, .tif, .tiff, .webp"
+    ".avif, .bmp, .dcm, .dicom, .gif, .j2k, .jfif, .jp2, .jpe, .jpeg, .jpg, .nii, .nii.gz, .npy, .pbm, .pgm, .png, "
+    ".pnm, .ppm, .svs, .tga, .tif, .tiff, .webp"
 )
 
 

@@ -1,9 +1,10 @@
-"""Trainings on DICOM and on GeoTIFFs with missing values: resumed to the same bits, and without a patient's data."""
+"""Trainings on DICOM, NIfTI and GeoTIFFs: resumed to the same bits, and without a patient's data."""
 
 import io
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -37,9 +38,20 @@ def satellite_image(number: int) -> bytes:
     return file.getvalue()
 
 
+def volume(number: int) -> bytes:
+    values = RNG.integers(0, 3000, (90, 80, 3 + number), np.int16)
+    return nibabel.Nifti1Image(values, np.diag([-1, 1, 4, 1])).to_bytes()
+
+
 @pytest.mark.parametrize(
     ("make", "name", "channels", "crop"),
-    [(scan, "IM{}", 1, "resized"), (satellite_image, "{}.tif", 5, "resized"), (satellite_image, "{}.tif", 5, "pixels")],
+    [
+        (scan, "IM{}", 1, "resized"),
+        (satellite_image, "{}.tif", 5, "resized"),
+        (satellite_image, "{}.tif", 5, "pixels"),
+        (volume, "{}.nii", 1, "resized"),
+        (volume, "{}.nii", 1, "pixels"),
+    ],
 )
 def test_a_training_resumes_to_the_same_bits(
     make: Any, name: str, channels: int, crop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

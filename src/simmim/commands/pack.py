@@ -40,6 +40,7 @@ from simmim.data.packed.writer import Entry, Form, Jpeg, Original, RawPixels, We
 from simmim.data.pages import say_pages
 from simmim.data.sounds import Sounds, as_sounds, holds_sounds
 from simmim.data.sources import ImageSource, open_source, read_raw
+from simmim.data.volumes import Slices
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.training.run_directory import write_json, written_whole
@@ -194,7 +195,7 @@ def _names(source: ImageSource, data: str) -> list[str]:
     names = [source.name(index) for index in range(len(source))]
     if isinstance(source, ArchiveImages) and len(set(source.names())) == len(source):
         return list(source.names())
-    if isinstance(source, PathList) and Path(data).is_dir():
+    if isinstance(source, PathList | Slices) and Path(data).is_dir():
         return [os.path.relpath(name, data) for name in names]
     return names
 

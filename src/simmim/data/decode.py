@@ -159,6 +159,10 @@ def open_picture(raw: Raw) -> Picture:
             from simmim.data.tiff import open_tiff
 
             return open_tiff(raw)
+        if raw[344:348] == b"n+1\0" or raw.startswith(b"\x1f\x8b"):
+            raise BadImage(
+                "is a NIfTI volume or compressed; volumes are read as unlabelled images, of folders and lists"
+            )
         return open_pillow(identify(raw), raw)
 
 

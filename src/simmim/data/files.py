@@ -13,8 +13,8 @@ from pathlib import Path
 from simmim.data.names import Names
 from simmim.errors import UserError
 
-_SUFFIXES = ".avif .bmp .dcm .dicom .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .npy .pbm .pgm .png .pnm .ppm .svs"
-_SUFFIXES += " .tga .tif .tiff .webp"
+_SUFFIXES = ".avif .bmp .dcm .dicom .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .nii .nii.gz .npy .pbm .pgm .png .pnm .ppm"
+_SUFFIXES += " .svs .tga .tif .tiff .webp"
 SUFFIXES = tuple(_SUFFIXES.split())
 """Suffixes of the files in a folder that count as images."""
 _SOUND_SUFFIXES = ".aif .aifc .aiff .au .caf .flac .mp3 .oga .ogg .opus .rf64 .w64 .wav"

@@ -22,6 +22,7 @@ from simmim.data.hugging_face import open_hugging_face
 from simmim.data.key_value import open_lmdb
 from simmim.data.packed.format import is_packed, open_packed
 from simmim.data.sounds import Clip, Sounds
+from simmim.data.volumes import as_slices, is_volume
 from simmim.errors import UserError
 
 _LISTS = (".txt", ".lst", ".npz", ".parquet", *ARCHIVES)  # files that hold or list many images
@@ -163,13 +164,15 @@ def open_source(data: str) -> ImageSource:
     if archives := open_archives(path):
         return archives
     if path.is_dir():
-        return open_folder(path)
+        return as_slices(open_folder(path))
+    if is_volume(path.name) and path.is_file():
+        return as_slices(PathList([path]))
     suffix = path.suffix.lower()
     if not path.is_file() or suffix not in _LISTS:
         raise UserError(f"{path} is neither a folder, nor an archive, nor a list of image paths; {_REMEDY}")
     if suffix == ".parquet":
         return open_hugging_face(str(path))
-    return _open_arrays(path) if suffix == ".npz" else open_list(path)
+    return _open_arrays(path) if suffix == ".npz" else as_slices(open_list(path))
 
 
 def check_there(data: str, remedy: str = _REMEDY) -> None:
@@ -209,7 +212,7 @@ def _find_scheme(name: str) -> Callable[[str], ImageSource] | None:
 def open_files(images: Sequence[str]) -> ImageSource:
     """Open several image files, or whatever one thing `open_source` takes. Raises `UserError` likewise."""
     check_files(images)
-    return open_source(images[0]) if _is_set(images) else PathList(images)
+    return open_source(images[0]) if _is_set(images) else as_slices(PathList(images))
 
 
 def check_files(images: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from simmim.data.augment import Box, check_crop_size
 from simmim.data.decode import BadImage, NothingButNodata, Picture, Raw, count_pixels, open_picture
 from simmim.data.files import PathList
 from simmim.data.sources import ImageSource, read_raw
+from simmim.data.volumes import Slices
 from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import draws, sample_key
 
@@ -165,6 +166,8 @@ def _count(source: ImageSource, image: int, size: tuple[int, int]) -> int:
     try:
         if isinstance(source, PathList):
             area = count_pixels(Path(source.name(image)))
+        elif isinstance(source, Slices):
+            area = source.count_pixels(image)
         else:
             picture = open_picture(read_raw(source, image))
             area = picture.height * picture.width
