@@ -268,3 +268,29 @@ def test_lzw_and_others_are_read_by_pillow_where_imagecodecs_is_missing(monkeypa
     monkeypatch.setattr(tiff, "_has_imagecodecs", lambda: False)
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     np.testing.assert_array_equal(open_picture(file.getvalue()).cut((9, 9, 64, 64)).read(1), pixels[9:73, 9:73])
+
+
+def svs(path: Path, levels: list[np.ndarray]) -> None:
+    """Write the pages of an Aperio slide: full size, a thumbnail, further levels."""
+    how: dict[str, Any] = {"photometric": "rgb", "compression": "zlib", "metadata": None}
+    with tifffile.TiffWriter(path) as file:
+        file.write(levels[0], tile=(128, 128), description="Aperio Image Library v10.0.51", **how)
+        file.write(levels[0][::8, ::8], rowsperstrip=16, **how)
+        for level in levels[1:]:
+            file.write(level, tile=(128, 128), **how)
+
+
+def ome_tiff(path: Path, levels: list[np.ndarray]) -> None:
+    with tifffile.TiffWriter(path, bigtiff=True) as file:
+        file.write(levels[0], subifds=len(levels) - 1, tile=(128, 128), photometric="rgb", metadata={"axes": "YXS"})
+        for level in levels[1:]:
+            file.write(level, subfiletype=1, tile=(128, 128), photometric="rgb")
+
+
+@pytest.mark.parametrize(("write_slide", "name"), [(svs, "a.svs"), (ome_tiff, "a.ome.tif")])
+def test_levels_of_slides_are_read(write_slide: Any, name: str, tmp_path: Path):
+    pixels = RNG.integers(0, 256, (512, 768, 3), dtype=np.uint8)
+    write_slide(tmp_path / name, [pixels, pixels[::2, ::2], pixels[::4, ::4]])
+    picture = open_picture(tmp_path / name)
+    for reduction in (1, 2, 4):
+        np.testing.assert_array_equal(picture.read(reduction), pixels[::reduction, ::reduction])
