@@ -91,6 +91,11 @@ def test_a_person_is_told_each_figure_the_limit_and_what_to_try(printed):
     assert f"try      {figures['limit']['suggestion']}" in describe(figures).splitlines()
 
 
+def test_a_person_is_told_which_objective_was_measured(printed):
+    figures = printed.figures | {"objective": ["pixels", "ema"]}
+    assert "objective pixels + ema:" in next(line for line in describe(figures).splitlines() if line.startswith("step"))
+
+
 def test_fewer_images_than_a_batch_has_are_read_again(tmp_path):
     for number in range(3):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")

@@ -154,7 +154,7 @@ class BenchConfig:
     image_size: ImageSize = None
     """Pixels, N or HxW (default: the model's own)."""
     objective: Annotated[tuple[str, ...], arg(metavar="KIND[=WEIGHT] ..."), HINT] = ()
-    """Terms of the loss (default: pixels)."""
+    """Terms of the loss (default: pixels; give --objective descriptor for a run of default-small)."""
     teacher: Word = None
     """Teacher of objective teacher: a run, timm:NAME or a file."""
     data: str = "demo"

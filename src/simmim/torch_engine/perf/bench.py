@@ -60,6 +60,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "image_size": list(training.image_size or ()),
         "batch_size": training.batch_size,
         "precision": training.precision,
+        "objective": [each.kind for each in training.objectives],
         "compile": training.compile,
         "decode": training.decode,
         "readers": training.readers,
@@ -158,8 +159,8 @@ def describe(figures: dict[str, Any]) -> str:
     readers = f"{source['workers']} {figures['readers']}{' and nvJPEG' if figures['decode'] == 'gpu' else ''}"
     lines = [
         f"machine  {figures['device']}, torch {figures['torch']}",
-        f"step     {figures['model']} at {size}, batch {figures['batch_size']}, {figures['precision']}: "
-        f"{step['images_per_second']:.2f} images/s",
+        f"step     {figures['model']} at {size}, batch {figures['batch_size']}, {figures['precision']}, objective "
+        f"{' + '.join(figures['objective'])}: {step['images_per_second']:.2f} images/s",
         f"         {gflops:.1f} GFLOP an image, {rate:.0f} GFLOP/s, {share}",
         f"memory   {step['memory_bytes'] / 2**30:.2f} GiB at most {place}",
         f"input    {source['images_per_second']:.1f} images/s by {readers} from {source['data']}",
