@@ -157,3 +157,10 @@ def test_without_nibabel_a_line_says_what_to_install(tmp_path: Path, monkeypatch
     monkeypatch.setattr(volumes, "_nibabel", missing)
     with pytest.raises(UserError, match=r"a NIfTI file needs nibabel; pip install 'simmim\[medical\]'"):
         sniff(open_source(str(tmp_path)), channels=1)
+
+
+def test_a_first_volume_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path):
+    save(tmp_path / "a.nii", (4, 4, 120))
+    (tmp_path / "a.nii").write_bytes((tmp_path / "a.nii").read_bytes()[:352])
+    save(tmp_path / "b.nii")
+    assert sniff(open_source(str(tmp_path)), channels=1) == np.float32

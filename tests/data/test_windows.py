@@ -1,5 +1,6 @@
 """Windows of large images: their pixels, their places, and what is read for them."""
 
+import errno
 import io
 import sys
 from collections import Counter
@@ -16,9 +17,10 @@ from simmim.data.augment import RandomResizedCrop, load
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.files import open_folder
+from simmim.data.pages import say_pages
 from simmim.data.pipeline import Reading, train_batches
 from simmim.data.readers.processes import stream_from_processes
-from simmim.data.sources import ArrayImages
+from simmim.data.sources import ArrayImages, Subset, sniff
 from simmim.data.statistics import measure_mean_std
 from simmim.data.windows import MOST, RandomWindow, StillWindows, Windows, middle_window
 
@@ -294,3 +296,92 @@ def test_levels_of_slides_are_read(write_slide: Any, name: str, tmp_path: Path):
     picture = open_picture(tmp_path / name)
     for reduction in (1, 2, 4):
         np.testing.assert_array_equal(picture.read(reduction), pixels[::reduction, ::reduction])
+
+
+def test_rows_that_a_sparse_file_leaves_out_have_the_nodata_value(tmp_path: Path):
+    rasterio = pytest.importorskip("rasterio")
+    how: dict[str, Any] = {"driver": "GTiff", "width": 50, "height": 64, "count": 1, "dtype": "float32"}
+    top = RNG.random((16, 50)).astype(np.float32)
+    for nodata, left_out in ((None, 0), (-1, -1)):
+        path = tmp_path / f"{nodata}.tif"
+        with rasterio.open(path, "w", **how, SPARSE_OK=True, BLOCKYSIZE=16, nodata=nodata) as file:
+            file.write(top, 1, window=((0, 16), (0, 50)))
+        picture = open_picture(path)
+        missing = picture.missing() if picture.missing else np.zeros((64, 50, 1), bool)
+        found = np.where(missing, -1, picture.read(1))[..., 0]
+        np.testing.assert_array_equal(found, np.vstack((top, np.full((48, 50), left_out, np.float32))))
+
+
+def test_the_pages_of_a_stack_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for ome in (True, False):
+        tifffile.imwrite(tmp_path / f"{ome}.tif", np.zeros((9, 32, 32), np.uint8), ome=ome, metadata={"axes": "ZYX"})
+    seek = tifffile.TiffPages._seek
+    monkeypatch.setattr(tifffile.TiffPages, "_seek", lambda pages, index: seek(pages, {-1: 10**6}.get(index, index)))
+    for ome in (True, False):
+        assert open_picture(tmp_path / f"{ome}.tif").height == 32
+
+
+def test_the_dtype_is_that_of_all_scenes_whatever_the_first_is(tmp_path: Path):
+    write(tmp_path / "a.tif", SCENE, bands=3, dtype="uint8", photometric="rgb")
+    write(tmp_path / "b.tif", SCENE, bands=3, photometric="rgb")
+    still = StillWindows(Windows(open_folder(tmp_path), (32, 32)), seed=0)
+    assert sniff(still, channels=3) == np.float32
+
+
+def test_a_first_scene_that_cannot_be_read_does_not_hide_the_others(tmp_path: Path):
+    write(tmp_path / "a.tif", SCENE, bands=3, dtype="uint8", photometric="rgb", tile=(64, 64))
+    write(tmp_path / "b.tif", SCENE, bands=3, dtype="uint8", photometric="rgb")
+    (tmp_path / "a.tif").write_bytes((tmp_path / "a.tif").read_bytes()[:2000])
+    still = StillWindows(Windows(open_folder(tmp_path), (16, 16)), seed=0)
+    assert sniff(still, channels=3) == np.uint8
+
+
+@pytest.mark.parametrize("aside", [0, 5])
+def test_further_pages_of_scenes_are_told(aside: int, tmp_path: Path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((5, 64, 64), np.uint8), photometric="minisblack", metadata=None)
+    windows = Windows(open_folder(tmp_path), (16, 16))
+    windows.keep_apart(StillWindows(windows, seed=0), np.arange(aside))
+    assert f"{tmp_path}/a.tif has 5 (one file)" in (say_pages(Subset(windows, np.arange(16))) or "")
+
+
+def test_windows_are_counted_though_the_disk_fails_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where a network file system loses its server."""
+    write(tmp_path / "a.tif", SCENE, bands=3, dtype="uint8", photometric="rgb")
+    Image.fromarray(SCENE[..., :3].astype(np.uint8)).save(tmp_path / "b.png")
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    opened, failed = Path.open, set[Path]()
+
+    def fail_once(path: Path, *how: Any, **more: Any) -> Any:
+        if path not in failed:
+            failed.add(path)
+            raise OSError(errno.ESTALE, "stale")
+        return opened(path, *how, **more)
+
+    monkeypatch.setattr(Path, "open", fail_once)
+    assert len(Windows(open_folder(tmp_path), (32, 32))) == 2 * (300 * 270 // 32**2)
+    assert len(failed) == 2
+
+
+def test_the_header_of_a_tiff_is_read_again_after_the_disk_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path / "a.tif", SCENE)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    fails, opened = [OSError(errno.EIO, "input/output error")], tifffile.TiffFile
+
+    def fail_once(file: Any) -> Any:
+        if fails:
+            raise fails.pop()
+        return opened(file)
+
+    monkeypatch.setattr(tifffile, "TiffFile", fail_once)
+    assert open_picture(path).height == 300
+
+
+def test_jpegs_of_one_band_each_are_read(tmp_path: Path):
+    rasterio = pytest.importorskip("rasterio")
+    pixels = np.mgrid[0:100, 0:100].sum(0).astype(np.uint8)[None].repeat(3, 0)
+    how: dict[str, Any] = {"driver": "GTiff", "width": 100, "height": 100, "count": 3, "dtype": "uint8"}
+    with rasterio.open(tmp_path / "a.tif", "w", **how, compress="jpeg", interleave="band") as file:
+        file.write(pixels)
+    with rasterio.open(tmp_path / "a.tif") as file:
+        expected = np.moveaxis(file.read(), 0, -1)
+    np.testing.assert_array_equal(open_picture(tmp_path / "a.tif").read(1), expected)

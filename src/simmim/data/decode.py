@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simmim.data.files import TIFF_MAGIC
+from simmim.data.files import TIFF_MAGIC, try_again
 from simmim.errors import UserError
 
 if TYPE_CHECKING:
@@ -169,19 +169,23 @@ def open_picture(raw: Raw) -> Picture:
 def count_pixels(path: Path) -> int:
     """Read how many pixels an image file has, from its header where that is enough. Raises `BadImage`."""
     with _BlameTheImage():
-        if not path.is_file():
-            raise BadImage("is no file")
-        with path.open("rb") as file:
-            if file.read(4) in TIFF_MAGIC:
-                picture = open_picture(path)
-                return picture.height * picture.width
-            file.seek(0)
-            try:
-                width, height = identify(file).size
-            except BadImage:
-                picture = open_picture(path.read_bytes())
-                return picture.height * picture.width
-            return height * width
+        return try_again(lambda: _count_pixels(path))
+
+
+def _count_pixels(path: Path) -> int:
+    if not path.is_file():
+        raise BadImage("is no file")
+    with path.open("rb") as file:
+        if file.read(4) in TIFF_MAGIC:
+            picture = open_picture(path)
+            return picture.height * picture.width
+        file.seek(0)
+        try:
+            width, height = identify(file).size
+        except BadImage:
+            picture = open_picture(path.read_bytes())
+            return picture.height * picture.width
+        return height * width
 
 
 class _BlameTheImage:

@@ -15,6 +15,10 @@ class Names(Sequence[str]):
             self._text += name.encode(errors="surrogateescape")
             self._ends.append(len(self._text))
 
+    def may_mention(self, text: str) -> bool:
+        """Tell, without a look at each, whether a text in lower case may be in any name, in any case."""
+        return text.encode() in self._text.lower()
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 

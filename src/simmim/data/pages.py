@@ -1,28 +1,30 @@
 """Files that hold several images, such as a TIFF of many pages: the first of each is read, and users are told so."""
 
 import io
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from simmim.data.decode import BadImage, open_picture
-
-if TYPE_CHECKING:
-    from simmim.data.sources import ImageSource
+from simmim.data.sources import ImageSource, Subset
+from simmim.data.windows import Windows
 
 _SUFFIXES = (".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
 _LOOKED_AT = 16
+_WINDOW = re.compile(r"#\d+$")
 
 
-def say_pages(source: "ImageSource") -> str | None:
+def say_pages(source: ImageSource) -> str | None:
     """Say in one line that files hold further pages, or frames, that are not read; `None` if none is found to.
 
     Some of the files that could are looked at, spread evenly over the source.
     """
-    able = [index for index in range(len(source)) if _may_hold_several(source.name(index))]
+    able = [index for index in range(len(source)) if _may_hold_several(_WINDOW.sub("", source.name(index)))]
     chosen = np.linspace(0, len(able) - 1, min(len(able), _LOOKED_AT)).round().astype(int)
-    found = {source.name(able[place]): _count(source, able[place]) for place in chosen}
+    looked_at = {held.name(index): (held, index) for held, index in (_file_of(source, able[place]) for place in chosen)}
+    found = {name: _count(*file) for name, file in looked_at.items()}
     several = {name: pages for name, pages in found.items() if pages > 1}
     if not several:
         return None
@@ -34,13 +36,24 @@ def say_pages(source: "ImageSource") -> str | None:
     )
 
 
+def _file_of(source: ImageSource, index: int) -> tuple[ImageSource, int]:
+    """Return the source that an image's file, or that of a window, is read from, and its number there."""
+    while True:
+        if isinstance(source, Subset):
+            source, index = source.behind(index)
+        elif isinstance(source, Windows):
+            source, index = source.source, source.place(index)[0]
+        else:
+            return source, index
+
+
 def _may_hold_several(name: str) -> bool:
     """Tell by its name whether a file may be of a format with pages; DICOM's may end in digits, or have no suffix."""
     _, dot, suffix = name.rpartition("/")[2].rpartition(".")
     return name.lower().endswith(_SUFFIXES) or not dot or suffix.isdigit()
 
 
-def _count(source: "ImageSource", index: int) -> int:
+def _count(source: ImageSource, index: int) -> int:
     """Count the pages of a file, without the smaller copies of a TIFF pyramid; 0 for one that cannot be read."""
     try:
         raw = source.read(index)

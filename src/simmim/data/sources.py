@@ -65,6 +65,11 @@ def defaults_of(source: ImageSource) -> SourceDefaults:
     return getattr(source, "defaults", SourceDefaults())
 
 
+def firsts_of(source: ImageSource) -> Sequence[int]:
+    """Return the numbers of the first images of files: the source's `firsts`, where a file holds several."""
+    return getattr(source, "firsts", range(len(source)))
+
+
 class Subset:
     """Some images of a source, in the order of `indices`."""
 
@@ -237,12 +242,13 @@ def _is_set(images: Sequence[str]) -> bool:
 def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
     """Look at the first readable images: uint8, or float32 if any of them is deeper than 8 bits (sounds: int16, 16).
 
-    A dtype among the source's defaults decides instead. Raises `UserError` if most do not have `channels` channels, or
-    none can be read.
+    One image of each file is looked at before others. A dtype among the source's defaults decides instead. Raises
+    `UserError` if most do not have `channels` channels, or none can be read.
     """
     looked_at, deep, reason, plain = 0, False, "", np.dtype(np.uint8)
     misfits: Counter[int] = Counter()
-    for index in range(min(len(source), 100)):
+    first = min(len(source), 100)
+    for index in dict.fromkeys((*firsts_of(source)[:100], *range(first))):
         try:
             picture = open_picture(read_raw(source, index))
             picture.check()
@@ -256,7 +262,7 @@ def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
         if looked_at == 16:
             break
     if not looked_at:
-        raise UserError(f"none of the first {min(len(source), 100)} images can be read, such as {reason}")
+        raise UserError(f"none of the first {first} images can be read, such as {reason}")
     if 2 * misfits.total() > looked_at:  # fewer are bad images, counted and listed as such
         found = misfits.most_common(1)[0][0]
         raise UserError(f"images have {found} channels, not {channels}: pass --channels {found}")

@@ -99,6 +99,8 @@ def _stores_what_is_shown(page: Any) -> bool:
     colour = page.photometric in (1, 2) or (page.photometric == 6 and page.compression == 7)  # grey, RGB, JPEG's YCbCr
     bits = page.dtype is not None and page.bitspersample == 8 * np.dtype(page.dtype).itemsize
     decodes = page.compression in (1, 8, 32946) or _has_imagecodecs()
+    if page.compression == 7 and page.axes == "SYX":
+        return False  # tifffile takes each plane for RGB
     return decodes and bands and colour and bits and page.dtype in (np.uint8, np.uint16, np.int16, np.int32, np.float32)
 
 

@@ -4,16 +4,16 @@ Shapes: `H W` pixels, `C` bands.
 """
 
 import io
-import os
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import ORIENTATION_TAG, BadImage, Part, check_size, upright, upright_size
-from simmim.data.files import read_part
+from simmim.data.files import read_part, try_again
 
 Fetch = Callable[[int, int], bytes]
 """Place and count of bytes in a file → those bytes."""
@@ -88,6 +88,8 @@ class Page:
         samples = self.bands // self._planes
         size = self.stored_width * samples * self.dtype.itemsize
         place, held = self._extent(strip)
+        if not held:  # a sparse file leaves it out
+            return np.full((count, self.stored_width, samples), self._nodata, self.dtype)
         data = fetch(place + first * size, count * size) if (first + count) * size <= held else b""
         if len(data) < count * size:
             raise BadImage(f"the file is truncated within strip {strip}")
@@ -156,14 +158,27 @@ class Header:
 
 
 def _smaller_copies(tiff: Any, first: Any) -> Iterator[Any]:
-    """Yield the further levels of a pyramid: SubIFDs, a COG's overviews, or the pages of an SVS or OME-TIFF."""
-    if not (first.subifds or tiff.is_svs or tiff.is_ome or (len(tiff.pages) > 1 and tiff.pages[1].is_reduced)):
+    """Yield the further levels of a pyramid: SubIFDs, as in an OME-TIFF, a COG's overviews, or the pages of an SVS.
+
+    The pages of a file are listed only if the second is one of these: a stack may have thousands.
+    """
+    if first.subifds:
+        pages = (page.aspage() for page in first.pages)
+    elif tiff.is_svs or _is_second_reduced(tiff):
+        pages = (level.pages[0].aspage() for level in tiff.series[0].levels[1:])
+    else:
         return
-    for level in tiff.series[0].levels[1:]:
-        page = level.pages[0].aspage()
+    for page in pages:
         kind = (page.axes, page.dtype, page.samplesperpixel, page.photometric)
         if kind == (first.axes, first.dtype, first.samplesperpixel, first.photometric):
             yield page
+
+
+def _is_second_reduced(tiff: Any) -> bool:
+    try:
+        return tiff.pages[1].is_reduced
+    except IndexError:
+        return False
 
 
 @lru_cache(maxsize=32)
@@ -178,8 +193,8 @@ def header_of(raw: bytes | str) -> Header:
     """
     if isinstance(raw, bytes):
         return Header(io.BytesIO(raw))
-    status = os.stat(raw)  # noqa: PTH116
-    return _cached(raw, status.st_size, status.st_mtime_ns)
+    status = try_again(Path(raw).stat)
+    return try_again(lambda: _cached(raw, status.st_size, status.st_mtime_ns))
 
 
 def fetch_from(raw: bytes | str) -> Fetch:

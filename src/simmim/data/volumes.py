@@ -10,7 +10,6 @@ import logging
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -20,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Raw, check_size, count_pixels
-from simmim.data.files import PathList
-from simmim.hardware.host import reading_cores
+from simmim.data.files import PathList, in_threads, try_again
 
 SUFFIXES = (".nii", ".nii.gz")
 _KEPT = 1 << 29
@@ -37,6 +35,8 @@ def is_volume(name: str) -> bool:
 
 def as_slices(source: PathList) -> "PathList | Slices":
     """Return files whose volumes count as their slices; the same files where none is a volume."""
+    if not source.may_mention(SUFFIXES[0]):
+        return source
     return Slices(source) if any(is_volume(source.name(index)) for index in range(len(source))) else source
 
 
@@ -46,12 +46,15 @@ class Slices:
     def __init__(self, files: PathList):
         """Read the header of each volume, to count its slices; one that is broken counts as one."""
         self.files = files
-        with ThreadPoolExecutor(4 * reading_cores()) as pool:
-            counts = [*pool.map(lambda number: _count(files.name(number)), range(len(files)))]
-        self._firsts = [0, *accumulate(counts)]
+        self._firsts = [0, *accumulate(in_threads(lambda number: _count(files.name(number)), len(files)))]
 
     def __len__(self) -> int:
         return self._firsts[-1]
+
+    @property
+    def firsts(self) -> list[int]:
+        """The numbers of the first images of files."""
+        return self._firsts[:-1]
 
     def place(self, index: int) -> tuple[int, int]:
         """Return the number of an image's file, and that of the slice in it."""
@@ -105,7 +108,7 @@ def _open(path: str) -> Any:
     if not Path(path).is_file():
         raise BadImage("is no file")
     with _Blame():
-        image = _nibabel().load(path)
+        image = try_again(lambda: _nibabel().load(path))
         if len(image.shape) < 2 or 0 in image.shape:
             raise BadImage(f"is a volume of shape {image.shape}, which has no slices")
         if image.get_data_dtype().kind not in "iuf":

@@ -6,8 +6,10 @@ by its key. Windows that are kept aside, and those that statistics are measured 
 Shapes: `H W` pixels; a size is (H, W).
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,9 @@ from numpy.typing import NDArray
 
 from simmim.data.augment import Box, check_crop_size
 from simmim.data.decode import BadImage, NothingButNodata, Picture, Raw, count_pixels, open_picture
-from simmim.data.files import PathList
-from simmim.data.sources import ImageSource, read_raw
+from simmim.data.files import PathList, in_threads
+from simmim.data.sources import ImageSource, firsts_of, read_raw
 from simmim.data.volumes import Slices
-from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import draws, sample_key
 
 MOST = 10_000
@@ -90,19 +91,23 @@ class Windows:
 
     def __init__(self, source: ImageSource, size: tuple[int, int]):
         """Read the header of every image, to count its windows of `size` pixels; a broken one counts as one window."""
-        with ThreadPoolExecutor(4 * reading_cores()) as pool:
-            counts = [*pool.map(lambda image: _count(source, image, size), range(len(source)))]
+        counts = in_threads(lambda image: _count(source, image, size), len(source))
         self.source, self.size = source, size
-        self._firsts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))
+        self._firsts = [0, *accumulate(counts)]
         self._apart: dict[int, tuple[Box, ...]] = {}
 
     def __len__(self) -> int:
-        return int(self._firsts[-1])
+        return self._firsts[-1]
+
+    @property
+    def firsts(self) -> list[int]:
+        """The numbers of the first windows of files."""
+        return [self._firsts[image] for image in firsts_of(self.source)]
 
     def place(self, index: int) -> tuple[int, int]:
         """Return the number of the image of which a window is, and the window's number in it."""
-        image = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        return image, index - int(self._firsts[image])
+        image = bisect_right(self._firsts, index) - 1
+        return image, index - self._firsts[image]
 
     def name(self, index: int) -> str:
         image, number = self.place(index)
@@ -132,6 +137,10 @@ class StillWindows:
     def __len__(self) -> int:
         return len(self._windows)
 
+    @property
+    def firsts(self) -> list[int]:
+        return self._windows.firsts
+
     def name(self, index: int) -> str:
         return self._windows.name(index)
 
@@ -153,6 +162,10 @@ class MiddleWindows:
 
     def __len__(self) -> int:
         return len(self._source)
+
+    @property
+    def firsts(self) -> Sequence[int]:
+        return firsts_of(self._source)
 
     def name(self, index: int) -> str:
         return self._source.name(index)
