@@ -315,8 +315,7 @@ def test_rows_that_a_sparse_file_leaves_out_have_the_nodata_value(tmp_path: Path
 def test_the_pages_of_a_stack_are_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for ome in (True, False):
         tifffile.imwrite(tmp_path / f"{ome}.tif", np.zeros((9, 32, 32), np.uint8), ome=ome, metadata={"axes": "ZYX"})
-    seek = tifffile.TiffPages._seek
-    monkeypatch.setattr(tifffile.TiffPages, "_seek", lambda pages, index: seek(pages, {-1: 10**6}.get(index, index)))
+    monkeypatch.setattr(tifffile.TiffPages, "__len__", lambda _: pytest.fail("all pages are listed"))
     for ome in (True, False):
         assert open_picture(tmp_path / f"{ome}.tif").height == 32
 
