@@ -17,6 +17,7 @@ _OPTIONAL = {
     "datasets": "for --data hf:NAME",
     "pyarrow": "for simmim embed --out FILE.parquet",
     "lmdb": "for --data lmdb:PATH",
+    "av": "for clips (video)",
     "tifffile": "for TIFF with many bands or deep colour",
     "torch_tpu": "for --device tpu and simmim tpu-check",
     "libtpu": "for --device tpu and simmim tpu-check",

@@ -18,6 +18,7 @@ from pydantic import Field
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import HINT, Count, Positive, one_word
+from simmim.config.frames import FRAMES, Frames
 from simmim.config.validation import from_settings
 from simmim.data.archives import ArchiveImages
 from simmim.data.bad_images import BadImages, TooManyBadImages
@@ -40,6 +41,8 @@ from simmim.data.packed.writer import Entry, Form, Jpeg, Original, RawPixels, We
 from simmim.data.pages import say_pages
 from simmim.data.sounds import Sounds, as_sounds, holds_sounds
 from simmim.data.sources import ImageSource, open_source, read_raw
+from simmim.data.video.notes import describe_frames, warn_of_clips
+from simmim.data.video.source import Clips, clips_of
 from simmim.data.volumes import Slices
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
@@ -59,8 +62,13 @@ class PackConfig:
     """Images as --data takes them: a folder, .zip or .tar (names and classes stay), a list, .npz, hf:NAME or demo."""
     out: str
     """The directory of shards to write, or a URL such as s3://BUCKET/NAME. The same again resumes, or verifies."""
-    form: Literal["original", "jpeg", "webp", "raw"] = "original"
-    """Form to store: the files byte for byte, smaller files, or uint8 pixels that need no decoding."""
+    frames: Frames = FRAMES
+    """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
+    form: Annotated[
+        Literal["original", "jpeg", "webp", "raw"] | None, one_word(str, "original|jpeg|webp|raw"), HINT
+    ] = None
+    """Form to store: the files byte for byte, smaller files, or uint8 pixels that need no decoding (default: original,
+    of clips jpeg)."""
     short_side: Count = None
     """Pixels of the shorter side, to which larger images are reduced (default: as they are)."""
     quality: Annotated[Annotated[int, Field(ge=1, le=100)] | None, one_word(int, "INT"), HINT] = None
@@ -92,8 +100,12 @@ def pack(config: PackConfig) -> list[str]:
     broken images, shards that are damaged, and storage that does not take them.
     """
     config = from_settings(PackConfig, vars(config))
+    if config.form:
+        config.build_form()  # tells mistakes before the images are looked for
+    source = open_source(config.images, config.frames)
+    config = dataclasses.replace(config, form=config.form or ("jpeg" if clips_of(source) else "original"))
+    assert config.form
     form = config.build_form()
-    source = open_source(config.images)
     if holds_sounds(source):
         if config.form != "original":
             raise UserError(f"--form {config.form} is for images, and {config.images} holds sounds; leave it out")
@@ -118,8 +130,9 @@ def pack(config: PackConfig) -> list[str]:
     ]
     if finished and written:
         lines.insert(0, f"{written} shards were damaged and are written again")
-    if pages := say_pages(source):
-        lines.append(f"warning: {pages}")
+    if frames := describe_frames(source):
+        lines.append(f"frames: {frames}")
+    lines += [f"warning: {text}" for text in (say_pages(source), warn_of_clips(source)) if text]
     if manifest.bad_images:
         lines.append(f"{manifest.bad_images} images cannot be read; {config.out.rstrip('/')}/{BAD_IMAGES} lists them")
     return lines
@@ -195,8 +208,9 @@ def _names(source: ImageSource, data: str) -> list[str]:
     names = [source.name(index) for index in range(len(source))]
     if isinstance(source, ArchiveImages) and len(set(source.names())) == len(source):
         return list(source.names())
-    if isinstance(source, PathList | Slices) and Path(data).is_dir():
-        return [os.path.relpath(name, data) for name in names]
+    folder = data.removeprefix("video:")
+    if isinstance(source, PathList | Slices | Clips) and Path(folder).is_dir():
+        return [os.path.relpath(name, folder) for name in names]
     return names
 
 

@@ -41,7 +41,7 @@ def reconstruct(
         raise UserError(f"count {count} is less than 1; the default is 8")
     check_files(images)
     trained = read_pretraining(run)
-    source = open_files(images)
+    source = open_files(images, trained.frames)
     sounds = trained.input == "sounds"
     source = read_as(source, trained.sound.rate if sounds else None, str(run))
     if wav and (features or not sounds):

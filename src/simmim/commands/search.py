@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import Device, Positive, Word
+from simmim.config.frames import FRAMES, Frames
 from simmim.config.validation import from_settings
 from simmim.data.sources import ImageSource, Subset, check_files, open_files, open_source
 from simmim.errors import UserError
@@ -35,6 +36,8 @@ class SearchConfig:
     """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
     """Images to search in, as pretraining's --data takes them."""
+    frames: Frames = FRAMES
+    """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
     query: Annotated[tuple[str, ...], arg(metavar="IMAGE...")] = ()
     """Image files, or any value of --data, whose neighbours are wanted."""
     duplicates: bool = False
@@ -63,7 +66,7 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
     check_encoder(config.run)
     if config.query:
         check_files(config.query)
-    source = open_source(config.data)
+    source = open_source(config.data, config.frames)
     return _pairs(config, source) if config.duplicates else _neighbours(config, source)
 
 

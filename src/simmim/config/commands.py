@@ -17,6 +17,7 @@ from simmim.config.field_types import (
     PositiveReal,
     Word,
 )
+from simmim.config.frames import FRAMES, Frames
 
 Pool = Literal["auto", "avg", "token", "own"]
 Method = Literal["knn", "linear"]
@@ -33,6 +34,8 @@ class ProbeConfig:
     """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
     """Labelled images: train/CLASS and val/CLASS or test/CLASS, or CLASS alone, .zip, .tar, .csv, .npz, hf:NAME."""
+    frames: Frames = FRAMES
+    """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
     method: Method = "knn"
     """A vote of the nearest training images, or a linear classifier."""
     layer: int = -1
@@ -75,6 +78,8 @@ class EmbedConfig:
     """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
     """Images as simmim pretrain takes them: a folder, .zip, .tar, a list of paths, shards, .npz, hf:NAME or demo."""
+    frames: Frames = FRAMES
+    """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
     labels: bool = False
     """Write each image's label too: its class folder, or that of .csv (path,label), .npz (y_train), hf:NAME or demo."""
     out: Word = None
@@ -159,6 +164,8 @@ class BenchConfig:
     """Teacher of objective teacher: a run, timm:NAME or a file."""
     data: str = "demo"
     """Images to read; pass your own to find your run's limit."""
+    frames: Frames = FRAMES
+    """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
     workers: Count = None
     """Threads or processes that read images (default: one a core)."""
     decode: Literal["cpu", "gpu"] = "cpu"

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 _GROUPS = {
     "common": "data out from recipe model image-size epochs batch-size lr objective mask target",
     "data": (
-        "channels mean std flip crop crop-scale crop-ratio val-images val-fraction max-bad-fraction "
+        "frames channels mean std flip crop crop-scale crop-ratio val-images val-fraction max-bad-fraction "
         "accept-changed-data sound.*"
     ),
     "model": "model-args init-from positions head head.* drop-path",

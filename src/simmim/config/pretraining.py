@@ -17,6 +17,7 @@ from simmim.config.field_types import (
     Word,
     one_word,
 )
+from simmim.config.frames import FRAMES, Frames
 from simmim.config.strategies import one_of, parse_words, several_of
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
@@ -44,6 +45,9 @@ class PretrainConfig(TrainingConfig):
     lr: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
     """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr (default:
     by batch size and model, see docs/pretraining.md)."""
+    frames: Frames = FRAMES
+    """Frames of clips: one every N seconds (Ns), every Nth (N) or key frames (key); +distinct drops those that hardly
+    differ from the last kept one of their clip."""
     crop: Literal["resized", "pixels"] = "resized"
     """Random part of an image: a share of it, resized to the image size, or a window of it at full resolution."""
     crop_scale: SharesIfAny = None

@@ -20,6 +20,7 @@ from simmim.config.field_types import (
     Word,
     one_word,
 )
+from simmim.config.frames import FRAMES, Frames
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
 
@@ -73,6 +74,8 @@ class ClassifyConfig(FinetuneConfig):
     data_forms: ClassVar[str] = "a folder of classes, a .csv, an .npz, hf:NAME or demo"
     data: Word = None
     """Labelled images: train/CLASS and val/CLASS or test/CLASS, or CLASS alone, .zip, .tar, .csv, .npz, hf:NAME."""
+    frames: Frames = FRAMES
+    """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
     labels_per_class: Count = None
     """Train on this many images of each class only."""
     label_seed: int = 0

@@ -24,6 +24,9 @@ SUFFIXES = tuple(_SUFFIXES.split())
 _SOUND_SUFFIXES = ".aif .aifc .aiff .au .caf .flac .mp3 .oga .ogg .opus .rf64 .w64 .wav"
 SOUND_SUFFIXES = tuple(_SOUND_SUFFIXES.split())
 """Suffixes of the files in a folder that count as sounds, where it holds no image."""
+_CLIP_SUFFIXES = ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .vob .webm .wmv"  # not .ts
+CLIP_SUFFIXES = tuple(_CLIP_SUFFIXES.split())
+"""Suffixes of the files in a folder that count as clips, where it holds no image."""
 _ARCHIVES = (".zip", ".tar")
 _TIFF_SUFFIXES = (".tif", ".tiff", ".svs")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -40,9 +43,11 @@ Found = TypeVar("Found")
 class PathList:
     """Image files by path, relative to `root`; an `ImageSource`."""
 
-    def __init__(self, names: Sequence[str | Path], root: str | Path = ""):
+    def __init__(self, names: Sequence[str | Path], root: str | Path = "", clips_left_out: int = 0):
         self._names = names
         self._root = str(root)
+        self.clips_left_out = clips_left_out
+        """Clips in the same folder."""
 
     def __len__(self) -> int:
         return len(self._names)
@@ -125,6 +130,11 @@ def is_sound(name: str) -> bool:
     return name.lower().endswith(SOUND_SUFFIXES)
 
 
+def is_clip(name: str) -> bool:
+    """Tell whether a file is a clip, by its name."""
+    return name.lower().endswith(CLIP_SUFFIXES)
+
+
 def names_sounds(data: object) -> bool:
     """Tell whether `--data` names sounds: by its scheme, the files of a folder or archive, or the first of a list.
 
@@ -142,7 +152,7 @@ def names_sounds(data: object) -> bool:
 
 
 def _first_name(path: Path) -> str | None:
-    """Return the name of a picture of a folder, list or archive; where there is none, of a sound; else `None`.
+    """Return the name of a picture of a folder, list or archive; else of a clip, of a sound, or `None`.
 
     In a list it is the first name, whatever it is.
     """
@@ -150,7 +160,7 @@ def _first_name(path: Path) -> str | None:
     if path.is_dir():
         if (path / "pack.json").is_file():
             return next(iter(json.loads((path / "00000.json").read_bytes())["names"]), None)
-        for suffixes in (SUFFIXES, SOUND_SUFFIXES, _ARCHIVES):
+        for suffixes in (SUFFIXES, CLIP_SUFFIXES, SOUND_SUFFIXES, _ARCHIVES):
             if found := next(_walk(path, "", set(), suffixes, unnamed=False), None):
                 return _first_name(path / found) if suffixes is _ARCHIVES else found
     elif suffix in (".txt", ".lst") and path.is_file():
@@ -174,22 +184,33 @@ def of_one_kind(names: Sequence[str]) -> list[str]:
 
 
 def open_folder(folder: Path) -> PathList:
-    """Open all images below a folder; where there are none, all sounds.
+    """Open all images below a folder; where there are none, all clips; where there are none either, all sounds.
 
-    Raises `UserError` if there are neither, or the folder cannot be listed.
+    Raises `UserError` if there is none of these, or the folder cannot be listed.
     """
+    clips: list[str] = []
     try:
-        names = find_images(folder) or find_images(folder, SOUND_SUFFIXES)
+        images = Names(_without_clips(_walk(folder, "", set(), (*SUFFIXES, *CLIP_SUFFIXES), unnamed=False), clips))
+        names = images or find_images(folder) or clips or find_images(folder, SOUND_SUFFIXES)
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
     if not names:
         raise UserError(f"folder {folder} holds no images; files read end in {', '.join(SUFFIXES)}")
-    return PathList(names, root=folder)
+    return PathList(names, root=folder, clips_left_out=0 if names is clips else len(clips))
 
 
-def open_sounds(folder: Path) -> PathList | None:
-    """Open the sounds below a folder, whatever else it holds; `None` where it is no folder or has none."""
-    names = find_images(folder, SOUND_SUFFIXES) if folder.is_dir() else ()
+def _without_clips(names: Iterator[str], clips: list[str]) -> Iterator[str]:
+    """Yield the names of images; those of clips are put into `clips`."""
+    for name in names:
+        if is_clip(name):
+            clips.append(name)
+        else:
+            yield name
+
+
+def open_kind(folder: Path, suffixes: tuple[str, ...]) -> PathList | None:
+    """Open the files of one kind below a folder, whatever else it holds; `None` where it is no folder or has none."""
+    names = find_images(folder, suffixes) if folder.is_dir() else ()
     return PathList(names, root=folder) if names else None
 
 

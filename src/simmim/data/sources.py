@@ -15,13 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.field_types import Flip
+from simmim.config.frames import FRAMES
 from simmim.data.archives import ARCHIVES, open_archives
 from simmim.data.decode import BadImage, Raw, open_picture
-from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, PathList, open_folder, open_list, open_sounds
+from simmim.data.files import CLIP_SUFFIXES, SOUND_SUFFIXES, SUFFIXES, PathList, open_folder, open_kind, open_list
 from simmim.data.hugging_face import open_hugging_face
 from simmim.data.key_value import open_lmdb
 from simmim.data.packed.format import is_packed, open_packed
 from simmim.data.sounds import Clip, Sounds
+from simmim.data.video.source import as_clips, check_frames, open_clips
 from simmim.data.volumes import as_slices, is_volume
 from simmim.errors import UserError
 
@@ -130,10 +132,11 @@ class ArrayImages:
 
 
 _SCHEMES: dict[str, Callable[[str], ImageSource]] = {
-    "audio": lambda rest: Sounds(open_sounds(Path(rest).expanduser()) or open_source(rest)),
+    "audio": lambda rest: Sounds(open_kind(Path(rest).expanduser(), SOUND_SUFFIXES) or open_source(rest)),
     "demo": lambda _: DemoImages(),
     "hf": open_hugging_face,
     "lmdb": open_lmdb,
+    "video": open_clips,
 }
 
 
@@ -151,16 +154,25 @@ def register_source(scheme: str, open: Callable[[str], ImageSource]) -> None:
     _SCHEMES[scheme] = open
 
 
-def open_source(data: str) -> ImageSource:
+def open_source(data: str, frames: str = FRAMES) -> ImageSource:
     """Open the images that `--data` names.
 
     That is a registered scheme (`demo`, `hf:NAME_OR_PATH[:SPLIT]`, `lmdb:PATH`), a folder of images or of archives, a
     .zip or .tar, a .parquet, a .txt or .lst of paths, an .npz, or a directory that `simmim pack` wrote, also by a URL
-    of object storage. Sounds come likewise, and with `audio:` before any of these whatever their names.
+    of object storage. Sounds come likewise, and with `audio:` before any of these whatever their names. Clips come as a
+    folder, a list or one of them, or by `video:`; `frames` chooses their images, and is refused where there are none.
     Raises `UserError` if there is nothing to read.
     """
+    source = _open(data, frames)
+    check_frames(frames, source, data)
+    return source
+
+
+def _open(data: str, frames: str) -> ImageSource:
     check_there(data)
     scheme, _, rest = data.partition(":")
+    if scheme == "video":
+        return open_clips(rest, frames)
     if open_scheme := _find_scheme(scheme):
         return open_scheme(rest)
     path = Path(data).expanduser()
@@ -169,15 +181,23 @@ def open_source(data: str) -> ImageSource:
     if archives := open_archives(path):
         return archives
     if path.is_dir():
-        return as_slices(open_folder(path))
+        return _as_images(open_folder(path), frames)
     if is_volume(path.name) and path.is_file():
-        return as_slices(PathList([path]))
+        return _as_images(PathList([path]), frames)
     suffix = path.suffix.lower()
+    if suffix in CLIP_SUFFIXES and path.is_file():
+        return as_clips(PathList([path]), frames)
     if not path.is_file() or suffix not in _LISTS:
         raise UserError(f"{path} is neither a folder, nor an archive, nor a list of image paths; {_REMEDY}")
     if suffix == ".parquet":
         return open_hugging_face(str(path))
-    return _open_arrays(path) if suffix == ".npz" else as_slices(open_list(path))
+    return _open_arrays(path) if suffix == ".npz" else _as_images(open_list(path), frames)
+
+
+def _as_images(files: PathList, frames: str) -> ImageSource:
+    """Return the frames of clips, the slices of volumes, or files of other kinds as they are."""
+    found = as_clips(files, frames)
+    return as_slices(files) if isinstance(found, PathList) else found
 
 
 def check_there(data: str, remedy: str = _REMEDY) -> None:
@@ -214,17 +234,20 @@ def _find_scheme(name: str) -> Callable[[str], ImageSource] | None:
     return _SCHEMES.get(name)
 
 
-def open_files(images: Sequence[str]) -> ImageSource:
-    """Open several image files, or whatever one thing `open_source` takes. Raises `UserError` likewise."""
+def open_files(images: Sequence[str], frames: str = FRAMES) -> ImageSource:
+    """Open several image files, or whatever one thing `open_source` takes. Raises `UserError` likewise.
+
+    `frames` chooses those of clips, and may be there for images.
+    """
     check_files(images)
-    return open_source(images[0]) if _is_set(images) else as_slices(PathList(images))
+    return _open(images[0], frames) if _is_set(images) else _as_images(PathList(images), frames)
 
 
 def check_files(images: Sequence[str]) -> None:
     """Raise `UserError` where `open_files` would find nothing. Opens nothing."""
     if not images:
         raise UserError("no image is given; name files, a folder, a list, hf:NAME or demo after the run")
-    if _is_set(images) and not images[0].lower().endswith((*SUFFIXES, *SOUND_SUFFIXES)):
+    if _is_set(images) and not images[0].lower().endswith((*SUFFIXES, *CLIP_SUFFIXES, *SOUND_SUFFIXES)):
         check_there(images[0])
         return
     for image in images:

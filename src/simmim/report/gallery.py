@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.config.frames import FRAMES
 from simmim.config.sound import Sound
 from simmim.data.augment import CentreCrop
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, Picture, open_picture
 from simmim.data.evaluation import eval_batches
 from simmim.data.sounds import as_sounds, holds_sounds
-from simmim.data.sources import ImageSource, Subset, open_source, read_raw, sniff
+from simmim.data.sources import ImageSource, Subset, open_files, read_raw, sniff
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.random_keys import sample_keys
@@ -74,16 +75,17 @@ class Gallery:
     """Names of images by what is remarkable about them; duplicates are pairs, a tab between the names."""
 
 
-def make_gallery(run: str, data: str, *, most: int, most_bytes: int = 5_000_000) -> Gallery:
+def make_gallery(run: str, data: str, *, most: int, most_bytes: int = 5_000_000, frames: str = FRAMES) -> Gallery:
     """Embed up to `most` images by a run's encoder; thumbnails shrink so that all takes at most about `most_bytes`.
 
-    Raises `UserError` where none can be read, and, before any is, where names alone would take that.
+    Of clips, `frames` chooses the images. Raises `UserError` where none can be read, and, before any is, where names
+    alone would take that.
     """
     from jinja2.utils import htmlsafe_json_dumps
 
     from simmim.torch_engine.tasks.embed import as_seen, embed_some, input_channels
 
-    whole = open_source(data)
+    whole = open_files([data], frames)
     order = np.argsort(sample_keys(0, 0, np.arange(len(whole)), stream="sample"))
     source: ImageSource = Subset(whole, np.sort(order[:most]))
     sizes = [len(htmlsafe_json_dumps(source.name(index))) for index in range(len(source))]

@@ -15,6 +15,7 @@ from pydantic import Field
 from tyro.conf import Positional, arg
 
 from simmim.config.field_types import HINT, PositiveReal, Word, one_word
+from simmim.config.frames import FRAMES
 from simmim.config.validation import from_settings
 from simmim.data.sources import open_source
 from simmim.errors import UserError
@@ -154,7 +155,10 @@ def section(facts: Facts, config: ReportConfig, budget: int = _BYTES) -> Section
     spare -= sum(len(panel.uri) for panel in (*pictured, *features))
     if config.data and encoder:
         say(f"comparing images of {config.data} by {run}")
-    gallery = make_gallery(run, config.data, most=config.images, most_bytes=spare) if config.data and encoder else None
+    gallery = None
+    if config.data and encoder:
+        frames = getattr(facts.config, "frames", FRAMES)
+        gallery = make_gallery(run, config.data, most=config.images, most_bytes=spare, frames=frames)
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
     return Section(
         facts=facts,

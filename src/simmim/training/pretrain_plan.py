@@ -84,7 +84,7 @@ def open_images(config: PretrainConfig, usual_size: tuple[int, int] | None = Non
     `usual_size` is that of windows if the configuration has none.
     """
     assert config.data is not None
-    source = open_source(config.data)
+    source = open_source(config.data, config.frames)
     source, sounds = as_input(source, config)
     defaults, channels = defaults_of(source), 1 if sounds else config.channels
     if defaults.channels and defaults.channels not in (1, 3) and channels == type(config).channels:

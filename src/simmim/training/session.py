@@ -16,6 +16,7 @@ from simmim.data.bad_images import count_listed
 from simmim.data.pages import say_pages
 from simmim.data.pipeline import Reading
 from simmim.data.sources import ImageSource
+from simmim.data.video.notes import describe_frames, warn_of_clips
 from simmim.errors import UserError
 from simmim.method.objectives import PixelReconstruction
 from simmim.training.data_record import check_data
@@ -53,11 +54,11 @@ class Session(ABC):
         assert plan.config.out is not None
         self.warnings: list[str] = []
         self.plan, self.config, self.world, self.start = plan, plan.config, world, start
+        self._frames = describe_frames(data["train"])
         if world.rank == 0:
             if plan.config.extend:
                 self.warnings += _describe_extension(plan, start)
-            if pages := say_pages(data["train"]):
-                self.warnings.append(pages)
+            self.warnings += filter(None, (say_pages(data["train"]), warn_of_clips(data["train"])))
             run = open_run(plan.config, asked)
             if change := check_data(run, data, accept=plan.config.accept_changed_data):
                 self.warnings.append(f"the images changed since the run began: {change}")
@@ -104,6 +105,8 @@ class Session(ABC):
             self._note_hardware()
         for line in self.introduce():
             self.loop.console.say(line)
+        if self._frames:
+            self.loop.console.say(f"frames     {self._frames}")
         if 0 < self.start < plan.total_steps:
             self.loop.console.say(f"resumes    after step {self.start}")
         for warning in self.warnings:

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.config.frames import FRAMES
 from simmim.data.archives import ArchiveImages, open_archives
-from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, PathList, find_images
+from simmim.data.files import CLIP_SUFFIXES, SOUND_SUFFIXES, SUFFIXES, PathList, find_images
 from simmim.data.hugging_face import HuggingFaceImages, image_column, load_hugging_face
 from simmim.data.packed.format import PackedImages, is_packed, open_packed
 from simmim.data.sources import ArrayImages, DemoImages, ImageSource, Subset, check_there, read_npz
+from simmim.data.video.source import check_frames, clip_numbers, label_frames
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys
 
@@ -48,6 +50,7 @@ def open_labelled(
     seed: int = 0,
     labels_per_class: int | None = None,
     label_seed: int = 0,
+    frames: str = FRAMES,
 ) -> LabelledImages:
     """Open labelled images.
 
@@ -56,7 +59,8 @@ def open_labelled(
     `path,label[,split]`, an `.npz` of x_train, y_train, x_test and y_test, a `.parquet`, `hf:NAME_OR_PATH`, or `demo`.
 
     Without a split, `val_fraction` of each class is held out for evaluation, drawn by `seed`. With `labels_per_class`,
-    only this many images of each class are trained on, drawn by `label_seed`. Raises `UserError`.
+    only this many images of each class are trained on, drawn by `label_seed`. Of clips, `frames` chooses the
+    images, and whole clips are held out. Raises `UserError`.
     """
     path = Path(data).expanduser()
     if data == "demo":
@@ -70,16 +74,17 @@ def open_labelled(
     elif path.suffix.lower() == ".npz" and path.is_file():
         found = _open_npz(path)
     elif path.suffix.lower() == ".csv" and path.is_file():
-        found = _open_csv(path, val_fraction, seed)
+        found = _open_csv(path, val_fraction, seed, frames)
     elif "://" in data or is_packed(path):
         found = _open_named(open_packed(data), data, val_fraction, seed)
     elif archives := open_archives(path):
         found = _open_archives(archives, data, val_fraction, seed)
     elif path.is_dir():
-        found = _open_folders(path, val_fraction, seed)
+        found = _open_folders(path, val_fraction, seed, frames)
     else:
         check_there(data, CLASSES)
         raise UserError(f"{data} is not labelled data; {CLASSES}")
+    check_frames(frames, found.train, data)
     if len(found.classes) < 2:
         raise UserError(f"{data} has {len(found.classes)} class ({', '.join(found.classes)}); give two or more")
     unknown = np.setdiff1d(found.val_labels, found.train_labels)
@@ -115,10 +120,13 @@ def hold_out(labels: Labels, fraction: float, seed: int) -> NDArray[np.bool_]:
 
 def _split(source: ImageSource, names: Sequence[str], val_fraction: float, seed: int) -> LabelledImages:
     classes, labels = number_classes(names)
-    counts = np.bincount(labels)
+    # Frames of a clip are alike, so that whole clips are held out.
+    first, part = np.unique(clip_numbers(source), return_index=True, return_inverse=True)[1:]
+    counts = np.bincount(labels[first])
     if counts.min(initial=2) < 2:
-        raise UserError(f"class {classes[counts.argmin()]} has 1 image; give two, to train on and to evaluate on")
-    held = hold_out(labels, val_fraction, seed)
+        kind = "image" if len(first) == len(labels) else "clip"
+        raise UserError(f"class {classes[counts.argmin()]} has 1 {kind}; give two, to train on and to evaluate on")
+    held = hold_out(labels[first], val_fraction, seed)[part]
     train, val = np.flatnonzero(~held), np.flatnonzero(held)
     return LabelledImages(Subset(source, train), labels[train], Subset(source, val), labels[val], classes)
 
@@ -134,13 +142,13 @@ def _pair(train: ImageSource, train_names: Sequence[str], val: ImageSource, val_
     return LabelledImages(train, labels[: len(train)], val, labels[len(train) :], classes)
 
 
-def _open_folders(root: Path, val_fraction: float, seed: int) -> LabelledImages:
+def _open_folders(root: Path, val_fraction: float, seed: int, frames: str) -> LabelledImages:
     train = root / "train"
     if not train.is_dir():
-        return _split(*_read_classes(root), val_fraction, seed)
+        return _split(*_read_classes(root, frames), val_fraction, seed)
     if val := evaluation_folder(root):
-        return _pair(*_read_classes(train), *_read_classes(val))
-    return _split(*_read_classes(train), val_fraction, seed)
+        return _pair(*_read_classes(train, frames), *_read_classes(val, frames))
+    return _split(*_read_classes(train, frames), val_fraction, seed)
 
 
 def evaluation_folder(root: Path) -> Path | None:
@@ -148,12 +156,15 @@ def evaluation_folder(root: Path) -> Path | None:
     return next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
 
 
-def _read_classes(folder: Path) -> tuple[PathList, list[str]]:
+def _read_classes(folder: Path, frames: str) -> tuple[ImageSource, list[str]]:
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"folder {folder} has no class folders; put each class's images in a folder of its name")
     files, names = [], []
-    suffixes = SUFFIXES if any(find_images(folder / name) for name in classes) else SOUND_SUFFIXES
+    kinds = (SUFFIXES, CLIP_SUFFIXES)  # where any class has some
+    suffixes = next(
+        (kind for kind in kinds if any(find_images(folder / name, kind) for name in classes)), SOUND_SUFFIXES
+    )
     for name in classes:
         found = find_images(folder / name, suffixes)
         if not found:
@@ -163,7 +174,7 @@ def _read_classes(folder: Path) -> tuple[PathList, list[str]]:
             )
         files += [f"{name}/{file}" for file in found]
         names += [name] * len(found)
-    return PathList(files, root=folder), names
+    return label_frames(PathList(files, root=folder), names, frames)
 
 
 def _open_named(source: PackedImages | ArchiveImages, data: str, val_fraction: float, seed: int) -> LabelledImages:
@@ -229,16 +240,16 @@ def read_csv(path: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def _open_csv(path: Path, val_fraction: float, seed: int) -> LabelledImages:
+def _open_csv(path: Path, val_fraction: float, seed: int, frames: str) -> LabelledImages:
     splits: dict[str, tuple[list[str], list[str]]] = {"train": ([], []), "val": ([], []), "test": ([], [])}
     for split, file, name in read_csv(path):
         splits[split][0].append(file)
         splits[split][1].append(name)
     (train, train_names), (val, val_names) = splits["train"], splits["val" if splits["val"][0] else "test"]
-    source = PathList(train, root=path.parent)
+    labelled = label_frames(PathList(train, root=path.parent), train_names, frames)
     if not val:
-        return _split(source, train_names, val_fraction, seed)
-    return _pair(source, train_names, PathList(val, root=path.parent), val_names)
+        return _split(*labelled, val_fraction, seed)
+    return _pair(*labelled, *label_frames(PathList(val, root=path.parent), val_names, frames))
 
 
 def _open_npz(path: Path) -> LabelledImages:

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from simmim.config.frames import FRAMES
 from simmim.data.archives import ArchiveImages
 from simmim.data.files import PathList
 from simmim.data.hugging_face import find_split
 from simmim.data.labelled.classes import hugging_face_columns, number_classes, read_csv
 from simmim.data.packed.format import is_packed
 from simmim.data.sources import ImageSource, open_source, read_npz
+from simmim.data.video.source import label_frames
 from simmim.errors import UserError
 
 _PARTS = ("train", "val", "test")
@@ -33,7 +35,7 @@ class ClassLabels:
         return [self.classes[number] for number in self.numbers[indices].tolist()]
 
 
-def open_with_labels(data: str) -> tuple[ImageSource, ClassLabels]:
+def open_with_labels(data: str, frames: str = FRAMES) -> tuple[ImageSource, ClassLabels]:
     """Open the images that `open_source` opens, or those of a .csv of path,label, and the label of each.
 
     A label is a folder's name (below train, val or test, where there are such), WebDataset's `.cls`, a row's `label`,
@@ -42,12 +44,14 @@ def open_with_labels(data: str) -> tuple[ImageSource, ClassLabels]:
     path = Path(data).expanduser()
     if path.suffix.lower() == ".csv" and path.is_file():
         rows = read_csv(path)
-        return PathList([file for _, file, _ in rows], root=path.parent), _numbered([label for _, _, label in rows])
+        files = PathList([file for _, file, _ in rows], root=path.parent)
+        source, labels = label_frames(files, [label for _, _, label in rows], frames)
+        return source, _numbered(labels)
     if data.startswith("hf:") or (path.suffix.lower() == ".parquet" and path.is_file()):
         name, split, splits = find_split(data.removeprefix("hf:"))
         source, labels = hugging_face_columns(splits[split], name)
         return source, _numbered(labels)
-    source = open_source(data)
+    source = open_source(data, frames)
     if path.suffix.lower() == ".npz" and path.is_file():
         return source, _of_arrays(path, len(source))
     if isinstance(source, ArchiveImages):

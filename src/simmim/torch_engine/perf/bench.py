@@ -42,7 +42,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         if not Path(file).absolute().parent.is_dir():  # fail before measuring, not after minutes
             raise UserError(f"{file} cannot be written: its folder is not there; make it, or give another file")
     device = choose_device(config.device)
-    source = open_source(config.data)
+    source = open_source(config.data, config.frames)
     if holds_sounds(source):
         raise UserError(
             f"simmim bench is for images, and {config.data} holds sounds; the progress of a pretraining shows its speed"

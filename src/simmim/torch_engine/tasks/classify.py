@@ -385,6 +385,7 @@ def _open(config: ClassifyConfig) -> LabelledImages:
         seed=config.seed,
         labels_per_class=config.labels_per_class,
         label_seed=config.label_seed,
+        frames=config.frames,
     )
 
 

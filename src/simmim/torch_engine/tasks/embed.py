@@ -20,9 +20,10 @@ from torch import nn
 from simmim.config.commands import EmbedConfig, Pool
 from simmim.config.validation import from_settings
 from simmim.data.bad_images import BadImages, count_listed
-from simmim.data.labelled.every import open_with_labels
+from simmim.data.labelled.every import ClassLabels, open_with_labels
 from simmim.data.pages import say_pages
 from simmim.data.sources import ImageSource, Subset, open_source
+from simmim.data.video.notes import describe_frames, warn_of_clips
 from simmim.data.windows import MiddleWindows
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
@@ -75,7 +76,7 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
     check_format(str(out), patches=config.patches)
     device = choose_device(config.device)
     config = replace(config, precision=choose_precision(config.precision, device))
-    source, labels = open_with_labels(config.data) if config.labels else (open_source(config.data), None)
+    source, labels = _open(config)
     file = FeatureFile(out, source, PART_IMAGES_OF_PATCHES if config.patches else PART_IMAGES, labels)
     with distributed.join(device, config.precision) as world, file.hold(is_main=world.is_main):
         if config.out is None and world.size > 1:
@@ -86,8 +87,10 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
         settings = _settings(config, source, digest) if world.is_main else {}
         if world.is_main and (done := file.begin(settings)):
             say(f"resumes after {done} of {len(file)} parts")
-        if world.is_main and (pages := say_pages(source)):
-            say(f"warning    {pages}")
+        for warning in filter(None, (say_pages(source), warn_of_clips(source))) if world.is_main else ():
+            say(f"warning    {warning}")
+        if world.is_main and (frames := describe_frames(source)):
+            say(f"frames     {frames}")
         world.main_says(0)  # no process goes on before the directory is there
         missing = [number for number in range(world.rank, len(file), world.size) if not file.has(number)]
         batches = _write_parts(config, file, read_features, missing)
@@ -155,6 +158,12 @@ def encoder_digest(backbone: nn.Module) -> str:
         encoder.update(name.encode())
         encoder.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return f"sha256 {encoder.hexdigest()[:16]}"
+
+
+def _open(config: EmbedConfig) -> tuple[ImageSource, ClassLabels | None]:
+    if config.labels:
+        return open_with_labels(config.data, config.frames)
+    return open_source(config.data, config.frames), None
 
 
 def _settings(config: EmbedConfig, source: ImageSource, digest: str) -> dict[str, Any]:

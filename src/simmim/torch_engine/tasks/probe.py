@@ -64,6 +64,7 @@ class Probe:
             seed=config.seed,
             labels_per_class=config.labels_per_class,
             label_seed=config.label_seed,
+            frames=config.frames,
         )
         backbone = load_encoder(config.run)
         self._read = FeatureReader.of_encoder(

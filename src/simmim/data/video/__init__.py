@@ -1,0 +1,1 @@
+"""Clips as sources of images: their frames found, chosen and decoded."""
