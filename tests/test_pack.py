@@ -221,7 +221,7 @@ def test_progress_is_told_line_by_line_where_there_is_no_terminal(capsys: pytest
 BAD = {
     "--short-side 0": "short side 0 is less than 1",
     "--short-side 9": "--short-side 9 makes images smaller; choose --form jpeg, webp or raw",
-    "--form png": "--form 'png' is not known; choose from original, jpeg, webp, raw",
+    "--form png": "form 'png' is not known; choose from original, jpeg, webp, raw",
     "--form raw --quality 90": "--quality 90 is for --form jpeg and webp; leave it out for raw",
     "--form jpeg --quality 101": "quality 101 is more than 100",
     "--shard-size 0": "shard size 0 is less than 1",

@@ -40,7 +40,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "a late start": ("a.mp4", {"times": range(1000, 1040)}),
     "fragments": ("a.mp4", {"container": {"movflags": "frag_keyframe+empty_moov"}}),
     "HEVC of 10 bits": ("a.mp4", {"codec": "libx265", "form": "yuv420p10le"}),
-    "VP8 with hidden frames": ("a.webm", {"codec": "libvpx", "options": {"auto-alt-ref": "1", "lag-in-frames": "9"}}),
     "VP9 of odd sides": ("a.webm", {"codec": "libvpx-vp9", "pictures": [picture(n, 47, 63) for n in range(20)]}),
     "AV1": (
         "a.mkv",
@@ -55,7 +54,6 @@ FAST = (
     "open GOPs",
     "intra refresh",
     "a variable rate",
-    "VP8 with hidden frames",
     "AVI without time stamps",
 )
 
@@ -79,6 +77,19 @@ def test_any_frame_in_any_order_is_that_of_a_decoding_from_the_beginning(kind: s
     if len(source._keys[0]):  # its packets have time stamps
         assert source._stamps.tolist() == [time for time, _ in whole]
     for index in [*np.random.default_rng(0).permutation(len(source)).tolist(), *range(len(source))]:
+        np.testing.assert_array_equal(source.read(index), whole[index][1])
+
+
+def test_a_hidden_frame_of_vp8_is_no_frame(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.webm", "libvpx", frames=12)
+    with av.open(str(path)) as file:
+        packet = bytes([packet for packet in file.demux(video=0) if packet.size][5])
+    raw = path.read_bytes()
+    assert raw.count(packet) == 1 and packet[0] & 16
+    path.write_bytes(raw.replace(packet, bytes([packet[0] & ~16]) + packet[1:]))  # its bit that it is shown
+    whole, source = decode_whole(path), clips(path)
+    assert len(source) == len(whole) == 11
+    for index in range(11):
         np.testing.assert_array_equal(source.read(index), whole[index][1])
 
 
@@ -157,7 +168,7 @@ def test_threads_and_copies_read_the_same_and_few_files_stay_open(tmp_path: Path
             np.testing.assert_array_equal(found, alone[index])
     if sys.platform == "linux":
         opened = [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]
-        assert 0 < sum(str(tmp_path) in name for name in opened) <= 8
+        assert 0 < sum(str(tmp_path) in name for name in opened) <= 2 * 4  # of two sources
 
 
 def test_a_closed_decoder_is_freed_at_once(tmp_path: Path) -> None:
