@@ -26,6 +26,7 @@ from simmim.data.sources import open_files, open_source, read_raw
 from simmim.data.video import decoder
 from simmim.data.video.notes import describe_frames, warn_of_clips
 from simmim.data.video.source import Clips, clips_of
+from simmim.data.windows import Windows
 from simmim.errors import UserError
 
 X264 = "log=-1:scenecut=0:keyint=10:bframes=3:b-pyramid=normal"
@@ -317,6 +318,13 @@ def test_one_line_counts_clips_and_frames(tmp_path: Path) -> None:
         write_clip(tmp_path / f"{name}.mp4", frames=30)
     line = "4 of 60 frames of 2 clips: one a second (--frames 1s)"
     assert describe_frames(open_source(str(tmp_path))) == line
+
+
+def test_windows_of_frames_are_counted_without_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = clips(write_clip(tmp_path / "a.mp4", frames=3))
+    monkeypatch.setattr(Clips, "read", None)
+    windows = Windows(source, (24, 32))
+    assert len(windows) == 3 * 4 and clips_of(windows) is source
 
 
 def test_whole_clips_of_a_class_are_held_out(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from simmim.data.augment import Box, check_crop_size
 from simmim.data.decode import BadImage, NothingButNodata, Picture, Raw, count_pixels, open_picture
 from simmim.data.files import PathList, in_threads
 from simmim.data.sources import ImageSource, firsts_of, read_raw
+from simmim.data.video.source import Clips
 from simmim.data.volumes import Slices
 from simmim.method.random_keys import draws, sample_key
 
@@ -179,7 +180,7 @@ def _count(source: ImageSource, image: int, size: tuple[int, int]) -> int:
     try:
         if isinstance(source, PathList):
             area = count_pixels(Path(source.name(image)))
-        elif isinstance(source, Slices):
+        elif isinstance(source, Slices | Clips):
             area = source.count_pixels(image)
         else:
             picture = open_picture(read_raw(source, image))

@@ -23,6 +23,8 @@ class Chosen:
 
     total: int
     """N."""
+    pixels: int
+    """Pixels of a frame, as the clip's header says."""
     numbers: NDArray[np.int64]
     """Which of the N frames they are, counted from 0 (n,)."""
     stamps: NDArray[np.int64]
@@ -52,9 +54,10 @@ def choose_frames(path: str, choice: FrameChoice) -> Chosen:
         numbers = _choose(found, choice)
         if choice.levels is not None:
             numbers = _distinct(decoder, found, numbers, choice.levels)
+        pixels = decoder.stream.codec_context.height * decoder.stream.codec_context.width
     finally:
         decoder.close()
-    return Chosen(len(found.times), numbers, found.stamps[numbers], found.keys)
+    return Chosen(len(found.times), pixels, numbers, found.stamps[numbers], found.keys)
 
 
 def _find(decoder: Decoder) -> _Frames:

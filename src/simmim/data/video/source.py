@@ -52,6 +52,7 @@ class Clips:
             np.concatenate([getattr(each, name) for each in found]) for name in ("numbers", "stamps")
         )
         self._keys = [each.keys for each in found]
+        self._pixels = [each.pixels for each in found]
         self._idle = _Idle()
 
     def _look(self, number: int, found: Chosen | str) -> Chosen:
@@ -59,7 +60,7 @@ class Clips:
             return found
         self.broken[self.files.name(number)] = found
         one = np.full(1, -1, np.int64)
-        return Chosen(0, one, one, one)
+        return Chosen(0, 1, one, one, one)
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -71,6 +72,10 @@ class Clips:
     def name(self, index: int) -> str:
         clip, number = self.files.name(self.clip(index)), self._numbers[index]
         return clip if number < 0 else f"{clip}#{number:06}"
+
+    def count_pixels(self, index: int) -> int:
+        """Count an image's pixels, by its clip's header."""
+        return self._pixels[self.clip(index)]
 
     def read(self, index: int) -> Raw:
         clip = self.clip(index)
@@ -210,7 +215,8 @@ def clips_of(source: "ImageSource") -> Clips | None:
 
 
 def source_behind(source: "ImageSource") -> "ImageSource":
-    """Return the source that a part of one is of."""
-    while hasattr(source, "behind") and len(source):
-        source, _ = source.behind(0)  # type: ignore[attr-defined]
-    return source
+    """Return the source that a part of one, or its windows, are of."""
+    found: Any = source
+    while len(found) and (hasattr(found, "behind") or hasattr(found, "source")):
+        found = found.behind(0)[0] if hasattr(found, "behind") else found.source
+    return found
