@@ -22,7 +22,7 @@ from simmim.config.validation import from_settings
 from simmim.data.decode import BadImage, decode
 from simmim.data.files import PathList
 from simmim.data.labelled.classes import open_labelled
-from simmim.data.sources import open_files, open_source, read_raw
+from simmim.data.sources import open_files, open_source, read_raw, sniff
 from simmim.data.video import decoder
 from simmim.data.video.notes import describe_frames, warn_of_clips
 from simmim.data.video.source import Clips, clips_of
@@ -133,6 +133,14 @@ def test_frames_are_turned_upright(degrees: int, mirrored: bool, tmp_path: Path)
     path = write_clip(tmp_path / "a.mp4", frames=2, prepare=turn)
     expected = np.rot90(decode_whole(path)[1][1], degrees // 90)
     np.testing.assert_array_equal(clips(path).read(1), expected[:, ::-1] if mirrored else expected)
+
+
+def test_every_clip_is_looked_at_before_the_depth_is_chosen(tmp_path: Path) -> None:
+    shallow = write_clip(tmp_path / "a.mkv", "ffv1", form="gray", frames=40)
+    deep = write_clip(tmp_path / "b.mkv", "ffv1", form="gray16le", frames=2)
+    source = open_files([str(shallow), str(deep)], "1")
+    assert len(source) == 42
+    assert sniff(source, channels=1) == np.float32
 
 
 def test_grey_stays_grey_and_keeps_its_depth(tmp_path: Path) -> None:

@@ -65,6 +65,11 @@ class Clips:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @property
+    def firsts(self) -> list[int]:
+        """The numbers of the first frames of clips."""
+        return [0, *map(int, self._ends[:-1])]
+
     def clip(self, index: int) -> int:
         """Return the number of the clip that a frame is of."""
         return int(np.searchsorted(self._ends, range(len(self))[index], side="right"))
