@@ -16,12 +16,14 @@ pytest.importorskip("av")
 import av
 from clip_files import HEIGHT, WIDTH, decode_whole, picture, write_clip
 
+from simmim.cli import main
 from simmim.config.frames import FrameChoice
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
 from simmim.data.decode import BadImage, decode
-from simmim.data.files import PathList
+from simmim.data.files import PathList, names_sounds
 from simmim.data.labelled.classes import open_labelled
+from simmim.data.labelled.every import open_with_labels
 from simmim.data.sources import open_files, open_source, read_raw, sniff
 from simmim.data.video import decoder
 from simmim.data.video.notes import describe_frames, warn_of_clips
@@ -296,6 +298,21 @@ def test_pictures_beside_clips_win_and_a_line_says_so(tmp_path: Path) -> None:
     assert len(open_source(f"video:{tmp_path}", "1")) == 2
 
 
+def test_sounds_beside_clips_win_and_a_line_says_so(tmp_path: Path) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        write_clip(tmp_path / label / "a.mp4", frames=2)
+        for name in ("b.wav", "c.wav"):
+            soundfile.write(tmp_path / label / name, np.zeros(800, np.float32), 8000)
+    sounds = ["cat/b.wav", "cat/c.wav", "dog/b.wav", "dog/c.wav"]
+    source, labelled = open_source(str(tmp_path)), open_labelled(str(tmp_path))
+    assert [source.name(index) for index in range(len(source))] == [str(tmp_path / name) for name in sounds]
+    assert len(labelled.train) + len(labelled.val) == 4 and clips_of(labelled.train) is None
+    assert names_sounds(str(tmp_path))
+    assert warn_of_clips(source) == "2 clips beside the sounds are left out; write video:FOLDER to read clips alone"
+
+
 def test_a_list_of_clips_and_pictures_is_refused(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", frames=1)
     (tmp_path / "list.txt").write_text("a.mp4\nb.png\n")
@@ -347,3 +364,28 @@ def test_whole_clips_of_a_class_are_held_out(tmp_path: Path) -> None:
     assert (len(train), len(val)) == (18, 6) and not set(train) & set(val)
     assert [found.classes[label] for label in found.val_labels] == [Path(name).parent.name for name in val]
     assert clips_of(found.train) is not None
+
+
+def test_whole_clips_are_held_out_though_the_first_cannot_be_read(tmp_path: Path) -> None:
+    folder, shards = tmp_path / "set", str(tmp_path / "shards")
+    for label in ("cat", "dog"):
+        (folder / label).mkdir(parents=True)
+        for name in "abcd":
+            write_clip(folder / label / f"{name}.mp4", frames=6)
+    (folder / "cat" / "a.mp4").write_bytes(b"nothing")
+    assert main(["pack", str(folder), "--out", shards, "--frames", "2", "--max-bad-fraction", "0.5"]) == 0
+    for data, frames in ((str(folder), "2"), (shards, "1s")):
+        found = open_labelled(data, val_fraction=0.25, frames=frames)
+        train, val = (
+            {source.name(index).partition("#")[0] for index in range(len(source))}
+            for source in (found.train, found.val)
+        )
+        assert (len(train), len(val)) == (6, 2) and not train & val, data
+
+
+def test_labels_of_clips_named_by_the_scheme_are_their_folders(tmp_path: Path) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        write_clip(tmp_path / label / "a.mp4", frames=2)
+    source, labels = open_with_labels(f"video:{tmp_path}", "1")
+    assert labels.names(np.arange(len(source))) == ["cat", "cat", "dog", "dog"]

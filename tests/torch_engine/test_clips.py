@@ -97,3 +97,27 @@ def test_the_commands_take_the_frames_of_a_run(
         assert main(command) == 0, (command, capsys.readouterr())
     assert "a.mp4#000003" in (tmp_path / "a.html").read_text()
     assert len(np.load(tmp_path / "a.npz")["names"]) == 42
+
+
+@pytest.mark.slow
+def test_queries_and_predictions_are_of_the_frames_that_are_chosen(
+    whole: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for label in ("cat", "dog"):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for name in "ab":
+            write_clip(tmp_path / "set" / label / f"{name}.mp4", frames=20)
+    run, out, data = str(whole.out), str(tmp_path / "run"), str(tmp_path / "set")
+    clip, frames = f"{data}/cat/a.mp4", ["--frames", "10"]
+    tuned = ["finetune", "classify", "--from", run, "--data", data, "--out", out, "--steps", "1", "--batch-size", "2"]
+    assert main([*tuned, *frames]) == 0, capsys.readouterr()
+    capsys.readouterr()
+    for command in (["predict", out, clip], ["search", run, "--data", data, "--query", clip]):
+        assert main([*command, *frames]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        asked = [
+            line for line in lines if line.endswith(f"{clip}#000010") and (command[0] == "predict" or line[0] != " ")
+        ]
+        assert len(asked) == 1, lines
+    assert main(["predict", out, "demo", *frames]) == 2
+    assert "--frames 10 is for clips, and demo holds none; leave it out" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def search(config: SearchConfig) -> list[dict[str, Any]]:
 def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
     from simmim.torch_engine.tasks.embed import as_seen, embed_some, input_channels
 
-    queries, how = open_files(config.query), {}
+    queries, how = open_files(config.query, config.frames), {}
     if config.features:
         indices, features, how = _stored(config, source)
     asked, wanted = embed_some(config.run, queries, device=config.device, **how)

@@ -114,6 +114,8 @@ class PredictConfig:
     """The --out directory of a fine-tuning, or its model directory."""
     images: Positional[Annotated[tuple[str, ...], arg(metavar="IMAGE...")]]
     """Image files, or one folder, list, .npz, hf:NAME or demo."""
+    frames: Frames = FRAMES
+    """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
     out: Word = None
     """A new directory for predictions.json and a picture of each image."""
     batch_size: Positive = 64

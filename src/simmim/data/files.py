@@ -26,7 +26,7 @@ SOUND_SUFFIXES = tuple(_SOUND_SUFFIXES.split())
 """Suffixes of the files in a folder that count as sounds, where it holds no image."""
 _CLIP_SUFFIXES = ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .vob .webm .wmv"  # not .ts
 CLIP_SUFFIXES = tuple(_CLIP_SUFFIXES.split())
-"""Suffixes of the files in a folder that count as clips, where it holds no image."""
+"""Suffixes of the files in a folder that count as clips, where it holds neither image nor sound."""
 _ARCHIVES = (".zip", ".tar")
 _TIFF_SUFFIXES = (".tif", ".tiff", ".svs")
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -152,7 +152,7 @@ def names_sounds(data: object) -> bool:
 
 
 def _first_name(path: Path) -> str | None:
-    """Return the name of a picture of a folder, list or archive; else of a clip, of a sound, or `None`.
+    """Return the name of a picture of a folder, list or archive; else of a sound, of a clip, or `None`.
 
     In a list it is the first name, whatever it is.
     """
@@ -160,7 +160,7 @@ def _first_name(path: Path) -> str | None:
     if path.is_dir():
         if (path / "pack.json").is_file():
             return next(iter(json.loads((path / "00000.json").read_bytes())["names"]), None)
-        for suffixes in (SUFFIXES, CLIP_SUFFIXES, SOUND_SUFFIXES, _ARCHIVES):
+        for suffixes in (SUFFIXES, SOUND_SUFFIXES, CLIP_SUFFIXES, _ARCHIVES):
             if found := next(_walk(path, "", set(), suffixes, unnamed=False), None):
                 return _first_name(path / found) if suffixes is _ARCHIVES else found
     elif suffix in (".txt", ".lst") and path.is_file():
@@ -184,14 +184,14 @@ def of_one_kind(names: Sequence[str]) -> list[str]:
 
 
 def open_folder(folder: Path) -> PathList:
-    """Open all images below a folder; where there are none, all clips; where there are none either, all sounds.
+    """Open all images below a folder; where there are none, all sounds; where there are none either, all clips.
 
     Raises `UserError` if there is none of these, or the folder cannot be listed.
     """
     clips: list[str] = []
     try:
         images = Names(_without_clips(_walk(folder, "", set(), (*SUFFIXES, *CLIP_SUFFIXES), unnamed=False), clips))
-        names = images or find_images(folder) or clips or find_images(folder, SOUND_SUFFIXES)
+        names = images or find_images(folder) or find_images(folder, SOUND_SUFFIXES) or clips
     except OSError as error:
         raise UserError(f"{error.filename} cannot be listed: {error.strerror}; check its permissions") from error
     if not names:

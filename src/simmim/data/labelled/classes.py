@@ -161,10 +161,8 @@ def _read_classes(folder: Path, frames: str) -> tuple[ImageSource, list[str]]:
     if not classes:
         raise UserError(f"folder {folder} has no class folders; put each class's images in a folder of its name")
     files, names = [], []
-    kinds = (SUFFIXES, CLIP_SUFFIXES)  # where any class has some
-    suffixes = next(
-        (kind for kind in kinds if any(find_images(folder / name, kind) for name in classes)), SOUND_SUFFIXES
-    )
+    kinds = (SUFFIXES, SOUND_SUFFIXES, CLIP_SUFFIXES)  # the first of which any class has some
+    suffixes = next((kind for kind in kinds if any(find_images(folder / name, kind) for name in classes)), SUFFIXES)
     for name in classes:
         found = find_images(folder / name, suffixes)
         if not found:

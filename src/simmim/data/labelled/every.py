@@ -52,6 +52,7 @@ def open_with_labels(data: str, frames: str = FRAMES) -> tuple[ImageSource, Clas
         source, labels = hugging_face_columns(splits[split], name)
         return source, _numbered(labels)
     source = open_source(data, frames)
+    path = Path(data.removeprefix("video:")).expanduser()
     if path.suffix.lower() == ".npz" and path.is_file():
         return source, _of_arrays(path, len(source))
     if isinstance(source, ArchiveImages):

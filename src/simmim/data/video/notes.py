@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from simmim.data.files import PathList
+from simmim.data.files import PathList, is_sound
 from simmim.data.video.source import clips_of, source_behind
 
 if TYPE_CHECKING:
@@ -16,12 +16,13 @@ def describe_frames(source: "ImageSource") -> str | None:
 
 
 def warn_of_clips(source: "ImageSource") -> str | None:
-    """Say which clips are left out: those beside images, or those that cannot be read. `None` if there are none."""
+    """Say which clips are left out, beside images or sounds, or cannot be read. `None` if there are none."""
     inner = source_behind(source)
     inner = getattr(inner, "files", inner)  # of volumes or clips
     if isinstance(inner, PathList) and (count := inner.clips_left_out):
+        kind = "sounds" if is_sound(inner.name(0)) else "images"
         return (
-            f"{_clips(count)} beside the images {'is' if count == 1 else 'are'} left out; write video:FOLDER to read "
+            f"{_clips(count)} beside the {kind} {'is' if count == 1 else 'are'} left out; write video:FOLDER to read "
             "clips alone"
         )
     if (clips := clips_of(source)) and clips.broken:

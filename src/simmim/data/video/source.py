@@ -205,12 +205,11 @@ def check_frames(frames: str, source: "ImageSource", data: str) -> None:
 
 def clip_numbers(source: "ImageSource") -> NDArray[np.int64]:
     """Number the clips of which images are frames, by their names, packed or not; other images one by one."""
-    count = len(source)
-    if not count or not _FRAME.search(source.name(0)):
-        return np.arange(count)
+    names = [] if isinstance(source, PathList) else [source.name(index) for index in range(len(source))]
+    if not any(map(_FRAME.search, names)):  # the first may be a clip that cannot be read, which has no number
+        return np.arange(len(source))
     numbers: dict[str, int] = {}
-    names = (_FRAME.sub("", source.name(index)) for index in range(count))
-    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+    return np.array([numbers.setdefault(_FRAME.sub("", name), len(numbers)) for name in names], np.int64)
 
 
 def clips_of(source: "ImageSource") -> Clips | None:

@@ -18,6 +18,7 @@ from simmim.data.decode import BadImage
 from simmim.data.pages import say_pages
 from simmim.data.sounds import read_as
 from simmim.data.sources import ImageSource, open_files, read_raw
+from simmim.data.video.source import check_frames
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.output import say
@@ -37,7 +38,8 @@ def predict(config: PredictConfig) -> dict[str, Any]:
     assert task is not None
     if config.top is not None and task != "classify":
         raise UserError(f"--top is for classifiers, and {config.run} is fine-tuned for {task}; leave it out")
-    source = open_files(config.images)
+    source = open_files(config.images, config.frames)
+    check_frames(config.frames, source, config.images[0])
     if pages := say_pages(source):
         say(f"warning    {pages}")
     predictor = find_spec(task).load_predictor(directory, choose_device(config.device))
