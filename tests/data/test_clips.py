@@ -320,7 +320,9 @@ def test_a_list_of_clips_and_pictures_is_refused(tmp_path: Path) -> None:
         open_source(str(tmp_path / "list.txt"))
 
 
-@pytest.mark.parametrize("word", ["", "0", "0s", "-1", "1.5", "keys", "1s+distinct=0", "1s+distinct=1.2.3"])
+@pytest.mark.parametrize(
+    "word", ["", "0", "0s", "-1", "1.5", "keys", "9" * 20, "9" * 20 + "s", "1s+distinct=0", "1s+distinct=1.2.3"]
+)
 def test_what_is_no_choice_of_frames_is_refused(word: str) -> None:
     with pytest.raises(UserError, match=r"^frames .* is not a choice of frames; write 1s "):
         from_settings(PretrainConfig, {"frames": word})

@@ -10,8 +10,9 @@ from pydantic import BeforeValidator
 from simmim.config.field_types import one_word
 from simmim.errors import UserError
 
-_FORM = re.compile(
-    r"(?:(?P<seconds>\d+(?:\.\d+)?)s|(?P<step>\d+)|key)(?P<distinct>\+distinct(?:=(?P<levels>\d+(?:\.\d+)?))?)?"
+_FORM = re.compile(  # more digits would overflow where time stamps are divided
+    r"(?:(?P<seconds>\d{1,9}(?:\.\d{1,6})?)s|(?P<step>\d{1,9})|key)"
+    r"(?P<distinct>\+distinct(?:=(?P<levels>\d+(?:\.\d+)?))?)?"
 )
 LEVELS = 4.0
 """Grey levels, of 255, by which a part of a frame differs from the last kept one."""
