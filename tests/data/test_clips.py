@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from simmim.cli import main
 from simmim.config.frames import FrameChoice
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
+from simmim.data.archives import ArchiveImages
 from simmim.data.decode import BadImage, decode
 from simmim.data.files import PathList, names_sounds
 from simmim.data.labelled.classes import open_labelled
@@ -135,6 +137,13 @@ def test_frames_are_turned_upright(degrees: int, mirrored: bool, tmp_path: Path)
     path = write_clip(tmp_path / "a.mp4", frames=2, prepare=turn)
     expected = np.rot90(decode_whole(path)[1][1], degrees // 90)
     np.testing.assert_array_equal(clips(path).read(1), expected[:, ::-1] if mirrored else expected)
+
+
+def test_archives_of_pictures_win_over_a_clip_beside_them(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", frames=2)
+    with ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    assert isinstance(open_source(str(tmp_path)), ArchiveImages)
 
 
 def test_every_clip_is_looked_at_before_the_depth_is_chosen(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def audio_small() -> PretrainConfig:
 
     Paper: none; a descriptor of the whole spectrogram, predicted from all of it (docs/sound.md).
     Expected: no figure at this size. On 20 spoken words in noise, 1 s each, a ViT of width 128 gave 0.58 by k-NN where
-    the raw spectrogram gave 0.27 and an untrained encoder 0.06, and 0.65 fine-tuned where training from scratch gave
-    0.11, and 0.32 in three times the steps (docs/sound.md).
+    the raw spectrogram gave 0.26 and an untrained encoder 0.07, and 0.65 fine-tuned where training from scratch gave
+    0.12, and 0.30 in three times the steps (docs/sound.md).
     Cost: not measured. Short sounds: --image-size 128x128 is 1.3 s, an eighth of the work.
     Command: simmim pretrain --recipe audio-small --data SOUNDS --out runs/sounds (or without it, for sounds)
     Not reproduced here at this size.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simmim.data.decode import BadImage
-from simmim.data.files import CLIP_SUFFIXES, SOUND_SUFFIXES, SUFFIXES, find_images, of_one_kind, read_part
+from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, find_images, of_one_kind, read_part
 from simmim.data.names import Names
 from simmim.errors import UserError
 
@@ -119,7 +119,7 @@ def open_archives(path: Path) -> ArchiveImages | None:
     if not path.is_dir():
         return ArchiveImages([path]) if path.name.lower().endswith(ARCHIVES) and path.is_file() else None
     found = find_archives(path)
-    return ArchiveImages(found) if found and not find_images(path, (*_READ, *CLIP_SUFFIXES)) else None
+    return ArchiveImages(found) if found and not find_images(path, _READ) else None
 
 
 def find_archives(folder: Path) -> list[Path]:
