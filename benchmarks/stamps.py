@@ -8,7 +8,7 @@ cut-outs of 9 classes on photographs; other cut-outs and other photographs in te
 photographs, of which those with split "train" are cut into tiles. A small encoder is pretrained on the tiles and the
 training images, without labels: once for both tasks. From it, and from scratch with the same settings, each task is
 trained. From scratch it has the best of three rates, chosen on the test images of the first seed, in its favour, and a
-row with three times the steps. The pretrained one has one rate.
+row with three times the steps. The pretrained one has one rate, `--rate`. `--pretraining-steps` is for longer ones.
 
 The settings of pretraining were chosen on other images (garments.py; results/stamps_search.md). Figures are those of
 the last step, not of the best. Runs resume, and the figures are saved as they come.
@@ -74,17 +74,20 @@ def main() -> None:
     parser.add_argument("task", choices=TRAINING)
     for folder in ("stamps", "photos", "work"):
         parser.add_argument(f"--{folder}", type=Path, required=True)
+    parser.add_argument("--pretraining-steps", type=int, default=PRETRAINING["steps"])
+    parser.add_argument("--rate", type=float, default=RATE, help="learning rate of the pretrained arm")
     options = parser.parse_args()
     task, steps = options.task, TRAINING[options.task]["steps"]
     images = options.work / "unlabelled"
     tiles = cut_tiles(options.photos, images) + link_images(options.stamps / "train" / "images", images)
     began = time.process_time()
-    encoder = simmim.pretrain(data=str(images), out=str(options.work / "pretrained"), **MODEL, **PRETRAINING)
+    pretraining = {**PRETRAINING, "steps": options.pretraining_steps}
+    encoder = simmim.pretrain(data=str(images), out=str(options.work / "pretrained"), **MODEL, **pretraining)
     about = {
         **results.machine(),
         "command": f"python benchmarks/stamps.py {task} --stamps DIR --photos DIR --work DIR",
         "model": MODEL,
-        "pretraining": {**PRETRAINING, "images": tiles, "processor_seconds": round(time.process_time() - began)},
+        "pretraining": {**pretraining, "images": tiles, "processor_seconds": round(time.process_time() - began)},
         "training": {**COMMON, **TRAINING[task]},
         "trivial": TRIVIAL[task](options.stamps),
     }
@@ -104,7 +107,7 @@ def main() -> None:
         return row[FIGURE[task]]
 
     for seed in SEEDS:
-        train("pretrained", seed, str(encoder.path), RATE, steps)
+        train("pretrained", seed, str(encoder.path), options.rate, steps)
     reached = {rate: train(f"scratch {rate:g}", SEEDS[0], "scratch", rate, steps) for rate in SCRATCH_RATES}
     best = max(reached, key=lambda rate: reached[rate])
     for seed in SEEDS[1:]:
