@@ -4,6 +4,7 @@ import io
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import imagecodecs
 import numpy as np
@@ -29,7 +30,7 @@ import simmim.data.dicom
 from simmim.cli import main
 from simmim.data.decode import BadImage, decode, open_picture
 from simmim.data.pages import say_pages
-from simmim.data.sources import open_source
+from simmim.data.sources import ImageSource, open_source
 
 RNG = np.random.default_rng(0)
 DEEP = RNG.integers(0, 4096, (40, 56), np.uint16)
@@ -205,11 +206,66 @@ def test_a_palette_becomes_rgb():
     np.testing.assert_array_equal(read(data)[0] // 257, [[10, 1, 255], [20, 2, 0], [30, 3, 9]])
 
 
-def test_of_several_frames_the_first_is_read_and_the_user_is_told(tmp_path: Path):
+def frames_of(folder: Path, data: Dataset, name: str = "a.dcm") -> ImageSource:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(stored(data))
+    return open_source(str(folder))
+
+
+def pixels_of(source: ImageSource, index: int) -> np.ndarray:
+    return open_picture(source.read(index)).read(1)
+
+
+@pytest.mark.parametrize("name", ["a.dcm", "IM0001"])
+def test_every_frame_of_a_file_is_an_image(tmp_path: Path, name: str):
     frames = np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]])
-    np.testing.assert_array_equal(read(dicom(frames)), read(dicom(DEEP)))
-    (tmp_path / "IM0001").write_bytes(stored(dicom(frames)))
-    assert "IM0001 has 3 (one file)" in (say_pages(open_source(str(tmp_path))) or "")
+    source = frames_of(tmp_path, dicom(frames), name)
+    assert [Path(source.name(index)).name for index in range(len(source))] == [
+        f"{name}#00{index}" for index in range(3)
+    ]
+    for index, frame in enumerate(frames):
+        np.testing.assert_array_equal(pixels_of(source, index), read(dicom(frame)))
+    assert say_pages(source) is None
+
+
+def test_every_frame_of_a_compressed_file_is_an_image(tmp_path: Path):
+    frames = np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]])
+    made = dicom(frames, syntax=JPEG2000Lossless)
+    made.PixelData = pydicom.encaps.encapsulate([JPEGS[JPEG2000Lossless](frame) for frame in frames])
+    made["PixelData"].is_undefined_length = True
+    source = frames_of(tmp_path, made)
+    for index, frame in enumerate(frames):
+        np.testing.assert_array_equal(pixels_of(source, index), read(dicom(frame)))
+
+
+def test_each_frame_has_the_window_of_its_functional_group(tmp_path: Path):
+    groups = []
+    for centre in ("500", "2500"):
+        window, group = Dataset(), Dataset()
+        window.WindowCenter, window.WindowWidth = centre, "1001"
+        group.FrameVOILUTSequence = [window]
+        groups.append(group)
+    source = frames_of(tmp_path, dicom(np.stack([DEEP, DEEP]), PerFrameFunctionalGroupsSequence=groups))
+    for index, centre in enumerate((500, 2500)):
+        expected = read(dicom(DEEP, WindowCenter=str(centre), WindowWidth="1001"))
+        np.testing.assert_array_equal(pixels_of(source, index), expected)
+
+
+def test_a_file_that_claims_more_frames_than_its_bytes_hold_counts_as_one(tmp_path: Path):
+    assert len(frames_of(tmp_path, dicom(DEEP, NumberOfFrames=10**9))) == 1
+
+
+def test_files_of_one_frame_stay_as_they_are(tmp_path: Path):
+    data = dicom(DEEP)
+    assert frames_of(tmp_path, data).read(0) == stored(data)
+
+
+def test_in_an_archive_the_first_frame_is_read_and_the_user_is_told(tmp_path: Path):
+    with ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.dcm", stored(dicom(np.stack([DEEP, DEEP[::-1], DEEP[:, ::-1]]))))
+    source = open_source(str(tmp_path / "a.zip"))
+    np.testing.assert_array_equal(pixels_of(source, 0), read(dicom(DEEP)))
+    assert "a.dcm has 3 (one file)" in (say_pages(source) or "")
 
 
 def test_an_enhanced_file_has_its_rules_in_the_functional_groups():

@@ -17,7 +17,7 @@ from . import objectives
 RNG = np.random.default_rng(0)
 
 
-def scan(number: int) -> bytes:
+def scan(number: int, frames: int = 1) -> bytes:
     data, file = Dataset(), io.BytesIO()
     data.file_meta = FileMetaDataset()
     data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -25,9 +25,14 @@ def scan(number: int) -> bytes:
     data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = 40, 56, 1, "MONOCHROME1"
     data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
     data.RescaleSlope, data.RescaleIntercept, data.WindowCenter, data.WindowWidth = "1", "-1024", "40", "3000"
-    data.PixelData = RNG.integers(0, 4096, (40, 56), np.uint16).tobytes()
+    data.NumberOfFrames = frames
+    data.PixelData = RNG.integers(0, 4096, (frames, 40, 56), np.uint16).tobytes()
     pydicom.dcmwrite(file, data, enforce_file_format=True)
     return file.getvalue()
+
+
+def film(number: int) -> bytes:
+    return scan(number, frames=3)
 
 
 def satellite_image(number: int) -> bytes:
@@ -47,6 +52,7 @@ def volume(number: int) -> bytes:
     ("make", "name", "channels", "crop"),
     [
         (scan, "IM{}", 1, "resized"),
+        (film, "{}.dcm", 1, "resized"),
         (satellite_image, "{}.tif", 5, "resized"),
         (satellite_image, "{}.tif", 5, "pixels"),
         (volume, "{}.nii", 1, "resized"),

@@ -9,21 +9,27 @@ Shapes: `H W` pixels, `C` channels.
 import importlib.util
 import io
 import logging
+import os
 import threading
 import warnings
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Picture, check_size
+from simmim.data.files import read_file, try_again
 
 _DEEPEST = np.iinfo(np.uint16).max
 _GREYS, _COLOURS = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _PREAMBLE = 132  # bytes before the first element
 _META, _SYNTAX = 0x0002, 0x00020010  # group of the file's description; its transfer syntax
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+_START = 1 << 16  # bytes in which tags are looked for, in a hundredth of the time that pydicom takes
+_NUMBER_OF_FRAMES, _PIXEL_DATA = (b"\x28\0\x08\0", b"\0\x28\0\x08"), (b"\xe0\x7f\x10\0", b"\x7f\xe0\0\x10")
+_LEAST = 8  # bytes of a frame in a file, that of an item of compressed ones
 _ONCE = threading.Lock()
 # All that is read of a file. Names, dates and places stay unread.
 _TAGS = [
@@ -39,21 +45,53 @@ _TAGS = [
 ]  # fmt: skip
 
 
-def count_frames(raw: bytes) -> int:
-    """Count the frames of a DICOM file. Raises `BadImage`."""
+def may_be_dicom(name: str) -> bool:
+    """Tell by its name whether a file may be DICOM: it ends so, in digits, or has no suffix."""
+    _, dot, suffix = name.replace("\\", "/").rpartition("/")[2].rpartition(".")
+    return name.lower().endswith((".dcm", ".dicom")) or not dot or suffix.isdigit()
+
+
+def count_frames(file: BinaryIO) -> int:
+    """Count the frames of a DICOM file by its header; 1 where it is short of bytes for them. Raises `BadImage`."""
     with _NoPatientData():
-        return _number(_parse(raw), "NumberOfFrames", 1)
+        count = _number(_parse(file, tags=["NumberOfFrames"], stop_before_pixels=True), "NumberOfFrames", 1)
+    size = file.seek(0, os.SEEK_END)
+    return count if 1 <= count <= size // _LEAST else 1
 
 
-def open_dicom(raw: bytes) -> Picture:
+def count_frames_of(path: str) -> int:
+    """Count the frames of a file by its path; 1 where it is no DICOM file, or cannot be read."""
+
+    def count() -> int:
+        if not Path(path).is_file():
+            return 1
+        with Path(path).open("rb") as file:
+            start = file.read(_START)
+            if start[_PREAMBLE - 4 : _PREAMBLE] != b"DICM":
+                return 1
+            has_one = any(tag in start for tag in _PIXEL_DATA) and not any(tag in start for tag in _NUMBER_OF_FRAMES)
+            return 1 if has_one else count_frames(file)
+
+    try:
+        return try_again(count)
+    except (BadImage, OSError):
+        return 1
+
+
+def read_frame(path: str, frame: int) -> NDArray[Any]:
+    """Read a frame, (H, W, C): uint8 or uint16, as `open_dicom` has it. Raises `BadImage`, or `OSError`."""
+    return open_dicom(read_file(path), frame).read(1)
+
+
+def open_dicom(raw: bytes, frame: int = 0) -> Picture:
     """Read the header of a DICOM file. Raises `BadImage`, also where its pixels cannot be decoded here.
 
-    The picture is its first frame. Greys: stored value → modality LUT, or slope and intercept → the file's first VOI
+    The picture is one of its frames. Greys: stored value → modality LUT, or slope and intercept → the file's first VOI
     LUT or window, or else the whole range of the stored bits → 0..65535, MONOCHROME1 inverted. They are uint8 if
     no more than 8 bits are stored, and nothing maps them. Colours are RGB, and have no window.
     """
     with _NoPatientData():
-        file = _parse(raw)
+        file = _parse(io.BytesIO(raw))
         syntax = _check_readable(file)
         height, width = _number(file, "Rows"), _number(file, "Columns")
         kind = str(file.get("PhotometricInterpretation", ""))
@@ -66,7 +104,7 @@ def open_dicom(raw: bytes) -> Picture:
             raise BadImage(f"stores {bits} bits a value; 1 to 16 are read")
         if _number(file, "HighBit", bits - 1) != bits - 1:
             raise BadImage("does not store its values in the low bits, which is not read")
-        rules = _mapping(file)
+        rules = _mapping(file, frame)
         if kind == "PALETTE COLOR":
             depth = _descriptor(file.RedPaletteColorLookupTableDescriptor)[2]
             deep = depth > 8
@@ -75,7 +113,7 @@ def open_dicom(raw: bytes) -> Picture:
 
     def read(_: int) -> NDArray[Any]:
         with _NoPatientData():
-            pixels = _decompress(file, syntax)
+            pixels = _decompress(file, syntax, frame)
             if kind in _GREYS:
                 shares = _shares(pixels, file, rules, bits)
                 shares = 1 - shares if kind == "MONOCHROME1" else shares
@@ -116,15 +154,15 @@ def _pydicom() -> Any:
     return pydicom
 
 
-def _parse(raw: bytes) -> Any:
+def _parse(file: BinaryIO, tags: list[str] = _TAGS, **how: bool) -> Any:
     pydicom = _pydicom()
-    header = io.BytesIO(raw)
-    header.seek(_PREAMBLE)
-    elements = pydicom.filereader.data_element_generator(header, False, True, lambda tag, *_: int(tag) >> 16 != _META)
+    file.seek(_PREAMBLE)
+    elements = pydicom.filereader.data_element_generator(file, False, True, lambda tag, *_: int(tag) >> 16 != _META)
     if any(int(each.tag) == _SYNTAX and _DEFLATED in bytes(each.value or b"") for each in elements):
         # It could unpack to any size.
         raise BadImage("transfer syntax Deflated Explicit VR Little Endian is not read; unpack it, as by dcmconv +te")
-    return pydicom.dcmread(io.BytesIO(raw), specific_tags=_TAGS)
+    file.seek(0)
+    return pydicom.dcmread(file, specific_tags=tags, **how)
 
 
 def _check_readable(file: Any) -> Any:
@@ -155,26 +193,26 @@ def _known_name(uid: Any) -> str:
     return "of an unknown kind" if not name or name == str(uid) else name
 
 
-def _decompress(file: Any, syntax: Any) -> NDArray[Any]:
-    """Return the stored values of the first frame, (H, W) or (H, W, 3), YBR as RGB."""
+def _decompress(file: Any, syntax: Any, frame: int) -> NDArray[Any]:
+    """Return the stored values of a frame, (H, W) or (H, W, 3), YBR as RGB."""
     try:
-        return _pydicom().pixels.get_decoder(syntax).as_array(file, index=0, raw=False)[0]
+        return _pydicom().pixels.get_decoder(syntax).as_array(file, index=frame, raw=False)[0]
     except Exception as error:
         hint = "" if importlib.util.find_spec("imagecodecs") else ", or it needs pip install 'simmim[medical]'"
         raise BadImage(f"{_known_name(syntax)} pixel data cannot be decoded ({type(error).__name__}){hint}") from None
 
 
-def _mapping(file: Any) -> dict[str, Any]:
-    """Return the attributes that map values to greys, by name, of the file or of its first frame's functional groups.
+def _mapping(file: Any, frame: int) -> dict[str, Any]:
+    """Return the attributes that map values to greys, by name, of the file or of a frame's functional groups.
 
     What maps nothing, a slope of 1 and an intercept of 0, is left out.
     """
     named: dict[str, Any] = {}
     groups = [file]
-    for group in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+    for group, place in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-            if file.get(group) and file[group][0].get(macro):
-                groups.append(file[group][0][macro][0])
+            if file.get(group) and file[group][place].get(macro):
+                groups.append(file[group][place][macro][0])
     for part in groups:
         for name in ("ModalityLUTSequence", "VOILUTSequence", "VOILUTFunction"):
             if part.get(name):

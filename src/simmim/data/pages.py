@@ -70,7 +70,7 @@ def count_pages(raw: bytes | Path) -> int:
     if isinstance(raw, bytes) and raw[128:132] == b"DICM":
         from simmim.data.dicom import count_frames
 
-        return count_frames(raw)
+        return count_frames(io.BytesIO(raw))
     file = io.BytesIO(raw) if isinstance(raw, bytes) else raw
     try:
         image = Image.open(file)

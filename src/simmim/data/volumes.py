@@ -1,7 +1,8 @@
-"""NIfTI volumes: each axial slice is an image, anterior up and the patient's left on the left.
+"""Files of several images: the slices of a NIfTI volume, and the frames of a DICOM file.
 
-nibabel reads headers and values. Of a `.nii` one slice is read; a `.nii.gz` is decompressed whole, and a few such
-volumes are kept in memory for the slices that are asked for next.
+Of a volume each axial slice is an image, anterior up and the patient's left on the left. nibabel reads headers and
+values. Of a `.nii` one slice is read; a `.nii.gz` is decompressed whole, and a few such volumes are kept in memory for
+the slices that are asked for next.
 
 Shapes: `H W` pixels; a volume is (i, j, k) or (i, j, k, time), as stored.
 """
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Raw, check_size, count_pixels
+from simmim.data.dicom import count_frames_of, may_be_dicom, read_frame
 from simmim.data.files import PathList, in_threads, try_again
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -34,17 +36,23 @@ def is_volume(name: str) -> bool:
 
 
 def as_slices(source: PathList) -> "PathList | Slices":
-    """Return files whose volumes count as their slices; the same files where none is a volume."""
-    if not source.may_mention(SUFFIXES[0]):
+    """Return files of which some hold several images as all of these; the same files where none does."""
+    names = (SUFFIXES[0], ".dcm", ".dicom")
+    unnamed = len(source) > 0 and may_be_dicom(source.name(0))  # DICOM without suffixes
+    if not (unnamed or any(map(source.may_mention, names))):
         return source
-    return Slices(source) if any(is_volume(source.name(index)) for index in range(len(source))) else source
+    found = Slices(source)
+    return found if len(found) > len(source) or any(map(is_volume, map(source.name, range(len(source))))) else source
 
 
 class Slices:
-    """The slices of the volumes among some files, named PATH#000, PATH#001, …, and other files; an `ImageSource`."""
+    """The slices of volumes and the frames of DICOM files, named PATH#000, PATH#001, …, and other files.
+
+    An `ImageSource`.
+    """
 
     def __init__(self, files: PathList):
-        """Read the header of each volume, to count its slices; one that is broken counts as one."""
+        """Read the header of each such file, to count its images; one that is broken counts as one."""
         self.files = files
         self._firsts = [0, *accumulate(in_threads(lambda number: _count(files.name(number)), len(files)))]
 
@@ -62,23 +70,33 @@ class Slices:
         return number, index - self._firsts[number]
 
     def name(self, index: int) -> str:
-        number, slice_number = self.place(index)
+        number, image = self.place(index)
         name = self.files.name(number)
-        return f"{name}#{slice_number:03d}" if is_volume(name) else name
+        return f"{name}#{image:03d}" if self._is_one_of_several(number) or is_volume(name) else name
 
     def count_pixels(self, index: int) -> int:
         """Count an image's pixels, by its header where that is enough. Raises `BadImage`."""
         number, _ = self.place(index)
         name = self.files.name(number)
         if not is_volume(name):
-            return count_pixels(Path(name))
+            return _count_pixels(name)
         rows, columns = slice_size(name)
         return rows * columns
 
     def read(self, index: int) -> Raw:
-        number, slice_number = self.place(index)
+        number, image = self.place(index)
         name = self.files.name(number)
-        return read_slice(name, slice_number) if is_volume(name) else self.files.read(number)
+        if is_volume(name):
+            return read_slice(name, image)
+        return read_frame(name, image) if self._is_one_of_several(number) else self.files.read(number)
+
+    def _is_one_of_several(self, number: int) -> bool:
+        return self._firsts[number + 1] - self._firsts[number] > 1
+
+
+@lru_cache(maxsize=256)
+def _count_pixels(path: str) -> int:
+    return count_pixels(Path(path))
 
 
 class _Blame:
@@ -126,7 +144,7 @@ def _axial_axis(image: Any) -> tuple[int, NDArray[np.float64]]:
 
 def _count(path: str) -> int:
     if not is_volume(path):
-        return 1
+        return count_frames_of(path) if may_be_dicom(path) else 1
     try:
         image = _open(path)
         with _Blame():
