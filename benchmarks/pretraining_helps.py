@@ -43,10 +43,8 @@ PRETRAINING: dict[str, Any] = {
     "warmup_epochs": 0.5,
     "val_images": 0,
 }
-FINETUNING = {
-    "batch_size": 64,
-    "crop_scale": 0.6,
-    "eval_crop": 1.0,
+# Without the paper's strong augmentations, which few labels and plain images do not bear.
+PLAIN: dict[str, Any] = {
     "rand_augment": 0.0,
     "erase": 0.0,
     "mixup": 0.0,
@@ -54,6 +52,7 @@ FINETUNING = {
     "drop_path": 0.0,
     "eval_every_epochs": 1e4,  # at the end only
 }
+FINETUNING: dict[str, Any] = {"batch_size": 64, "crop_scale": 0.6, "eval_crop": 1.0, **PLAIN}
 STEPS = 300
 PRETRAINED_RATE, SCRATCH_RATES = 0.008, (0.008, 0.016, 0.032)
 LAYER_DECAY = 0.75

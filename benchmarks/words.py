@@ -26,6 +26,7 @@ from typing import Any
 
 from features import Pieces
 from frozen_features import classify, standardised, vote
+from pretraining_helps import LAYER_DECAY, PLAIN
 from results import machine, save
 from spoken_words import FEW, WORDS, few_labels, fingerprint, make_set
 
@@ -74,19 +75,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "descriptor, whole": WHOLE,
 }
 """Arguments of `simmim.pretrain` by arm."""
-FINETUNING = {
-    "batch_size": 32,
-    "time_mask": 16,
-    "band_mask": 8,
-    "rand_augment": 0.0,
-    "erase": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "drop_path": 0.0,
-    "eval_every_epochs": 1e4,  # at the end only
-}
+FINETUNING: dict[str, Any] = {"batch_size": 32, "time_mask": 16, "band_mask": 8, **PLAIN}
 PRETRAINED_RATE, SCRATCH_RATES = 0.016, (0.008, 0.016, 0.032)  # for a batch of 512: 0.016 is 1e-3 at a batch of 32
-LAYER_DECAY = 0.75
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from simmim.data.decode import BadImage, Picture, check_size
 from simmim.data.files import read_file, try_again
 
+DICOM_SUFFIXES = (".dcm", ".dicom")
 _DEEPEST = np.iinfo(np.uint16).max
 _GREYS, _COLOURS = ("MONOCHROME1", "MONOCHROME2"), ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _PREAMBLE = 132  # bytes before the first element
@@ -48,7 +49,7 @@ _TAGS = [
 def may_be_dicom(name: str) -> bool:
     """Tell by its name whether a file may be DICOM: it ends so, in digits, or has no suffix."""
     _, dot, suffix = name.replace("\\", "/").rpartition("/")[2].rpartition(".")
-    return name.lower().endswith((".dcm", ".dicom")) or not dot or suffix.isdigit()
+    return name.lower().endswith(DICOM_SUFFIXES) or not dot or suffix.isdigit()
 
 
 def count_frames(file: BinaryIO) -> int:

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from simmim.data.decode import BadImage, open_picture
+from simmim.data.dicom import count_frames, may_be_dicom
 from simmim.data.sources import ImageSource, Subset
 from simmim.data.windows import Windows
 
-_SUFFIXES = (".tif", ".tiff", ".gif", ".webp", ".dcm", ".dicom")
+_SUFFIXES = (".tif", ".tiff", ".gif", ".webp")
 _LOOKED_AT = 16
 _WINDOW = re.compile(r"#\d+$")
 
@@ -48,9 +49,8 @@ def _file_of(source: ImageSource, index: int) -> tuple[ImageSource, int]:
 
 
 def _may_hold_several(name: str) -> bool:
-    """Tell by its name whether a file may be of a format with pages; DICOM's may end in digits, or have no suffix."""
-    _, dot, suffix = name.rpartition("/")[2].rpartition(".")
-    return name.lower().endswith(_SUFFIXES) or not dot or suffix.isdigit()
+    """Tell by its name whether a file may be of a format with pages."""
+    return name.lower().endswith(_SUFFIXES) or may_be_dicom(name)
 
 
 def _count(source: ImageSource, index: int) -> int:
@@ -68,8 +68,6 @@ def count_pages(raw: bytes | Path) -> int:
 
     open_picture(raw)  # not bombs, nor formats that are not read
     if isinstance(raw, bytes) and raw[128:132] == b"DICM":
-        from simmim.data.dicom import count_frames
-
         return count_frames(io.BytesIO(raw))
     file = io.BytesIO(raw) if isinstance(raw, bytes) else raw
     try:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.decode import BadImage, Raw, check_size, count_pixels
-from simmim.data.dicom import count_frames_of, may_be_dicom, read_frame
+from simmim.data.dicom import DICOM_SUFFIXES, count_frames_of, may_be_dicom, read_frame
 from simmim.data.files import PathList, in_threads, try_again
 
 SUFFIXES = (".nii", ".nii.gz")
@@ -37,12 +37,12 @@ def is_volume(name: str) -> bool:
 
 def as_slices(source: PathList) -> "PathList | Slices":
     """Return files of which some hold several images as all of these; the same files where none does."""
-    names = (SUFFIXES[0], ".dcm", ".dicom")
+    has_volumes = source.may_mention(SUFFIXES[0]) and any(map(is_volume, map(source.name, range(len(source)))))
     unnamed = len(source) > 0 and may_be_dicom(source.name(0))  # DICOM without suffixes
-    if not (unnamed or any(map(source.may_mention, names))):
+    if not (has_volumes or unnamed or any(map(source.may_mention, DICOM_SUFFIXES))):
         return source
     found = Slices(source)
-    return found if len(found) > len(source) or any(map(is_volume, map(source.name, range(len(source))))) else source
+    return found if has_volumes or len(found) > len(source) else source
 
 
 class Slices:
