@@ -327,6 +327,7 @@ def test_a_tpu_without_its_library_is_refused(capsys):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch_tpu") is None, reason="TorchTPU is not installed: simmim[tpu]")
+@pytest.mark.slow
 def test_a_tpu_that_is_not_there_is_refused():
     """In a process of its own: TorchTPU changes torch when it is imported."""
     command = [sys.executable, "-m", "simmim", "pretrain", *tiny("--device tpu")[1:]]

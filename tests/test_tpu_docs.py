@@ -19,9 +19,10 @@ CURL = """case "$4" in
 */agent-worker-number) printf 1 ;;
 esac
 """
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("torch_tpu") is None, reason="TorchTPU is not installed: simmim[tpu]"
-)
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("torch_tpu") is None, reason="TorchTPU is not installed: simmim[tpu]"),
+    pytest.mark.slow,
+]
 
 
 def launch(block: str, tmp_path: Path, **environment: str) -> tuple[dict[str, str], list[str]]:
@@ -44,7 +45,6 @@ def launch(block: str, tmp_path: Path, **environment: str) -> tuple[dict[str, st
     return dict(line.split("=", 1) for line in lines if "=" in line), (tmp_path / "arguments").read_text().splitlines()
 
 
-@pytest.mark.slow
 def test_one_host_starts_a_process_for_each_address(tmp_path: Path) -> None:
     addresses = ",".join(f"localhost:{port}" for port in range(8000, 8008))  # which TorchTPU would find itself
     told = {"TORCH_TPU_SLICEBUILDER_ADDRESSES": addresses, "TORCH_TPU_TOPOLOGY": "2,4,1"}

@@ -13,7 +13,9 @@ from . import record
 KERAS_IS_HERE = all(importlib.util.find_spec(library) for library in ("keras", "jax"))
 
 
-@pytest.mark.parametrize("name", record.names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("keras")) for name in record.names()]
+)
 def test_a_run_ends_as_it_was_recorded(name: str, tmp_path: Path) -> None:
     if name.startswith("keras") and not KERAS_IS_HERE:
         pytest.skip("keras or jax not installed: pip install 'simmim[keras]'")

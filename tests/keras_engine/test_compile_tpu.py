@@ -11,14 +11,22 @@ from .conftest import have, run_python
 Report = Callable[..., Any]
 JAX = [have("keras", "jax", "libtpu")]
 TENSORFLOW = [have("keras", "tensorflow", "jax", "libtpu")]
-# Quick ones, in one process for each backend; the rest take minutes on two cores. TensorFlow's step is lowered in fp32.
+# Quick ones, in one process; the rest take minutes on two cores. TensorFlow's step is lowered in fp32.
 QUICK = {
     "jax": ("vit", "vit, sharded", "vit, too large", "vit, batch that does not divide", "vit in fp32"),
-    "tensorflow": ("vit, sharded", "vit in fp32"),
+    "tensorflow": (),
 }
 SLOW = {
     "jax": ("vit in pieces, with drop path", "resnet", "swin"),
-    "tensorflow": ("vit", "vit in pieces, with drop path", "vit, too large", "swin", "resnet"),
+    "tensorflow": (
+        "vit",
+        "vit, sharded",
+        "vit in fp32",
+        "vit in pieces, with drop path",
+        "vit, too large",
+        "swin",
+        "resnet",
+    ),
 }
 
 
@@ -121,7 +129,7 @@ def test_a_step_that_does_not_fit_says_what_it_needs_of_what_there_is(
             "tensorflow",
             "vit, sharded",
             "--shard is not for --engine keras --backend tensorflow; use --backend jax",
-            marks=TENSORFLOW,
+            marks=[*TENSORFLOW, pytest.mark.slow],
         ),
     ],
 )

@@ -14,6 +14,8 @@ from simmim.torch_engine.perf.cost import _record, measure_work
 
 from . import tiny
 
+SLOW = pytest.mark.slow
+
 
 def config(model: str, size: int = 224, **settings) -> PretrainConfig:
     complete = {"image_size": (size, size), "mean": (0.5,) * 3, "std": (0.5,) * 3, "device": "cpu", "precision": "fp32"}
@@ -33,21 +35,23 @@ def work_of(kind: str, precision: str = "fp32", *, checkpoint: bool = False) -> 
         # Patch embedding and head 0.231e9 each; a layer 2 × 197 × 12 × 768² for its weights and 4 × 197² × 768 for
         # attention.
         pytest.param({"model": "vit_base_patch16_224"}, 2 * 0.231e9 + 12 * (2.789e9 + 0.119e9), id="ViT-B/16"),
-        pytest.param({"model": "vit_large_patch16_224"}, 123.4e9, id="ViT-L/16", marks=pytest.mark.slow),
+        pytest.param({"model": "vit_large_patch16_224"}, 123.4e9, id="ViT-L/16", marks=SLOW),
         pytest.param(
             {"model": "swin_base_patch4_window7_224", "size": 192, "model_args": {"window_size": 6}},
             22.8e9,
             id="Swin-B",
-            marks=pytest.mark.slow,
+            marks=SLOW,
         ),
-        pytest.param({"model": "resnet50"}, 8.8e9, id="ResNet-50"),
+        pytest.param({"model": "resnet50"}, 8.8e9, id="ResNet-50", marks=SLOW),
     ],
 )
 def test_the_forward_pass_has_the_flops_counted_by_hand(settings, by_hand):
     assert measure_work(config(**settings, plain_step=True)).forward_flops == pytest.approx(by_hand, rel=0.02)
 
 
-@pytest.mark.parametrize("kind", ["vit", "beit", "swin", "resnet18", "convnext", "regnet"])
+@pytest.mark.parametrize(
+    "kind", ["vit", "swin", *(pytest.param(kind, marks=SLOW) for kind in ("beit", "resnet18", "convnext", "regnet"))]
+)
 def test_backward_takes_about_twice_the_forward(kind):
     work = work_of(kind)
     # Less for the first layer, which passes no gradient on; more for fused attention, which finds its scores again.
@@ -76,14 +80,14 @@ def profiled_peak(settings: PretrainConfig) -> int:
 
 
 CASES = [
-    ("vit", "fp32", False, 16),
-    ("vit", "bf16", False, 8),
     ("vit", "bf16", True, 16),
-    ("swin", "fp32", False, 8),
     ("swin", "bf16", False, 16),
     ("resnet18", "fp32", False, 16),
-    ("convnext", "fp32", False, 8),
     ("beit", "bf16", False, 8),
+    pytest.param("vit", "fp32", False, 16, marks=SLOW),
+    pytest.param("vit", "bf16", False, 8, marks=SLOW),
+    pytest.param("swin", "fp32", False, 8, marks=SLOW),
+    pytest.param("convnext", "fp32", False, 8, marks=SLOW),
 ]
 
 
@@ -148,7 +152,7 @@ def test_measuring_leaves_autocast_as_it_was():
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_tpu_is_given_no_less_memory_than_its_compiler_takes():
     small, large = 10.45 * 2**30, 12.14 * 2**30  # ViT-B/16, 128 images, v5e and v6e: docs/tpu.md
     work = measure_work(config("vit_base_patch16_224", precision="bf16", device="tpu"))

@@ -31,9 +31,9 @@ pytestmark = [
 QUICK = [
     "vit_tiny_patch16_224 depth=2 embed_dim=48",
     "swin_tiny_patch4_window7_224 embed_dim=24 depths=[1,1,2] num_heads=[2,4,4] window_size=4 visible",
-    "resnet18 layers=[1,1,1,1] channels=[8,16,16,32]",
 ]
 SLOW = [
+    "resnet18 layers=[1,1,1,1] channels=[8,16,16,32]",
     "beit_base_patch16_224 depth=2 embed_dim=48 num_heads=3 use_rel_pos_bias=false use_shared_rel_pos_bias=true",
     "swin_tiny_patch4_window7_224 embed_dim=24 depths=[1,2] num_heads=[2,4] window_size=4",
 ]
@@ -92,6 +92,7 @@ def test_vit_b_does_not_fit_at_512_images_a_device() -> None:
     assert report.needed > report.available == round(15.75 * 2**30)
 
 
+@pytest.mark.slow
 def test_a_topology_that_does_not_exist_is_refused_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^topology 'v9:1x1' is not known \(.*\); use one like v4:2x2x1, v5e:1x1"):
         tpu_check(TpuCheckConfig(topology="v9:1x1"))
