@@ -65,6 +65,11 @@ def test_reading_gives_the_bytes_of_the_file_that_is_named(tmp_path: Path):
     assert [source.read(index) for index in range(2)] == [b"a.jpg", b"b/1.jpg"]
 
 
+def test_one_image_is_a_set_of_one(tmp_path: Path):
+    source = open_source(str(write(tmp_path, "a.JPG", "b.jpg") / "a.JPG"))
+    assert [source.read(index) for index in range(len(source))] == [b"a.JPG"]
+
+
 def test_a_list_names_images_relative_to_its_folder(tmp_path: Path):
     write(tmp_path / "elsewhere", "c.jpg")
     write(tmp_path, "a.jpg", "b/b.jpg")
@@ -90,9 +95,9 @@ def test_a_subset_has_the_chosen_images_in_their_order(tmp_path: Path):
         ),
         ({"a/b.txt": ""}, "a", "folder {0}/a holds no images; files read end in .avif, .bmp, .dcm, "),
         (
-            {"a.jpg": ""},
-            "a.jpg",
-            "{0}/a.jpg is neither a folder, nor an archive, nor a list of image paths; ",
+            {"a.dat": ""},
+            "a.dat",
+            "{0}/a.dat is neither a folder, nor an archive, nor a list of image paths, nor an image by its suffix; ",
         ),
         (
             {"a.tar.gz": ""},

@@ -24,7 +24,7 @@ from simmim.data.key_value import open_lmdb
 from simmim.data.packed.format import is_packed, open_packed
 from simmim.data.sounds import Clip, Sounds
 from simmim.data.video.source import as_clips, check_frames, open_clips
-from simmim.data.volumes import as_slices, is_volume
+from simmim.data.volumes import as_slices
 from simmim.errors import UserError
 
 _LISTS = (".txt", ".lst", ".npz", ".parquet", *ARCHIVES)  # files that hold or list many images
@@ -158,8 +158,8 @@ def open_source(data: str, frames: str = FRAMES) -> ImageSource:
     """Open the images that `--data` names.
 
     That is a registered scheme (`demo`, `hf:NAME_OR_PATH[:SPLIT]`, `lmdb:PATH`), a folder of images or of archives, a
-    .zip or .tar, a .parquet, a .txt or .lst of paths, an .npz, or a directory that `simmim pack` wrote, also by a URL
-    of object storage. Sounds come likewise, and with `audio:` before any of these whatever their names. Clips come as a
+    .zip or .tar, a .parquet, a .txt or .lst of paths, an .npz, an image, or a directory that `simmim pack` wrote, also
+    by a URL of object storage. Sounds come likewise, and with `audio:` before any of these whatever their names. Clips come as a
     folder, a list or one of them, or by `video:`; `frames` chooses their images, and is refused where there are none.
     Raises `UserError` if there is nothing to read.
     """
@@ -182,13 +182,13 @@ def _open(data: str, frames: str) -> ImageSource:
         return archives
     if path.is_dir():
         return _as_images(open_folder(path), frames)
-    if is_volume(path.name) and path.is_file():
+    if path.name.lower().endswith(SUFFIXES) and path.is_file():  # a scene, a volume, a film
         return _as_images(PathList([path]), frames)
     suffix = path.suffix.lower()
     if suffix in CLIP_SUFFIXES and path.is_file():
         return as_clips(PathList([path]), frames)
     if not path.is_file() or suffix not in _LISTS:
-        raise UserError(f"{path} is neither a folder, nor an archive, nor a list of image paths; {_REMEDY}")
+        raise UserError(f"{path} is neither a folder, nor an archive, nor a list of image paths, nor an image by its suffix; {_REMEDY}")
     if suffix == ".parquet":
         return open_hugging_face(str(path))
     return _open_arrays(path) if suffix == ".npz" else _as_images(open_list(path), frames)
