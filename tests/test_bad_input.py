@@ -119,8 +119,8 @@ BAD_OPTIONS = {
     "--data texts": f"folder texts holds no images; files read end in {SUFFIXES}",
     "--data renamed": "none of the first 6 images can be read, such as renamed/0.jpg: not an image in a format that is "
     "read here",
-    "--data file": "file is neither a folder, nor an archive, nor a list of image paths, nor an image by its suffix; pass a "
-    "folder of images or shards, a .zip or .tar, a .txt list of paths, an .npz, hf:NAME or demo",
+    "--data file": "file is neither a folder, nor an archive, nor a list of image paths, nor an image by its suffix; "
+    "pass a folder of images or shards, a .zip or .tar, a .txt list of paths, an .npz, hf:NAME or demo",
     "--data empty.txt": "list empty.txt names no images; write one path a line",
     "--data astray.txt": "none of the first 1 paths in astray.txt is a file, such as nowhere/1.png; write paths "
     "relative to the list's folder",

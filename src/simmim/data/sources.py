@@ -159,9 +159,9 @@ def open_source(data: str, frames: str = FRAMES) -> ImageSource:
 
     That is a registered scheme (`demo`, `hf:NAME_OR_PATH[:SPLIT]`, `lmdb:PATH`), a folder of images or of archives, a
     .zip or .tar, a .parquet, a .txt or .lst of paths, an .npz, an image, or a directory that `simmim pack` wrote, also
-    by a URL of object storage. Sounds come likewise, and with `audio:` before any of these whatever their names. Clips come as a
-    folder, a list or one of them, or by `video:`; `frames` chooses their images, and is refused where there are none.
-    Raises `UserError` if there is nothing to read.
+    by a URL of object storage. Sounds come likewise, and with `audio:` before any of these whatever their names. Clips
+    come as a folder, a list or one of them, or by `video:`; `frames` chooses their images, and is refused where there
+    are none. Raises `UserError` if there is nothing to read.
     """
     source = _open(data, frames)
     check_frames(frames, source, data)
@@ -188,7 +188,9 @@ def _open(data: str, frames: str) -> ImageSource:
     if suffix in CLIP_SUFFIXES and path.is_file():
         return as_clips(PathList([path]), frames)
     if not path.is_file() or suffix not in _LISTS:
-        raise UserError(f"{path} is neither a folder, nor an archive, nor a list of image paths, nor an image by its suffix; {_REMEDY}")
+        raise UserError(
+            f"{path} is neither a folder, nor an archive, nor a list of image paths, nor an image by its suffix; {_REMEDY}"
+        )
     if suffix == ".parquet":
         return open_hugging_face(str(path))
     return _open_arrays(path) if suffix == ".npz" else _as_images(open_list(path), frames)
