@@ -189,7 +189,8 @@ def _open(data: str, frames: str) -> ImageSource:
         return as_clips(PathList([path]), frames)
     if not path.is_file() or suffix not in _LISTS:
         raise UserError(
-            f"{path} is neither a folder, nor an archive, nor a list of image paths, nor an image by its suffix; {_REMEDY}"
+            f"{path} is neither a folder, nor an archive, nor a list of image paths, nor an image by its suffix; "
+            f"{_REMEDY}"
         )
     if suffix == ".parquet":
         return open_hugging_face(str(path))
