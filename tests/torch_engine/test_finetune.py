@@ -22,7 +22,7 @@ from simmim.cli import main
 from simmim.config.tasks import TASK_CONFIGS, ClassifyConfig
 from simmim.method.random_keys import sample_keys
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
-from simmim.torch_engine.tasks.classify import ClassifyStep
+from simmim.torch_engine.tasks.classifier import ClassifyStep
 from simmim.training.run_directory import Run
 
 TASKS = ", ".join(TASK_CONFIGS)
