@@ -39,7 +39,8 @@ from results import machine, save
 import simmim
 from simmim.hardware.host import cpu_name
 from simmim.torch_engine.tasks.probe import Features
-from simmim.training.run_directory import Run, write_json
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import write_json
 
 # Those of pretraining_helps. Rates are for a batch of 512, so that 0.008 is 1e-3 at a batch of 64.
 PIXELS: dict[str, Any] = {"objectives": [{"kind": "pixels"}], "batch_size": 64, "lr": 0.008, "val_images": 0}

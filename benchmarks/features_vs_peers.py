@@ -49,7 +49,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD
 from simmim.torch_engine.models.encoders import create_backbone
 from simmim.torch_engine.train.storage import save_hub
-from simmim.training.run_directory import write_json
+from simmim.training.whole_files import write_json
 
 # For views of several sizes, and features that are the mean over the image, as our evaluation takes them.
 PEER_ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ import numpy as np
 from results import machine, save
 
 import simmim
-from simmim.training.run_directory import write_json
+from simmim.training.whole_files import write_json
 
 LABEL_SETS = (0, 1, 2)
 ENCODER = {

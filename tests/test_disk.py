@@ -16,11 +16,12 @@ from simmim import disk
 from simmim.cli import explain
 from simmim.disk import WriteError, writing
 from simmim.errors import UserError
-from simmim.training import checkpoint_directory, run_directory
+from simmim.training import checkpoint_directory, whole_files
 from simmim.training.checkpoint_directory import begin, checkpoint_path, filling, newest_checkpoint, publish
-from simmim.training.run_directory import Run, new_directory, written_whole
+from simmim.training.run_directory import Run
 from simmim.training.run_lock import locked
 from simmim.training.tracking import MetricsFile, TensorBoard
+from simmim.training.whole_files import new_directory, written_whole
 
 
 @pytest.mark.parametrize(
@@ -205,7 +206,7 @@ def test_a_directory_being_filled_refuses_a_second_and_a_kill_leaves_nothing(tmp
 def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     replace = Path.replace
-    monkeypatch.setattr(run_directory, "to_disk", lambda path: calls.append(f"sync {Path(path).name}"))
+    monkeypatch.setattr(whole_files, "to_disk", lambda path: calls.append(f"sync {Path(path).name}"))
     monkeypatch.setattr(Path, "replace", lambda path, to: (calls.append(f"replace {to.name}"), replace(path, to))[1])
     with written_whole(tmp_path / "file") as aside:
         aside.write_text("new")

@@ -14,7 +14,8 @@ from simmim.errors import UserError
 from simmim.method.heads import LinearHead, TransformerHead
 from simmim.method.masks import BlockMask, RandomMask
 from simmim.method.targets import ClusterTarget, PixelTarget
-from simmim.training.run_directory import Run, open_run
+from simmim.training.resume import open_run
+from simmim.training.run_directory import Run
 
 RUNS = Path(__file__).parent / "golden/v0_1"
 

@@ -14,7 +14,7 @@ from simmim.method.losses import CrossEntropyLoss
 from simmim.method.targets import ClusterTarget
 from simmim.training import pretrain_plan
 from simmim.training.pretrain_plan import Images, Plan
-from simmim.training.run_directory import open_run
+from simmim.training.resume import open_run
 
 
 class Rank:

@@ -10,15 +10,9 @@ import pytest
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.toml import read_toml
 from simmim.errors import UserError
-from simmim.training.run_directory import (
-    Run,
-    asked_precision,
-    drop_metrics_after,
-    hold_run,
-    open_run,
-    recall,
-    written_whole,
-)
+from simmim.training.resume import asked_precision, drop_metrics_after, hold_run, open_run, recall
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import written_whole
 
 
 def config(out: Path, **others: Any) -> PretrainConfig:

@@ -14,7 +14,8 @@ import pytest
 
 from simmim.config.pretraining import PretrainConfig
 from simmim.errors import UserError
-from simmim.training.run_directory import Run, hold_run, open_run
+from simmim.training.resume import hold_run, open_run
+from simmim.training.run_directory import Run
 from simmim.training.run_lock import LOCK, is_locked, locked
 
 _fork = multiprocessing.get_context("fork")

@@ -17,7 +17,7 @@ from simmim.hardware.host import user_cache
 from simmim.hardware.roofline import StepWork
 from simmim.method.objectives import FrozenTeacher
 from simmim.output import say
-from simmim.training.run_directory import written_whole
+from simmim.training.whole_files import written_whole
 
 _MOST = 100  # files, of some 10 KB
 

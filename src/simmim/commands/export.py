@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from simmim.errors import UserError
-from simmim.training.run_directory import find_model, find_task_of, new_directory, read_pretraining
+from simmim.training.run_directory import find_model, find_task_of, read_pretraining
+from simmim.training.whole_files import new_directory
 
 FORMATS = ("timm", "transformers", "onnx", "official")
 

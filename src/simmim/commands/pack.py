@@ -46,9 +46,9 @@ from simmim.data.video.source import Clips, clips_of
 from simmim.data.volumes import Slices
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
-from simmim.training.run_directory import write_json, written_whole
 from simmim.training.run_lock import LOCK, locked
 from simmim.training.tracking import progress
+from simmim.training.whole_files import write_json, written_whole
 
 BAD_IMAGES = "bad_images.txt"
 

@@ -12,8 +12,9 @@ from typing import Any
 from simmim.errors import UserError
 from simmim.output import printable
 from simmim.training.checkpoint_directory import checkpoint_step
-from simmim.training.run_directory import Run, read_json
+from simmim.training.run_directory import Run
 from simmim.training.saved_work import count_steps, last_record, save_interval
+from simmim.training.whole_files import read_json
 
 _FIGURES = ("top1", "miou", "map")  # of a fine-tuning, in metrics.json
 _PATIENCE = 10  # lines of metrics.jsonl that may fail to come before a run counts as ended

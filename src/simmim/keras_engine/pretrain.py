@@ -23,7 +23,8 @@ from simmim.training.loop import Outcome
 from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
 from simmim.training.pretrain_plan import Plan, draw_masks, open_images
-from simmim.training.run_directory import Run, asked_precision, hold_run
+from simmim.training.resume import asked_precision, hold_run
+from simmim.training.run_directory import Run
 from simmim.training.session import PretrainSession, Watch, parts
 from simmim.training.trainer import find_start
 

@@ -16,7 +16,8 @@ from simmim.keras_engine.encoders import BACKBONE
 from simmim.keras_engine.model import MaskedImageModel, architecture_of
 from simmim.keras_engine.optim import State
 from simmim.training.checkpoint_directory import newest_checkpoint
-from simmim.training.run_directory import Run, written_whole
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import written_whole
 
 _PREFIX = f"{BACKBONE}."
 # Arguments of each family in the hub's file besides the user's, as the PyTorch engine builds it.

@@ -17,7 +17,8 @@ from simmim.config.training import TrainingConfig
 from simmim.data.bad_images import count_listed
 from simmim.errors import UserError
 from simmim.method.strategy import Strategy
-from simmim.training.run_directory import Run, find_task_of, read_json
+from simmim.training.run_directory import Run, find_task_of
+from simmim.training.whole_files import read_json
 
 Point = tuple[int, float]
 """A step and a value."""

@@ -28,8 +28,8 @@ from simmim.report.labels import Difference, Judged, difference, judge_by_labels
 from simmim.report.pictures import Panel, panels
 from simmim.report.resources import taken
 from simmim.report.verdict import Finding, judge
-from simmim.training.run_directory import written_whole
 from simmim.training.run_lock import is_locked
+from simmim.training.whole_files import written_whole
 
 _CHARTS = (
     ("Loss", ("loss",), True),

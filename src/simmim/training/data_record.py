@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError
-from simmim.training.run_directory import Run, write_json, written_whole
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import write_json, written_whole
 
 _EXAMPLES = 3
 

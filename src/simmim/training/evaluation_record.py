@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from simmim.metrics.classification import most_confused
 from simmim.training.pictures import data_uri, enlarged
-from simmim.training.run_directory import Run, write_json
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import write_json
 
 CLASSES = 1000
 """Rows of a table of classes at most: the worst."""

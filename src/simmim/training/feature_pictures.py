@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.training.pictures import feature_panel, save_png
-from simmim.training.run_directory import written_whole
+from simmim.training.whole_files import written_whole
 
 _SPREAD = 2.0  # standard deviations from grey to the end of a colour's range
 _NOTHING = 1e-3  # of the features' length: an axis along which they differ less is left grey

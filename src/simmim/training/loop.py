@@ -20,7 +20,8 @@ from simmim.config.training import TrainingConfig
 from simmim.disk import WriteError
 from simmim.errors import TrainingDivergedError, TrainingFailedError, UserError
 from simmim.training.meter import Meter
-from simmim.training.run_directory import Run, drop_metrics_after
+from simmim.training.resume import drop_metrics_after
+from simmim.training.run_directory import Run
 from simmim.training.tracking import Console, Tracker, open_trackers
 
 

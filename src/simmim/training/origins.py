@@ -8,7 +8,8 @@ from pathlib import Path
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import FinetuneConfig
 from simmim.errors import UserError
-from simmim.training.run_directory import Run, recall
+from simmim.training.resume import recall
+from simmim.training.run_directory import Run
 
 _LOCAL = "local-dir:"
 

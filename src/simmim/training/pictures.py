@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.training.run_directory import written_whole
+from simmim.training.whole_files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image

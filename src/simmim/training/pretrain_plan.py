@@ -36,7 +36,7 @@ from simmim.method.schedules import usual_lr
 from simmim.method.targets import ClusterTarget, block_means
 from simmim.method.views import View
 from simmim.training.plan import Batch, TrainingPlan, drop_path_numbers, measured_once
-from simmim.training.run_directory import recall
+from simmim.training.resume import recall
 from simmim.training.sounds import as_input
 from simmim.training.trainer import World
 

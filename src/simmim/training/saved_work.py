@@ -4,12 +4,10 @@ import json
 import math
 import mmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from simmim.errors import UserError
-
-if TYPE_CHECKING:
-    from simmim.training.run_directory import Run
+from simmim.training.run_directory import Run
 
 
 def last_record(path: Path, having: str = "step") -> dict[str, Any]:
@@ -47,7 +45,7 @@ def save_interval(config: dict[str, Any], last: dict[str, Any]) -> int:
     return config.get("save_every_steps") or max(steps_per_epoch(last) or 0, 100)
 
 
-def check_checkpoints(run: "Run", config: dict[str, Any], origin: str) -> None:
+def check_checkpoints(run: Run, config: dict[str, Any], origin: str) -> None:
     """Raise `UserError` for a run whose checkpoints were deleted: to train from step 0 would write over its work.
 
     A process that was killed before its first checkpoint left no work. `config` is the run's; `origin` the option that
@@ -65,7 +63,7 @@ def check_checkpoints(run: "Run", config: dict[str, Any], origin: str) -> None:
     )
 
 
-def _has_work(run: "Run", config: dict[str, Any]) -> bool:
+def _has_work(run: Run, config: dict[str, Any]) -> bool:
     """Tell whether a run without a checkpoint has had one, or has finished."""
     last = last_record(run.metrics)
     step = last.get("step", 0)

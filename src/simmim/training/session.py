@@ -24,8 +24,10 @@ from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png
 from simmim.training.plan import Batch, TrainingPlan
 from simmim.training.pretrain_plan import Plan
-from simmim.training.run_directory import Run, open_run, recall, write_json
+from simmim.training.resume import open_run, recall
+from simmim.training.run_directory import Run
 from simmim.training.trainer import Trainer, World
+from simmim.training.whole_files import write_json
 
 Watch = Callable[[Run, Callable[[str], None]], None]
 """What is called after each checkpoint, on the main process: the run, and what shows a line to the user."""

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from simmim.disk import to_disk, writing
 from simmim.output import SafeStream, printable, say
-from simmim.training.run_directory import Run, read_json, write_json
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import read_json, write_json
 
 Item = TypeVar("Item")
 

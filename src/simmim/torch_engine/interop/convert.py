@@ -26,7 +26,8 @@ from simmim.torch_engine.models.masked import Encoder, SwinEncoder
 from simmim.torch_engine.train.checkpoint import save_checkpoint
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import adopt, as_tensors, build_step, save_hub
-from simmim.training.run_directory import Run, new_directory
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import new_directory
 
 
 def convert(config: ConvertConfig) -> list[str]:

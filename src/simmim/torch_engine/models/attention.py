@@ -17,7 +17,7 @@ from torch import nn
 
 from simmim.config.training import Gpu, TrainingConfig
 from simmim.errors import UserError
-from simmim.training.run_directory import recall
+from simmim.training.resume import recall
 
 _BIAS = "relative_position_bias_table"
 _BACKENDS = {"efficient": "mem_efficient", "flash": "flash", "cudnn": "cudnn", "products": "math"}

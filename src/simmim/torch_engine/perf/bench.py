@@ -27,7 +27,7 @@ from simmim.torch_engine.perf.limits import compare, judge
 from simmim.torch_engine.perf.measure import Trial, measure_end_to_end, measure_input, measure_step
 from simmim.torch_engine.train import distributed
 from simmim.training.pretrain_plan import Images, Plan
-from simmim.training.run_directory import write_json
+from simmim.training.whole_files import write_json
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:

@@ -38,7 +38,8 @@ from simmim.torch_engine.models.kernels import (
     linear_layers,
     set_kernels,
 )
-from simmim.training.run_directory import recall, write_json
+from simmim.training.resume import recall
+from simmim.training.whole_files import write_json
 
 _IMAGES = 2  # measured at once, at most
 _ROWS = 512  # of a linear layer, at most

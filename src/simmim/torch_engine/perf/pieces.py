@@ -19,7 +19,8 @@ from simmim.torch_engine.accelerators import describe_device, find_accelerator
 from simmim.torch_engine.models.collectives import apart
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.update import Batch, Update
-from simmim.training.run_directory import Run, recall
+from simmim.training.resume import recall
+from simmim.training.run_directory import Run
 
 Attempt = Callable[[int], tuple[Update, Batch]]
 """Build an update that takes its batches in so many pieces, on this process's device alone, and this rank's batch."""

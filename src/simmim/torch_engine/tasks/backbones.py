@@ -21,7 +21,8 @@ from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
 from simmim.training.origins import check_encoder, encoder_directory, is_timms
 from simmim.training.plan import measured_once
-from simmim.training.run_directory import Run, recall
+from simmim.training.resume import recall
+from simmim.training.run_directory import Run
 from simmim.training.trainer import World
 
 _SCRATCH = "vit_small_patch16_224"  # without --model

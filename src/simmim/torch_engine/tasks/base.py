@@ -26,7 +26,9 @@ from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.storage import save_weights
 from simmim.training.plan import Batch, TrainingPlan
-from simmim.training.run_directory import Run, recall, write_json
+from simmim.training.resume import recall
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import write_json
 
 
 class TaskStep(PixelStep):

@@ -40,7 +40,7 @@ from simmim.torch_engine.tasks.spec_augment import draw_strips
 from simmim.torch_engine.train.storage import save_hub
 from simmim.training.evaluation_record import Worst, confusion_part, short, thumbnail, write_record
 from simmim.training.plan import Batch, drop_path_numbers
-from simmim.training.run_directory import write_json
+from simmim.training.whole_files import write_json
 
 _WORST, _THUMBNAIL = 24, 160  # wrong answers that a record pictures, and the pixels of a side
 

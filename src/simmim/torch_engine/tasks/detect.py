@@ -38,7 +38,7 @@ from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
 from simmim.training.evaluation_record import Worst, short, thumbnail, write_record
 from simmim.training.pictures import save_png, to_rgb
 from simmim.training.plan import Batch, drop_path_numbers
-from simmim.training.run_directory import write_json
+from simmim.training.whole_files import write_json
 
 _PICTURED = 8  # evaluation images in detections.png, and in a record
 _THUMBNAIL, _BOXES = 320, 6  # pixels of a side, and boxes of a kind, of an image in a record

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.training.run_directory import written_whole
+from simmim.training.whole_files import written_whole
 
 
 def draw_confusion(matrix: NDArray[np.int64], classes: tuple[str, ...], file: Path) -> None:

@@ -22,8 +22,8 @@ from simmim.data.bad_images import BadImages
 from simmim.data.labelled.every import ClassLabels
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError
-from simmim.training.run_directory import read_json, write_json, written_whole
 from simmim.training.run_lock import locked
+from simmim.training.whole_files import read_json, write_json, written_whole
 
 _FACTS = "simmim"  # of a file: the settings that its features depend on, as JSON
 

@@ -24,8 +24,9 @@ from simmim.hardware.host import cpu_cores
 from simmim.output import say
 from simmim.torch_engine.accelerators import choose_device
 from simmim.torch_engine.tasks.base import Predictor, find_spec
-from simmim.training.run_directory import find_model, find_task_of, new_directory
+from simmim.training.run_directory import find_model, find_task_of
 from simmim.training.tracking import progress
+from simmim.training.whole_files import new_directory
 
 _TOP = 5
 

@@ -34,7 +34,7 @@ from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, b
 from simmim.training.evaluation_record import Worst, confusion_part, short, thumbnail, write_record
 from simmim.training.pictures import class_colours, class_panel, lay_classes, save_png
 from simmim.training.plan import Batch, drop_path_numbers
-from simmim.training.run_directory import write_json
+from simmim.training.whole_files import write_json
 
 # What of a configuration a saved model is built from again.
 _BUILT_FROM = ("model", "model_args", "image_size", "channels", "mean", "std", "evaluation", "decoder_channels")

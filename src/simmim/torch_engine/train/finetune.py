@@ -28,9 +28,11 @@ from simmim.torch_engine.train.trainer import TorchTrainer
 from simmim.torch_engine.train.update import Update
 from simmim.training.loop import Event, Outcome
 from simmim.training.plan import Batch
-from simmim.training.run_directory import Run, asked_precision, hold_run, mark_task, read_json, write_json
+from simmim.training.resume import asked_precision, hold_run
+from simmim.training.run_directory import Run, mark_task
 from simmim.training.session import Session, Watch
 from simmim.training.trainer import find_start
+from simmim.training.whole_files import read_json, write_json
 
 
 def finetune(config: FinetuneConfig, watch: Watch | None = None) -> tuple[Run, Outcome]:

@@ -33,7 +33,8 @@ from simmim.torch_engine.models.sound_input import SoundInput
 from simmim.torch_engine.train.checkpoint import load_model_state
 from simmim.training.checkpoint_directory import newest_checkpoint
 from simmim.training.origins import check_encoder, encoder_directory, is_timms
-from simmim.training.run_directory import Run, read_pretraining, written_whole
+from simmim.training.run_directory import Run, read_pretraining
+from simmim.training.whole_files import written_whole
 
 
 def full_state(model: nn.Module, *, sharded: bool) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule
 from simmim.torch_engine.models.resize import fit_backbone
 from simmim.torch_engine.models.views import cut_view
 from simmim.training.origins import is_timms
-from simmim.training.run_directory import Run, read_json, recall
+from simmim.training.resume import recall
+from simmim.training.run_directory import Run
+from simmim.training.whole_files import read_json
 
 if TYPE_CHECKING:
     from simmim.config.pretraining import PretrainConfig
