@@ -13,7 +13,8 @@ from simmim.data.sources import ArrayImages
 from simmim.method.losses import CrossEntropyLoss
 from simmim.method.targets import ClusterTarget
 from simmim.training import pretrain_plan
-from simmim.training.pretrain_plan import Images, Plan
+from simmim.training.pretrain_images import Images
+from simmim.training.pretrain_plan import Plan
 from simmim.training.resume import open_run
 
 

@@ -21,7 +21,8 @@ from simmim.method.losses import L1Loss
 from simmim.method.masks import RandomMask
 from simmim.method.targets import LocallyNormalizedTarget, PixelTarget
 from simmim.torch_engine.models.masked_image_model import build_model
-from simmim.training.pretrain_plan import Images, Plan
+from simmim.training.pretrain_images import Images
+from simmim.training.pretrain_plan import Plan
 
 # Typed off the table of the official configurations, not off the code. Rates are for a batch of 512.
 ALL = {

@@ -23,7 +23,8 @@ from simmim.data.sources import ArrayImages
 from simmim.data.statistics import measure_mean_std
 from simmim.method.masks import RandomMask
 from simmim.method.random_keys import sample_key
-from simmim.training.pretrain_plan import Images, Plan
+from simmim.training.pretrain_images import Images
+from simmim.training.pretrain_plan import Plan
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "photos"
 

@@ -19,7 +19,7 @@ from simmim.torch_engine.train.distributed import World
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step
 from simmim.torch_engine.train.update import Update
-from simmim.training.pretrain_plan import draw_masks
+from simmim.training.masks import draw_masks
 
 STEPS, BATCH = 20, 4
 BEIT = {"depth": 2, "embed_dim": 48, "num_heads": 3}

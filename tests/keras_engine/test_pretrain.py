@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from simmim.data.bad_images import BadImages
 from simmim.torch_engine.train.pretrain import judge_and_draw
 from simmim.torch_engine.train.storage import load_run
-from simmim.training.pretrain_plan import Plan, open_images
+from simmim.training.pretrain_images import open_images
+from simmim.training.pretrain_plan import Plan
 
 from .conftest import have, run_python
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from simmim.cli import main
-from simmim.training.pretrain_plan import open_images
+from simmim.training.pretrain_images import open_images
 
 from . import tiny
 

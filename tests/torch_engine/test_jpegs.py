@@ -19,7 +19,8 @@ from simmim.data.bad_images import TooManyBadImages
 from simmim.torch_engine.train import jpegs
 from simmim.torch_engine.train.jpegs import JpegDecoder, open_decoder
 from simmim.torch_engine.train.pretrain import pretrain
-from simmim.training.pretrain_plan import Images, Plan
+from simmim.training.pretrain_images import Images
+from simmim.training.pretrain_plan import Plan
 
 from . import tiny, worker
 from .pictures import SIZE, Files, assert_alike, encode, picture, read, without_tables

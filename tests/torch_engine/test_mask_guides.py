@@ -20,7 +20,7 @@ from simmim.torch_engine.perf.trial import build_update, random_batch
 from simmim.torch_engine.train.storage import build_step, load_run
 from simmim.torch_engine.train.update import Update
 from simmim.training.loop import Loop
-from simmim.training.pretrain_plan import draw_all_masks, draw_masks
+from simmim.training.masks import draw_all_masks, draw_masks
 
 from . import tiny
 from .test_update import NoHostReads

@@ -21,7 +21,8 @@ from simmim.method.objectives import DescriptorRegression, PixelReconstruction
 from simmim.method.random_keys import sample_keys
 from simmim.torch_engine.models.heads import sine_positions
 from simmim.torch_engine.train.storage import build_step, load_run
-from simmim.training.pretrain_plan import Plan, open_images
+from simmim.training.pretrain_images import open_images
+from simmim.training.pretrain_plan import Plan
 
 from . import objectives
 

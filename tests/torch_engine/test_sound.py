@@ -29,7 +29,8 @@ from simmim.torch_engine.models.masked_image_model import PretrainStep
 from simmim.torch_engine.tasks.spec_augment import draw_strips, hide_strips
 from simmim.torch_engine.train.pretrain import pretrain
 from simmim.torch_engine.train.storage import build_step
-from simmim.training.pretrain_plan import draw_masks, open_images
+from simmim.training.masks import draw_masks
+from simmim.training.pretrain_images import open_images
 from simmim.training.run_directory import Run
 
 from . import tiny, worker

@@ -14,7 +14,7 @@ from simmim.torch_engine.models.encoders import create_encoder
 from simmim.torch_engine.models.masked_image_model import build_model
 from simmim.torch_engine.models.savings import PLAIN, Savings
 from simmim.torch_engine.train.pretrain import pretrain
-from simmim.training.pretrain_plan import draw_masks
+from simmim.training.masks import draw_masks
 
 from . import tiny, worker
 from .test_savings import assert_equal_but_for_rounding, outcome

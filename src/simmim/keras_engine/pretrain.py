@@ -20,9 +20,11 @@ from simmim.keras_engine.trainer import KerasTrainer
 from simmim.method.heads import TransformerHead
 from simmim.method.masks import upsample_mask
 from simmim.training.loop import Outcome
+from simmim.training.masks import draw_masks
 from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
-from simmim.training.pretrain_plan import Plan, draw_masks, open_images
+from simmim.training.pretrain_images import open_images
+from simmim.training.pretrain_plan import Plan
 from simmim.training.resume import asked_precision, hold_run
 from simmim.training.run_directory import Run
 from simmim.training.session import PretrainSession, Watch, parts

@@ -7,15 +7,15 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from simmim.config.field_types import Flip
 from simmim.config.pretraining import PretrainConfig
-from simmim.data.augment import CentreCrop, RandomResizedCrop
+from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
 from simmim.data.decode import BadImage, open_picture
 from simmim.data.evaluation import eval_images
@@ -23,99 +23,29 @@ from simmim.data.pipeline import Crop, Reading, stream_from_threads, train_batch
 from simmim.data.readers.device_jpegs import Decode, device_batches
 from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sound_augment import TimeCrop, sound_augment
-from simmim.data.sources import ImageSource, SourceDefaults, Subset, defaults_of, open_source, read_raw, sniff
+from simmim.data.sources import read_raw
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
-from simmim.data.windows import RandomWindow, StillWindows, Windows
+from simmim.data.windows import RandomWindow
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.method.k_means import k_means
-from simmim.method.masks import GuidedMask, upsample_mask
 from simmim.method.objectives import Objective
 from simmim.method.random_keys import sample_keys
 from simmim.method.schedules import usual_lr
 from simmim.method.targets import ClusterTarget, block_means
 from simmim.method.views import View
+from simmim.training.masks import draw_all_masks
 from simmim.training.plan import Batch, TrainingPlan, drop_path_numbers, measured_once
+from simmim.training.pretrain_images import Images
 from simmim.training.resume import recall
-from simmim.training.sounds import as_input
 from simmim.training.trainer import World
 
 VIEW = "view_"
 """Prefix of a view's numbers in a batch."""
-ORDER = "mask_order"
-"""Name of the cells' order for guided masks in a batch."""
 
 # On a tenth of ImageNet-1K (128,000 images) SimMIM fine-tunes to 83.60 after 250,000 steps, which at its batch of 2048
 # are 4,000 views of each image, and only to 83.41 after more (Xie et al., arXiv 2206.04664).
 _VIEWS_THAT_HURT = 4000
-
-
-@dataclass(frozen=True)
-class Images:
-    """The images of a run: those to train on, those kept aside, and the dtype in which they are read."""
-
-    train: ImageSource
-    val: ImageSource
-    dtype: np.dtype[Any]
-    channels: int = 3
-    defaults: SourceDefaults = field(default_factory=SourceDefaults)
-    sounds: bool = False
-    still: ImageSource | None = None
-    """The windows to train on, each at a place that stays; `None` where images are not trained on in windows."""
-
-    @property
-    def looked_at(self) -> ImageSource:
-        """The images to train on, as they are for statistics."""
-        return self.still or self.train
-
-    @property
-    def fraction(self) -> float:
-        """Share of an image's sides that an evaluation sees: windows whole, of others the middle."""
-        return 1.0 if self.still else CentreCrop.fraction
-
-    @property
-    def parts(self) -> dict[str, ImageSource]:
-        return {"train": self.train, "val": self.val}
-
-
-def open_images(config: PretrainConfig, usual_size: tuple[int, int] | None = None) -> Images:
-    """Find the images, or their windows, and keep `val_images` of them aside, drawn by the seed. Raises `UserError`.
-
-    `usual_size` is that of windows if the configuration has none.
-    """
-    assert config.data is not None
-    source = open_source(config.data, config.frames)
-    source, sounds = as_input(source, config)
-    defaults, channels = defaults_of(source), 1 if sounds else config.channels
-    if defaults.channels and defaults.channels not in (1, 3) and channels == type(config).channels:
-        channels = defaults.channels  # the default number cannot be had
-    windows = None
-    if config.crop == "pixels":
-        size = config.image_size or usual_size
-        assert size is not None
-        windows = Windows(source, size)
-    still = None if windows is None else StillWindows(windows, config.seed)
-    source = windows or source
-    dtype = sniff(still or source, channels=channels)
-    order = np.argsort(sample_keys(config.seed, 0, np.arange(len(source)), stream="split"))
-    val, train = np.sort(order[: config.val_images]), np.sort(order[config.val_images :])
-    counted = "images" if windows is None else "windows"
-    if not len(train):
-        raise UserError(
-            f"val images {config.val_images} leaves none of the {len(source)} {counted} to train on; "
-            f"use --val-images {len(source) // 10}"
-        )
-    if len(train) < config.batch_size:
-        raise UserError(
-            f"batch size {config.batch_size} is more than the {len(train)} {counted} to train on "
-            f"({len(val)} are kept aside); use --batch-size {len(train)} or less"
-        )
-    if windows is None or still is None:
-        return Images(Subset(source, train), Subset(source, val), dtype, channels, defaults, sounds)
-    windows.keep_apart(still, val)
-    return Images(
-        Subset(windows, train), Subset(still, val), dtype, channels, defaults, sounds, still=Subset(still, train)
-    )
 
 
 @dataclass(frozen=True)
@@ -362,29 +292,3 @@ def _mean_std(config: PretrainConfig, images: Images) -> tuple[tuple[float, ...]
     how: dict[str, Any] = {"channels": config.channels, "dtype": images.dtype, "seed": config.seed}
     windows = config.image_size if images.still else None
     return measure_mean_std(images.looked_at, **how, spectrogram=config.spectrogram, windows=windows)
-
-
-def draw_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> NDArray[np.bool_]:
-    """Draw masks (B, H/patch, W/patch) of images (B,) in epochs (B,) or one epoch."""
-    return _draw(config, epoch, index, patch, number=0)["mask"]
-
-
-def draw_all_masks(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int) -> Batch:
-    """Draw what a step takes: mask (B, H/patch, W/patch), or (B, M, H/patch, W/patch) for M masks an image.
-
-    For guided masks there is mask_order, (B, rows, columns) or (B, M, rows, columns), too.
-    """
-    drawn = [_draw(config, epoch, index, patch, number=number) for number in range(config.masks_per_image)]
-    if len(drawn) == 1:
-        return drawn[0]
-    return {name: np.stack([each[name] for each in drawn], axis=1) for name in drawn[0]}
-
-
-def _draw(config: PretrainConfig, epoch: ArrayLike, index: ArrayLike, patch: int, *, number: int) -> Batch:
-    """Draw one of several masks of each image, and its order of the cells."""
-    assert config.image_size is not None
-    masks = config.mask.for_patch(patch)
-    assert masks.cell is not None
-    keys = sample_keys(config.seed, epoch, index, stream=f"mask {number}" if number else "mask")
-    batch = {"mask": upsample_mask(masks(keys, config.image_size), masks.cell // patch)}
-    return batch | {ORDER: masks.order(keys, config.image_size)} if isinstance(masks, GuidedMask) else batch

@@ -26,7 +26,7 @@ from simmim.torch_engine.tasks.detect_step import load_detector
 from simmim.torch_engine.tasks.detectors import TWO_STAGES
 from simmim.torch_engine.tasks.segment import load_predictor
 from simmim.torch_engine.train.storage import load_run, save_hub
-from simmim.training.pretrain_plan import draw_masks
+from simmim.training.masks import draw_masks
 from simmim.training.run_directory import find_model, find_task_of
 
 TOLERANCE = 1e-4  # relative to the largest value; allows for other kernels and summation orders in fp32

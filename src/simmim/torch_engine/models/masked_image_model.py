@@ -26,8 +26,9 @@ from simmim.torch_engine.models.objective import ObjectiveBatch, ObjectiveModule
 from simmim.torch_engine.models.objectives.pixels import PixelObjective
 from simmim.torch_engine.models.savings import Chosen, Counts, Savings, choose
 from simmim.torch_engine.models.views import collect_views, cut_view, recolour
+from simmim.training.masks import ORDER
 from simmim.training.plan import check_sizes
-from simmim.training.pretrain_plan import ORDER, VIEW
+from simmim.training.pretrain_plan import VIEW
 
 
 class MaskedImageModel(nn.Module):

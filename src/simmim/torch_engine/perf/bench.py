@@ -26,7 +26,8 @@ from simmim.torch_engine.perf.kernel_choice import KINDS, choose_kernels, descri
 from simmim.torch_engine.perf.limits import compare, judge
 from simmim.torch_engine.perf.measure import Trial, measure_end_to_end, measure_input, measure_step
 from simmim.torch_engine.train import distributed
-from simmim.training.pretrain_plan import Images, Plan
+from simmim.training.pretrain_images import Images
+from simmim.training.pretrain_plan import Plan
 from simmim.training.whole_files import write_json
 
 

@@ -16,8 +16,9 @@ from simmim.torch_engine.train import distributed
 from simmim.torch_engine.train.optim import create_optimizer
 from simmim.torch_engine.train.storage import build_step
 from simmim.torch_engine.train.update import Batch, Update
+from simmim.training.masks import draw_all_masks
 from simmim.training.plan import drop_path_numbers
-from simmim.training.pretrain_plan import VIEW, draw_all_masks
+from simmim.training.pretrain_plan import VIEW
 
 
 def build_update(config: PretrainConfig, world: distributed.World) -> tuple[PretrainStep, Update]:

@@ -17,8 +17,8 @@ from simmim.method.griffin_lim import hear
 from simmim.method.masks import upsample_mask
 from simmim.method.spectrogram import FLOOR
 from simmim.torch_engine.models.masked_image_model import PixelStep, PretrainStep
+from simmim.training.masks import draw_masks
 from simmim.training.pictures import reconstruction_panel, to_rgb
-from simmim.training.pretrain_plan import draw_masks
 from simmim.training.spectrogram_pictures import in_colour, upright
 
 

@@ -38,9 +38,11 @@ from simmim.torch_engine.train.update import Batch as DeviceBatch
 from simmim.torch_engine.train.update import Update
 from simmim.training.feature_pictures import draw_features
 from simmim.training.loop import Event, Outcome
+from simmim.training.masks import draw_masks
 from simmim.training.pictures import PICTURED, reconstruction_panel
 from simmim.training.plan import Batch
-from simmim.training.pretrain_plan import Plan, draw_masks, open_images
+from simmim.training.pretrain_images import open_images
+from simmim.training.pretrain_plan import Plan
 from simmim.training.resume import asked_precision, hold_run
 from simmim.training.run_directory import Run
 from simmim.training.session import PretrainSession, Watch, parts
