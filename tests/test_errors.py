@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 from simmim.cli import main
 from simmim.config.validation import from_settings
 from simmim.data.bad_images import TooManyBadImages
-from simmim.data.decode import BadImage
+from simmim.data.picture import BadImage
 from simmim.errors import TrainingDivergedError, UserError
 
 # A command line of each command, and the function that does its work.

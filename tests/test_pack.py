@@ -18,9 +18,10 @@ from simmim.cli import main
 from simmim.commands import pack as module
 from simmim.commands.pack import PackConfig, pack
 from simmim.data.bad_images import TooManyBadImages
-from simmim.data.decode import BadImage, decode
+from simmim.data.decode import decode
 from simmim.data.packed.format import open_packed
 from simmim.data.packed.writer import Jpeg, Original, RawPixels, WebP
+from simmim.data.picture import BadImage
 from simmim.errors import UserError
 from simmim.training.run_lock import LOCK, locked
 

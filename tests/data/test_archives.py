@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from simmim.data.archives import ArchiveImages
-from simmim.data.decode import BadImage, decode
+from simmim.data.decode import decode
 from simmim.data.labelled.classes import open_labelled
 from simmim.data.labelled.every import open_with_labels
+from simmim.data.picture import BadImage
 from simmim.data.sources import ImageSource, open_source, read_raw
 from simmim.errors import UserError
 

@@ -22,10 +22,11 @@ from simmim.config.frames import FrameChoice
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
 from simmim.data.archives import ArchiveImages
-from simmim.data.decode import BadImage, decode
+from simmim.data.decode import decode
 from simmim.data.files import PathList, names_sounds
 from simmim.data.labelled.classes import open_labelled
 from simmim.data.labelled.every import open_with_labels
+from simmim.data.picture import BadImage
 from simmim.data.sources import open_files, open_source, read_raw, sniff
 from simmim.data.video import decoder
 from simmim.data.video.notes import describe_frames, warn_of_clips

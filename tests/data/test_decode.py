@@ -13,7 +13,8 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from simmim.data.decode import BadImage, decode, open_picture
+from simmim.data.decode import decode, open_picture
+from simmim.data.picture import BadImage
 
 RNG = np.random.default_rng(0)
 # A smooth picture that JPEG keeps well, taller than wide so that a wrong rotation shows.

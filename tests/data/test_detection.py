@@ -11,8 +11,8 @@ from PIL import Image
 from pycocotools import mask as reference_rle
 
 from simmim.data.augment import Letterbox, ScaleJitter, visible
-from simmim.data.decode import BadImage
 from simmim.data.labelled.detection import DetectionReader, boxes_in_image, decode_masks, encode_mask, open_detection
+from simmim.data.picture import BadImage
 from simmim.data.sources import read_raw
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]

@@ -28,8 +28,9 @@ from pydicom.uid import (
 
 import simmim.data.dicom
 from simmim.cli import main
-from simmim.data.decode import BadImage, decode, open_picture
+from simmim.data.decode import decode, open_picture
 from simmim.data.pages import say_pages
+from simmim.data.picture import BadImage
 from simmim.data.sources import ImageSource, open_source
 
 RNG = np.random.default_rng(0)

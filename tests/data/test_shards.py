@@ -13,10 +13,10 @@ from PIL import Image
 from simmim.commands.pack import PackConfig, pack
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage
 from simmim.data.labelled.classes import open_labelled
 from simmim.data.packed.format import BLOCK, LocalStorage, RemoteStorage, open_packed
 from simmim.data.packed.writer import Entry, Packed, write_shard
+from simmim.data.picture import BadImage
 from simmim.data.pipeline import Reading, train_batches
 from simmim.data.sources import open_source
 

@@ -10,10 +10,10 @@ import pytest
 from simmim.config.sound import Sound
 from simmim.data.augment import CentreCrop, load
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage
 from simmim.data.evaluation import eval_images
 from simmim.data.files import names_sounds
 from simmim.data.labelled.classes import open_labelled
+from simmim.data.picture import BadImage
 from simmim.data.pipeline import Reading, train_batches
 from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sound_augment import SoundAugment, TimeCrop, sound_augment

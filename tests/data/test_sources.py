@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 from simmim.data import files
-from simmim.data.decode import BadImage, decode
+from simmim.data.decode import decode
 from simmim.data.files import PathList
 from simmim.data.packed.format import is_packed
+from simmim.data.picture import BadImage
 from simmim.data.sources import Subset, open_source, read_raw, register_source, sniff
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from simmim.data.decode import BadImage, decode, open_picture
+from simmim.data.decode import decode, open_picture
+from simmim.data.picture import BadImage
 from simmim.data.sources import ArrayImages
 from simmim.data.statistics import measure_mean_std
 

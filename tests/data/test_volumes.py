@@ -11,8 +11,9 @@ from PIL import Image
 
 from simmim.cli import main
 from simmim.data import volumes
-from simmim.data.decode import BadImage, decode
+from simmim.data.decode import decode
 from simmim.data.files import PathList
+from simmim.data.picture import BadImage
 from simmim.data.sources import open_source, sniff
 from simmim.data.volumes import Slices, read_slice
 from simmim.data.windows import Windows

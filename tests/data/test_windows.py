@@ -15,9 +15,10 @@ from PIL import Image
 from simmim.data import files, tiff_parts
 from simmim.data.augment import RandomResizedCrop, load
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.files import open_folder
 from simmim.data.pages import say_pages
+from simmim.data.picture import BadImage
 from simmim.data.pipeline import Reading, train_batches
 from simmim.data.readers.processes import stream_from_processes
 from simmim.data.sources import ArrayImages, Subset, sniff

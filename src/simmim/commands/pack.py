@@ -22,7 +22,7 @@ from simmim.config.frames import FRAMES, Frames
 from simmim.config.validation import from_settings
 from simmim.data.archives import ArchiveImages
 from simmim.data.bad_images import BadImages, TooManyBadImages
-from simmim.data.decode import BadImage, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.files import PathList
 from simmim.data.packed.format import (
     MANIFEST,
@@ -39,6 +39,7 @@ from simmim.data.packed.format import (
 from simmim.data.packed.upload import Bucket
 from simmim.data.packed.writer import Entry, Form, Jpeg, Original, RawPixels, WebP, find_damage, write_shard
 from simmim.data.pages import say_pages
+from simmim.data.picture import BadImage
 from simmim.data.sounds import Sounds, as_sounds, holds_sounds
 from simmim.data.sources import ImageSource, open_source, read_raw
 from simmim.data.video.notes import describe_frames, warn_of_clips

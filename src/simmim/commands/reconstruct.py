@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from simmim.data.decode import BadImage, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.evaluation import eval_images
+from simmim.data.picture import BadImage
 from simmim.data.sounds import read_as
 from simmim.data.sources import ImageSource, check_files, open_files, read_raw, sniff
 from simmim.data.windows import MiddleWindows

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simmim.data.decode import BadImage
 from simmim.data.files import SOUND_SUFFIXES, SUFFIXES, find_images, of_one_kind, read_part
 from simmim.data.names import Names
+from simmim.data.picture import BadImage
 from simmim.errors import UserError
 
 ARCHIVES = (".zip", ".tar")

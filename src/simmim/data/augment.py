@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from simmim.config.field_types import Flip
-from simmim.data.decode import Picture, Raw, open_picture
+from simmim.data.decode import open_picture
+from simmim.data.picture import Picture, Raw
 from simmim.data.sounds import Clip
 from simmim.errors import UserError
 from simmim.method.random_keys import draws, sample_keys, uniforms

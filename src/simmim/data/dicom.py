@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.decode import BadImage, Picture, check_size
 from simmim.data.files import read_file, try_again
+from simmim.data.picture import BadImage, Picture, check_size
 
 DICOM_SUFFIXES = (".dcm", ".dicom")
 _DEEPEST = np.iinfo(np.uint16).max

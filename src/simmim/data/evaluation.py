@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from simmim.data.augment import CentreCrop, Letterbox, load
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage, Raw
+from simmim.data.picture import BadImage, Raw
 from simmim.data.sources import ImageSource, read_raw
 from simmim.errors import UserError
 

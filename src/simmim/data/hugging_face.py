@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from simmim.data.decode import BadImage
 from simmim.data.files import read_file
+from simmim.data.picture import BadImage
 from simmim.errors import UserError
 
 _WHOLE = "whole"  # the only part of a set without splits

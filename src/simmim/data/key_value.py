@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from simmim.data.decode import BadImage
 from simmim.data.names import Names
+from simmim.data.picture import BadImage
 from simmim.errors import UserError
 
 

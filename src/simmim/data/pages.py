@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from simmim.data.decode import BadImage, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.dicom import count_frames, may_be_dicom
+from simmim.data.picture import BadImage
 from simmim.data.sources import ImageSource, Subset
 from simmim.data.windows import Windows
 

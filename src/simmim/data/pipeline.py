@@ -22,7 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 from simmim.config.field_types import Flip
 from simmim.data.augment import RandomResizedCrop, draw_flips, load, whole_box
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage
+from simmim.data.picture import BadImage
 from simmim.data.sound_augment import TimeCrop
 from simmim.data.sources import ImageSource, read_raw
 from simmim.data.windows import RandomWindow

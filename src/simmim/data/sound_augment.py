@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from simmim.config.sound import Sound
 from simmim.data.augment import Box
-from simmim.data.decode import BadImage
+from simmim.data.picture import BadImage
 from simmim.data.sounds import Clip, Sounds, as_sounds
 from simmim.data.sources import open_source, read_raw
 from simmim.errors import UserError

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simmim.data.decode import BadImage, Picture, Raw
 from simmim.data.files import PathList, is_sound
+from simmim.data.picture import BadImage, Picture, Raw
 from simmim.disk import writing
 from simmim.errors import UserError
 

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from simmim.config.field_types import Flip
 from simmim.config.frames import FRAMES
 from simmim.data.archives import ARCHIVES, open_archives
-from simmim.data.decode import BadImage, Raw, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.files import CLIP_SUFFIXES, SOUND_SUFFIXES, SUFFIXES, PathList, open_folder, open_kind, open_list
 from simmim.data.hugging_face import open_hugging_face
 from simmim.data.key_value import open_lmdb
 from simmim.data.packed.format import is_packed, open_packed
+from simmim.data.picture import BadImage, Raw
 from simmim.data.sounds import Clip, Sounds
 from simmim.data.video.source import as_clips, check_frames, open_clips
 from simmim.data.volumes import as_slices

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from simmim.data.augment import Box, CentreCrop, crop_resize, show
-from simmim.data.decode import BadImage, Picture, open_picture
+from simmim.data.decode import open_picture
+from simmim.data.picture import BadImage, Picture
 from simmim.data.sources import ImageSource, read_raw
 from simmim.errors import UserError
 from simmim.method.random_keys import sample_keys

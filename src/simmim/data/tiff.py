@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from simmim.data.decode import BadImage, NothingButNodata, Part, Picture, check_size, identify, open_pillow
 from simmim.data.files import read_file
+from simmim.data.picture import BadImage, NothingButNodata, Part, Picture, check_size
+from simmim.data.pillow import identify, open_pillow
 from simmim.data.tiff_parts import fetch_from, header_of
 
 _NODATA_TAG = 42113

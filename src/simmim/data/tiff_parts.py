@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.decode import ORIENTATION_TAG, BadImage, Part, check_size, upright, upright_size
 from simmim.data.files import read_part, try_again
+from simmim.data.picture import ORIENTATION_TAG, BadImage, Part, check_size, upright, upright_size
 
 Fetch = Callable[[int, int], bytes]
 """Place and count of bytes in a file → those bytes."""

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.decode import BadImage, Raw, check_size, count_pixels
+from simmim.data.decode import count_pixels
 from simmim.data.dicom import DICOM_SUFFIXES, count_frames_of, may_be_dicom, read_frame
 from simmim.data.files import PathList, in_threads, try_again
+from simmim.data.picture import BadImage, Raw, check_size
 
 SUFFIXES = (".nii", ".nii.gz")
 _KEPT = 1 << 29

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.augment import Box, check_crop_size
-from simmim.data.decode import BadImage, NothingButNodata, Picture, Raw, count_pixels, open_picture
+from simmim.data.decode import count_pixels, open_picture
 from simmim.data.files import PathList, in_threads
+from simmim.data.picture import BadImage, NothingButNodata, Picture, Raw
 from simmim.data.sources import ImageSource, firsts_of, read_raw
 from simmim.data.video.source import Clips
 from simmim.data.volumes import Slices

@@ -16,8 +16,9 @@ from simmim.config.frames import FRAMES
 from simmim.config.sound import Sound
 from simmim.data.augment import CentreCrop
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage, Picture, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.evaluation import eval_batches
+from simmim.data.picture import BadImage, Picture
 from simmim.data.sounds import as_sounds, holds_sounds
 from simmim.data.sources import ImageSource, Subset, open_files, read_raw, sniff
 from simmim.errors import UserError

@@ -17,8 +17,9 @@ from simmim.config.field_types import Flip
 from simmim.config.pretraining import PretrainConfig
 from simmim.data.augment import RandomResizedCrop
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import BadImage, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.evaluation import eval_images
+from simmim.data.picture import BadImage
 from simmim.data.pipeline import Crop, Reading, stream_from_threads, train_batches
 from simmim.data.readers.device_jpegs import Decode, device_batches
 from simmim.data.readers.processes import stream_from_processes

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.decode import MAX_PIXELS
+from simmim.data.picture import MAX_PIXELS
 from simmim.errors import UserError
 
 # Files round, and tools count pixels from 0 or 1. A box may exceed its image by this many pixels and is clipped.

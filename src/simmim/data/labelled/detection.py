@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.augment import Letterbox, ScaleJitter, crop_resize, load, visible
-from simmim.data.decode import BadImage, Raw, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.files import PathList
 from simmim.data.labelled.classes import evaluation_folder, hold_out
 from simmim.data.labelled.coco_json import CocoFile, read_coco
+from simmim.data.picture import BadImage, Raw
 from simmim.data.pipeline import Sample
 from simmim.data.sources import read_raw, refuse_archive
 from simmim.errors import UserError

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.augment import Box
-from simmim.data.decode import BadImage, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.files import SUFFIXES, PathList, find_images
 from simmim.data.labelled.classes import evaluation_folder, hold_out
+from simmim.data.picture import BadImage
 from simmim.data.sources import ImageSource, Subset, read_raw, refuse_archive
 from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores

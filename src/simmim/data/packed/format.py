@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.decode import BadImage
 from simmim.data.names import Names
+from simmim.data.picture import BadImage
 from simmim.errors import UserError
 
 MANIFEST = "pack.json"

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.augment import Box, crop_resize, reduction
-from simmim.data.decode import BadImage, Raw, open_picture
+from simmim.data.decode import open_picture
 from simmim.data.packed.format import BLOCK, BLOCK_HEADER, Index, Storage, pieces
+from simmim.data.picture import BadImage, Raw
 from simmim.data.sounds import Clip
 
 _CHUNK_HEADER = 40

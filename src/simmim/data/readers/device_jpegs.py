@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.data.augment import Box, RandomResizedCrop, reduction, show
-from simmim.data.decode import Picture, Raw, open_picture
+from simmim.data.decode import open_picture
+from simmim.data.picture import Picture, Raw
 from simmim.data.pipeline import Batch, Reading, Rows, Sample, open_loader, read_ahead
 from simmim.data.sources import ImageSource, read_raw
 from simmim.method.random_keys import sample_key

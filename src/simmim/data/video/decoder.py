@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmim.data.decode import MAX_PIXELS, BadImage, Raw, check_size, upright
+from simmim.data.picture import MAX_PIXELS, BadImage, Raw, check_size, upright
 from simmim.errors import UserError
 
 # Demuxers of files that hold their own pictures. Others, such as playlists, would open further files, or the network.

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.frames import FrameChoice
-from simmim.data.decode import BadImage, decode
+from simmim.data.decode import decode
+from simmim.data.picture import BadImage
 from simmim.data.video.decoder import BlameTheClip, Decoder, to_pixels
 
 _SIDE, _PARTS = 32, 8

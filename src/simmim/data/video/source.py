@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmim.config.frames import FRAMES, FrameChoice
-from simmim.data.decode import BadImage, Raw
 from simmim.data.files import CLIP_SUFFIXES, PathList, is_clip, open_kind, open_list
+from simmim.data.picture import BadImage, Raw
 from simmim.data.video.decoder import Decoder, library, to_pixels
 from simmim.data.video.index import Chosen, choose_frames
 from simmim.errors import UserError

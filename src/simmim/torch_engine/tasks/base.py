@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from simmim.config.tasks import TASK_CONFIGS, FinetuneConfig
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import Raw, decode
+from simmim.data.decode import decode
+from simmim.data.picture import Raw
 from simmim.data.pipeline import Reading
 from simmim.data.sources import ImageSource
 from simmim.errors import UserError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from simmim.config.tasks import ClassifyConfig
 from simmim.data.augment import CentreCrop, load
-from simmim.data.decode import Raw
+from simmim.data.picture import Raw
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import PixelStep

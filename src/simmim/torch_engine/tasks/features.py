@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from simmim.config.commands import Pool
 from simmim.data.augment import CentreCrop, load, whole_box
 from simmim.data.bad_images import BadImages
-from simmim.data.decode import Raw, decode
+from simmim.data.decode import decode
 from simmim.data.evaluation import readable_batches
+from simmim.data.picture import Raw
 from simmim.data.sounds import as_sounds, read_as
 from simmim.data.sources import ImageSource, sniff
 from simmim.data.windows import middle_window

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from simmim.config.commands import PredictConfig
 from simmim.config.validation import from_settings
-from simmim.data.decode import BadImage
 from simmim.data.pages import say_pages
+from simmim.data.picture import BadImage
 from simmim.data.sounds import read_as
 from simmim.data.sources import ImageSource, open_files, read_raw
 from simmim.data.video.source import check_frames

@@ -19,9 +19,10 @@ from torch import Tensor
 from simmim.config.tasks import SegmentConfig
 from simmim.config.validation import from_settings
 from simmim.data.augment import load
-from simmim.data.decode import Raw, decode
+from simmim.data.decode import decode
 from simmim.data.evaluation import readable_batches
 from simmim.data.labelled.segmentation import IGNORE, Mask, SegmentationImages, crop_mask, open_segmentation
+from simmim.data.picture import Raw
 from simmim.data.pipeline import Reading, Sample, sample_batches
 from simmim.data.sources import read_raw, sniff
 from simmim.errors import UserError
