@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from simmim.torch_engine.models.family import Family
-from simmim.torch_engine.models.masked import TokenEncoder, VisibleEncoder
+from simmim.torch_engine.models.masked import TokenEncoder
 from simmim.torch_engine.models.savings import Chosen, LastBlock
+from simmim.torch_engine.models.visible import VisibleEncoder
 
 
 class LastViTBlock(LastBlock, Block):
