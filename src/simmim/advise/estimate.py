@@ -10,21 +10,18 @@ import functools
 import json
 import math
 import shlex
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from simmim.advise.kept_work import measure_once
+from simmim.advise.calibration import OWN, read_own_machine
+from simmim.advise.kept_work import Measure, measure_once
 from simmim.advise.request import Option, Range, Request
 from simmim.config.pretraining import PretrainConfig, ask_objectives
 from simmim.config.strategies import parse_strategy
 from simmim.errors import UserError
 from simmim.hardware.accelerators import Accelerator, Facts, read_facts
-from simmim.hardware.roofline import Rates, StepWork, fit_rates
+from simmim.hardware.roofline import Rates, StepWork
 from simmim.method.heads import Head
-
-Measure = Callable[[PretrainConfig], StepWork]
-OWN = "this-machine"
 
 
 class Estimator:
@@ -303,39 +300,3 @@ def _price(row: Accelerator, *, spot: bool) -> str:
     if usd is None:
         return f"{'spot ' if spot else ''}price not known: give --price {row.name}=USD"
     return f"{usd:g} USD, {row.price_source}, {row.price_date or 'date not known'}"
-
-
-def read_own_machine(path: str, measure: Measure) -> tuple[Accelerator, Rates]:
-    """Describe this machine as an accelerator, from steps measured by `simmim bench --save-calibration`.
-
-    Uses the precision with the most measured steps. Raises `UserError` for too few steps.
-    """
-    try:
-        steps = json.loads(Path(path).read_text(encoding="utf-8"))["steps"]
-        precisions = [step["precision"] for step in steps]
-        used = [step for step in steps if step["precision"] == max(set(precisions), key=precisions.count)]
-        taken = [(step["batch_size"], step["step"]["seconds"]) for step in used]
-        configs = [
-            PretrainConfig(
-                model=step["model"],
-                image_size=tuple(step["image_size"]),
-                device=step["kind"],
-                precision=step["precision"],
-                mean=(0.5,) * 3,
-                std=(0.5,) * 3,
-            )
-            for step in used
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"calibration {path} cannot be read; write one with simmim bench --save-calibration") from None
-    rates = fit_rates([(measure(config), *what) for config, what in zip(configs, taken, strict=True)])
-    row = Accelerator(
-        name=OWN,
-        title=used[0]["device"],
-        device=used[0]["kind"],
-        memory_gb=used[0]["memory_gib"],
-        bandwidth_gb_s=rates.bandwidth / 1e9,
-        tflops={configs[0].precision: rates.flops / 1e12},
-        source=path,
-    )
-    return row, rates

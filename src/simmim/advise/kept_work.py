@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from simmim.hardware.roofline import StepWork
 from simmim.method.objectives import FrozenTeacher
 from simmim.output import say
 from simmim.training.whole_files import written_whole
+
+Measure = Callable[[PretrainConfig], StepWork]
 
 _MOST = 100  # files, of some 10 KB
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from simmim.advise.estimate import Estimator, Measure, config_of
+from simmim.advise.estimate import Estimator, config_of
+from simmim.advise.kept_work import Measure
 from simmim.advise.request import Option, Request
 from simmim.commands.tpu_check import TpuCheckConfig, tpu_check
 from simmim.config.validation import from_settings
