@@ -125,6 +125,8 @@ BAD_OPTIONS = {
     "--data astray.txt": "none of the first 1 paths in astray.txt is a file, such as nowhere/1.png; write paths "
     "relative to the list's folder",
     "--data bands": "images have 5 channels, not 3: pass --channels 5",
+    "--data images/0.png --val-images 0": "batch size 2 is more than the 1 images to train on (0 are kept aside); use "
+    "--batch-size 1 or less, or --crop pixels for windows of it",
     "--channels 4": "images have 3 channels, not 4: pass --channels 3",
     "--channels 0": "channels 0 is less than 1; the default is 3",
     "--batch-size 100": "batch size 100 is more than the 4 images to train on (2 are kept aside); use --batch-size 4 "

@@ -70,9 +70,10 @@ def open_images(config: PretrainConfig, usual_size: tuple[int, int] | None = Non
             f"use --val-images {len(source) // 10}"
         )
     if len(train) < config.batch_size:
+        windows_of_it = ", or --crop pixels for windows of it" if len(source) == 1 and windows is None else ""
         raise UserError(
             f"batch size {config.batch_size} is more than the {len(train)} {counted} to train on "
-            f"({len(val)} are kept aside); use --batch-size {len(train)} or less"
+            f"({len(val)} are kept aside); use --batch-size {len(train)} or less{windows_of_it}"
         )
     if windows is None or still is None:
         return Images(Subset(source, train), Subset(source, val), dtype, channels, defaults, sounds)
