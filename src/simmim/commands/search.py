@@ -75,7 +75,7 @@ def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any
 
     queries, how = open_files(config.query, config.frames), {}
     if config.features:
-        indices, features, how = _stored(config, source)
+        source, indices, features, how = _stored(config, source)
     asked, wanted = embed_some(config.run, queries, device=config.device, **how)
     if unread := sorted({*range(len(queries))} - {*asked.tolist()}):
         raise UserError(f"{queries.name(unread[0])} cannot be read; give other images as --query")
@@ -99,7 +99,8 @@ def _neighbours(config: SearchConfig, source: ImageSource) -> list[dict[str, Any
         rows.append((np.array([query]), indices[order]))
     if config.out:
         channels = input_channels(config.run)
-        queries, source = as_seen(config.run, queries), as_seen(config.run, source)
+        grid = how.get("grid", False)
+        queries, source = (as_seen(config.run, each, grid=grid) for each in (queries, source))
         parts = [
             np.concatenate(
                 [thumbnails_of(part, channels)[1] for part in (Subset(queries, query), Subset(source, near))]
@@ -128,12 +129,16 @@ def _pairs(config: SearchConfig, source: ImageSource) -> list[dict[str, Any]]:
     ]
 
 
-def _stored(config: SearchConfig, source: ImageSource) -> tuple[NDArray[np.int64], NDArray[Any], dict[str, Any]]:
-    """Read the features of a source's images from what `simmim embed` wrote, and how it took them: layer and pool.
+def _stored(
+    config: SearchConfig, source: ImageSource
+) -> tuple[ImageSource, NDArray[np.int64], NDArray[Any], dict[str, Any]]:
+    """Read the features of a source's images, or of their windows, from what `simmim embed` wrote.
+
+    Returns the images or windows, the numbers of those in the file, the features, and how they were taken.
 
     Raises `UserError` where another encoder made them, or the file does not fit.
     """
-    from simmim.torch_engine.tasks.embed import encoder_digest
+    from simmim.torch_engine.tasks.embed import as_grid, encoder_digest
     from simmim.torch_engine.tasks.feature_files import as_text, read_features
     from simmim.torch_engine.train.storage import load_encoder
 
@@ -147,15 +152,18 @@ def _stored(config: SearchConfig, source: ImageSource) -> tuple[NDArray[np.int64
             f"{file} was made by another encoder ({facts['encoder']}) than that of {config.run} ({digest}); "
             "give that run, or embed the images by this one"
         )
+    if grid := facts.get("view") == "grid":
+        source = as_grid(config.run, source)
     places = {as_text(source.name(index)): index for index in range(len(source))}
     if missing := [name for name in names if name not in places]:
         raise UserError(f"{file} has images that --data has not, such as {missing[0]}; give the data it was made of")
     if features.ndim != 2:
         raise UserError(f"{file} has features of patches; embed the images without --patches")
     return (
+        source,
         np.array([places[name] for name in names]),
         features,
-        {name: facts[name] for name in ("layer", "pool") if facts},
+        {name: facts[name] for name in ("layer", "pool") if facts} | {"grid": grid},
     )
 
 

@@ -91,6 +91,9 @@ class EmbedConfig:
     model(images); auto: that of timm: and local-dir:, else avg)."""
     patches: bool = False
     """Write a vector for each feature-map cell, row by row, in place of one for the image."""
+    grid: bool = False
+    """Embed windows of the encoder's image size, side by side over each image at full resolution: one vector each, of
+    the name NAME@ROW,COLUMN, the window's first pixel."""
     dtype: Literal["float32", "float16"] = "float32"
     """Precision of the numbers that are written."""
     batch_size: Positive = 64

@@ -10,6 +10,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import ceil
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,60 @@ class MiddleWindows:
 
     def read(self, index: int) -> Picture:
         return middle_window(read_raw(self._source, index), self._size)
+
+
+class GridWindows:
+    """Windows side by side, which cover each image of a source; an `ImageSource`.
+
+    The last of a row or column may overlap the one before. A name is NAME@ROW,COLUMN, of a window's first pixel.
+    """
+
+    def __init__(self, source: ImageSource, size: tuple[int, int]):
+        """Read the size of each file's first image, which its others share; one that is broken has one window."""
+        self._source, self._size = source, size
+        files = [*firsts_of(source)]
+        sizes = in_threads(lambda file: _read_size(source, files[file]), len(files))
+        ends = [*files[1:], len(source)]
+        self._sizes = [size for first, end, size in zip(files, ends, sizes, strict=True) for _ in range(first, end)]
+        self._firsts = [0, *accumulate(rows * columns for rows, columns in map(self._layout, self._sizes))]
+        self.firsts = [self._firsts[image] for image in files]
+        """The numbers of the first windows of files."""
+
+    def __len__(self) -> int:
+        return self._firsts[-1]
+
+    def name(self, index: int) -> str:
+        image, box = self._place(index)
+        return f"{self._source.name(image)}@{box.top},{box.left}"
+
+    def read(self, index: int) -> Picture:
+        image, box = self._place(index)
+        picture = open_picture(read_raw(self._source, image))
+        if (picture.height, picture.width) != self._sizes[image]:
+            raise BadImage("is not of the size of the first image of its file")
+        return picture.cut(box)
+
+    def _layout(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Count the rows and columns of windows of an image."""
+        height, width = _sides(*size, self._size)
+        return ceil(size[0] / height), ceil(size[1] / width)
+
+    def _place(self, index: int) -> tuple[int, Box]:
+        """Return the number of the image of which a window is, and the window's place."""
+        image = bisect_right(self._firsts, range(len(self))[index]) - 1
+        size = self._sizes[image]
+        height, width = _sides(*size, self._size)
+        row, column = divmod(index - self._firsts[image], self._layout(size)[1])
+        return image, Box(min(row * height, size[0] - height), min(column * width, size[1] - width), height, width)
+
+
+def _read_size(source: ImageSource, image: int) -> tuple[int, int]:
+    """Read the height and width of an image; (1, 1) of one that cannot be read."""
+    try:
+        picture = open_picture(read_raw(source, image))
+        return picture.height, picture.width
+    except BadImage:
+        return 1, 1
 
 
 def _count(source: ImageSource, image: int, size: tuple[int, int]) -> int:

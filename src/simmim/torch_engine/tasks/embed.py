@@ -24,7 +24,7 @@ from simmim.data.labelled.every import ClassLabels, open_with_labels
 from simmim.data.pages import say_pages
 from simmim.data.sources import ImageSource, Subset, open_source
 from simmim.data.video.notes import describe_frames, warn_of_clips
-from simmim.data.windows import MiddleWindows
+from simmim.data.windows import GridWindows, MiddleWindows
 from simmim.errors import UserError
 from simmim.hardware.host import reading_cores
 from simmim.output import say
@@ -76,7 +76,8 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
     check_format(str(out), patches=config.patches)
     device = choose_device(config.device)
     config = replace(config, precision=choose_precision(config.precision, device))
-    source, labels = _open(config)
+    images, labels = _open(config)
+    source = as_grid(config.run, images) if config.grid else images
     file = FeatureFile(out, source, PART_IMAGES_OF_PATCHES if config.patches else PART_IMAGES, labels)
     with distributed.join(device, config.precision) as world, file.hold(is_main=world.is_main):
         if config.out is None and world.size > 1:
@@ -87,9 +88,9 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
         settings = _settings(config, source, digest) if world.is_main else {}
         if world.is_main and (done := file.begin(settings)):
             say(f"resumes after {done} of {len(file)} parts")
-        for warning in filter(None, (say_pages(source), warn_of_clips(source))) if world.is_main else ():
+        for warning in filter(None, (say_pages(images), warn_of_clips(images))) if world.is_main else ():
             say(f"warning    {warning}")
-        if world.is_main and (frames := describe_frames(source)):
+        if world.is_main and (frames := describe_frames(images)):
             say(f"frames     {frames}")
         world.main_says(0)  # no process goes on before the directory is there
         missing = [number for number in range(world.rank, len(file), world.size) if not file.has(number)]
@@ -109,11 +110,14 @@ def _embed(config: EmbedConfig, out: Path, read: Callable[[FeatureFile, distribu
 
 
 def embed_some(
-    run: str, source: ImageSource, *, device: str = "auto", layer: int = -1, pool: Pool = "auto"
+    run: str, source: ImageSource, *, device: str = "auto", layer: int = -1, pool: Pool = "auto", grid: bool = False
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return the features (N, D) of a source's readable images, and the images' numbers (N,): for a few thousand."""
+    """Return the features (N, D) of a source's readable images, and the images' numbers (N,): for a few thousand.
+
+    With `grid`, those of the window in the middle of each, as one of a grid is seen.
+    """
     chosen, pool = choose_device(device), choose_pool(pool, run, layer=layer)
-    config = EmbedConfig(run=run, data="", max_bad_fraction=1.0, layer=layer, pool=pool)
+    config = EmbedConfig(run=run, data="", max_bad_fraction=1.0, layer=layer, pool=pool, grid=grid)
     config = replace(config, precision=choose_precision(config.precision, chosen))
     return _reader(config, source, load_encoder(run), torch.device(chosen))(source)
 
@@ -123,11 +127,20 @@ def input_channels(run: str) -> int:
     return load_encoder(run).pretrained_cfg["input_size"][0]  # type: ignore[index]
 
 
-def as_seen(run: str, source: ImageSource) -> ImageSource:
-    """Return a source as a run's encoder sees it: the windows in the middle, if it was trained on windows."""
+def as_seen(run: str, source: ImageSource, *, grid: bool = False) -> ImageSource:
+    """Return a source as a run's encoder sees it: the windows in the middle, if trained on windows, or for a grid."""
     backbone: Any = load_encoder(run)
     height, width = backbone.pretrained_cfg["input_size"][1:]
-    return MiddleWindows(source, (height, width)) if getattr(backbone, "sees_windows", False) else source
+    return MiddleWindows(source, (height, width)) if grid or getattr(backbone, "sees_windows", False) else source
+
+
+def as_grid(run: str, source: ImageSource) -> GridWindows:
+    """Return the windows of an encoder's image size that cover each image. Raises `UserError` for one of sounds."""
+    backbone: Any = load_encoder(run)
+    if hasattr(backbone, "front_end"):
+        raise UserError(f"--grid is for images, and {run} was trained on sounds; leave it out")
+    height, width = backbone.pretrained_cfg["input_size"][1:]
+    return GridWindows(source, (height, width))
 
 
 def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: torch.device) -> FeatureReader:
@@ -144,7 +157,7 @@ def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: tor
         max_bad_fraction=config.max_bad_fraction,
     )
     distributed.place(reader.pixels, device)
-    return reader
+    return replace(reader, windows=True, view=None) if config.grid else reader
 
 
 def encoder_digest(backbone: nn.Module) -> str:
@@ -161,6 +174,8 @@ def encoder_digest(backbone: nn.Module) -> str:
 
 
 def _open(config: EmbedConfig) -> tuple[ImageSource, ClassLabels | None]:
+    if config.labels and config.grid:
+        raise UserError("--grid makes many vectors of an image, and --labels one label; leave one of them out")
     if config.labels:
         return open_with_labels(config.data, config.frames)
     return open_source(config.data, config.frames), None
@@ -174,7 +189,7 @@ def _settings(config: EmbedConfig, source: ImageSource, digest: str) -> dict[str
     options = ("layer", "pool", "patches", "dtype", "batch_size", "precision")
     return {
         "encoder": digest,
-        "view": "timm" if is_timms(config.run) else "middle",
+        "view": "grid" if config.grid else "timm" if is_timms(config.run) else "middle",
         "images": f"{len(source)} (names' sha256 {images.hexdigest()[:16]})",
         **{name: getattr(config, name) for name in options},
     }
@@ -226,7 +241,8 @@ def _describe(file: FeatureFile, world: distributed.World) -> list[str]:
     count, first = sum(map(len, file.names())), next(file.features())
     shape = ", ".join(map(str, (count, *first.shape[1:])))
     labels = "" if file.labels is None else f" and labels of {len(file.labels.classes)} classes"
-    lines = [f"{count} images, features ({shape}) {first.dtype}{labels}, are in {file.out}"]
+    counted = "windows" if isinstance(file.source, GridWindows) else "images"
+    lines = [f"{count} {counted}, features ({shape}) {first.dtype}{labels}, are in {file.out}"]
     if bad := count_listed(file.bad_images):
         lines.append(f"{bad} image{'s' * (bad > 1)} could not be read; {file.bad_images} lists them")
     return lines
