@@ -8,6 +8,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from simmim.data import pillow
 from simmim.data.files import PathList
 from simmim.data.picture import BadImage
 from simmim.data.sources import ImageSource, open_source
@@ -70,6 +71,15 @@ def test_a_broken_image_is_one_window_that_cannot_be_read(tmp_path: Path) -> Non
     assert names(grid) == ["a.png@0,0", "b.png@0,0"]
     with pytest.raises(BadImage, match="not an image"):
         grid.read(0)
+
+
+def test_an_image_is_decoded_once_for_all_its_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, decoded = GridWindows(PathList([write(tmp_path / "a.png"), write(tmp_path / "b.png")]), (64, 64)), []
+    decode = pillow._pillow_pixels
+    monkeypatch.setattr(pillow, "_pillow_pixels", lambda *told: decoded.append(1) or decode(*told))
+    for index in range(len(grid)):
+        grid.read(index).read(1)
+    assert len(decoded) == 2
 
 
 def test_an_image_of_another_size_than_the_first_of_its_file_is_refused() -> None:

@@ -68,6 +68,14 @@ def test_search_finds_windows_and_pictures_them(here: Path, tmp_path: Path, caps
 def test_what_does_not_go_with_a_grid_is_refused(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="--grid makes many vectors of an image, and --labels one label"):
         simmim.embed(here / "run", here / "scenes", grid=True, labels=True, **USUAL)
+    (here / "sounds").mkdir()
+    (here / "sounds" / "a.wav").write_bytes(b"")
+    with pytest.raises(UserError, match="run was trained on images, and these are sounds; give images"):
+        simmim.embed(here / "run", here / "sounds", grid=True, **USUAL)
+    bands = np.random.default_rng(0).integers(0, 256, (64, 64, 7), dtype=np.uint8)
+    np.save(here / "bands.npy", bands)
+    with pytest.raises(UserError, match="images have 7 channels, not 3: give images of 3, or another encoder"):
+        simmim.embed(here / "run", here / "bands.npy", grid=True, **USUAL)
     monkeypatch.setattr(module, "load_encoder", lambda _: SimpleNamespace(front_end=None))
     with pytest.raises(UserError, match=r"--grid is for images, and .*run was trained on sounds; leave it out"):
         simmim.embed(here / "run", here / "scenes", grid=True, **USUAL)

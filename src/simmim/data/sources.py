@@ -266,11 +266,11 @@ def _is_set(images: Sequence[str]) -> bool:
     return len(images) == 1 and (not Path(images[0]).is_file() or Path(images[0]).suffix.lower() in _LISTS)
 
 
-def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
+def sniff(source: ImageSource, *, channels: int, trained: bool = False) -> np.dtype[Any]:
     """Look at the first readable images: uint8, or float32 if any of them is deeper than 8 bits (sounds: int16, 16).
 
     One image of each file is looked at before others. A dtype among the source's defaults decides instead. Raises
-    `UserError` if most do not have `channels` channels, or none can be read.
+    `UserError` if most do not have `channels` channels, or none can be read. `trained`: an encoder decides on these.
     """
     looked_at, deep, reason, plain = 0, False, "", np.dtype(np.uint8)
     misfits: Counter[int] = Counter()
@@ -292,7 +292,8 @@ def sniff(source: ImageSource, *, channels: int) -> np.dtype[Any]:
         raise UserError(f"none of the first {first} images can be read, such as {reason}")
     if 2 * misfits.total() > looked_at:  # fewer are bad images, counted and listed as such
         found = misfits.most_common(1)[0][0]
-        raise UserError(f"images have {found} channels, not {channels}: pass --channels {found}")
+        remedy = f"give images of {channels}, or another encoder" if trained else f"pass --channels {found}"
+        raise UserError(f"images have {found} channels, not {channels}: {remedy}")
     return np.dtype(defaults_of(source).dtype or (np.float32 if deep else plain))
 
 

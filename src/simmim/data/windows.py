@@ -9,6 +9,7 @@ Shapes: `H W` pixels; a size is (H, W).
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from math import ceil
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from simmim.data.augment import Box, check_crop_size
 from simmim.data.decode import count_pixels, open_picture
 from simmim.data.files import PathList, in_threads
-from simmim.data.picture import BadImage, NothingButNodata, Picture, Raw
+from simmim.data.picture import BadImage, BlameTheImage, NothingButNodata, Picture, Raw
 from simmim.data.sources import ImageSource, firsts_of, read_raw
 from simmim.data.video.source import Clips
 from simmim.data.volumes import Slices
@@ -193,6 +194,7 @@ class GridWindows:
         self._firsts = [0, *accumulate(rows * columns for rows, columns in map(self._layout, self._sizes))]
         self.firsts = [self._firsts[image] for image in files]
         """The numbers of the first windows of files."""
+        self._opened = lru_cache(maxsize=2)(self._open)  # the image that is read, and the next
 
     def __len__(self) -> int:
         return self._firsts[-1]
@@ -203,10 +205,18 @@ class GridWindows:
 
     def read(self, index: int) -> Picture:
         image, box = self._place(index)
+        return self._opened(image).cut(box)
+
+    def _open(self, image: int) -> Picture:
+        """Open an image, whose pixels are read here unless parts of it can be read alone. Raises `BadImage`."""
         picture = open_picture(read_raw(self._source, image))
         if (picture.height, picture.width) != self._sizes[image]:
             raise BadImage("is not of the size of the first image of its file")
-        return picture.cut(box)
+        if picture.part is not None:
+            return picture
+        with BlameTheImage():
+            pixels = picture.read(1)
+        return replace(picture, read=lambda _: pixels)
 
     def _layout(self, size: tuple[int, int]) -> tuple[int, int]:
         """Count the rows and columns of windows of an image."""

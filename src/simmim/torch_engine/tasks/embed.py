@@ -22,6 +22,7 @@ from simmim.config.validation import from_settings
 from simmim.data.bad_images import BadImages, count_listed
 from simmim.data.labelled.every import ClassLabels, open_with_labels
 from simmim.data.pages import say_pages
+from simmim.data.sounds import read_as
 from simmim.data.sources import ImageSource, Subset, open_source
 from simmim.data.video.notes import describe_frames, warn_of_clips
 from simmim.data.windows import GridWindows, MiddleWindows
@@ -140,7 +141,7 @@ def as_grid(run: str, source: ImageSource) -> GridWindows:
     if hasattr(backbone, "front_end"):
         raise UserError(f"--grid is for images, and {run} was trained on sounds; leave it out")
     height, width = backbone.pretrained_cfg["input_size"][1:]
-    return GridWindows(source, (height, width))
+    return GridWindows(read_as(source, None, run), (height, width))
 
 
 def _reader(config: EmbedConfig, source: ImageSource, backbone: Any, device: torch.device) -> FeatureReader:

@@ -270,7 +270,7 @@ def read_features(path: Path) -> tuple[list[str], NDArray[Any], dict[str, Any]]:
             return table["name"].to_pylist(), column.to_numpy().reshape(shape), facts
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as features: {error}; give what simmim embed wrote") from None
-    raise UserError(f"{path} is no .npz or .parquet file; give what simmim embed wrote")
+    raise UserError(f"{path} is no .npz or .parquet file; have simmim embed write one")
 
 
 FORMATS = {".parquet": write_parquet, ".npz": write_npz, ".csv": write_csv}

@@ -147,7 +147,7 @@ class FeatureReader:
             pixels=(hears or PixelStep(facts["mean"], facts["std"])).to(device),
             size=(hears.samples, 1) if hears else (height, width),
             channels=channels,
-            dtype=sniff(images, channels=channels),
+            dtype=sniff(images, channels=channels, trained=True),
             windows=getattr(backbone, "sees_windows", False),
             view=timms_view(backbone) if is_timms(run) else None,
             **machine,
