@@ -55,13 +55,8 @@ def test_out_of_memory_is_one_line_with_a_remedy_that_fits(on_null_gpu: Run, tmp
     assert "memory     2 accumulation steps of 64 images a process: what fits Null H100" in done.stderr  # as 1 does not
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "finetune classify --from scratch",
-        pytest.param("pretrain --objective infonce --probe demo", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["finetune classify --from scratch", "pretrain --objective infonce --probe demo"])
 def test_an_evaluation_that_needs_more_than_the_training_goes_on_in_halves(
     on_null_gpu: Run, tmp_path: Path, command: str
 ) -> None:
