@@ -89,7 +89,7 @@ def test_a_mode_of_the_compiler_runs(found: Found, mode: str, case: str) -> None
     ("fault", "graphs", "breaks", "recompiles"),
     [
         ("a question to the device", 2, "item", 0),
-        ("a print", 2, "print", 0),
+        ("a print", 2, "builtin operator", 0),
         ("a smaller batch", 2, "", 1),
     ],
 )
