@@ -51,9 +51,10 @@ def main() -> None:
         images = str(options.work / "sets" / f"{name}.npz")
         for arm in options.arm:
             for seed in options.seed:
-                out = options.work / f"{name}-{arm}-{seed}"
+                row_of = f"{arm}, whole" if options.whole else arm
+                out = options.work / f"{name}-{row_of.replace(', ', '-')}-{seed}"
                 row = judge(name, images, out, ARMS[arm], seed, None if options.whole else options.seconds)
-                found.setdefault(name, {}).setdefault(arm, {})[seed] = row
+                found.setdefault(name, {}).setdefault(row_of, {})[seed] = row
                 print(name, arm, seed, row, flush=True)
                 results.save("first_run", {**results.machine(), "sets": found}, quiet=True)
 

@@ -77,8 +77,7 @@ class EmbedConfig:
     run: Positional[Annotated[str, arg(metavar="RUN")]]
     """The --out directory of a run, an encoder directory, timm:NAME, or local-dir:PATH of a model that timm saved."""
     data: str
-    """Images as simmim pretrain takes them: a folder, one image, .zip, .tar, a list of paths, shards, .npz, hf:NAME or
-    demo."""
+    """Images as simmim pretrain takes them: a folder, an image, .zip, .tar, list of paths, shards, .npz, hf:, demo."""
     frames: Frames = FRAMES
     """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
     labels: bool = False

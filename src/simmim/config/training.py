@@ -67,8 +67,8 @@ class TrainingConfig:
     data_forms: ClassVar[str] = "a folder, a text file of paths, hf:NAME or demo"
     """What --data takes, for messages."""
     data: Word = None
-    """Images, clips or sounds: a folder (searched recursively), a .zip, .tar or list of paths, hf:NAME_OR_PATH, or
-    demo; clips and sounds of any names as video:DATA and audio:DATA. Required."""
+    """Images, clips or sounds: a folder (searched recursively), an image, .zip, .tar or list of paths, hf:NAME_OR_PATH
+    or demo; clips and sounds of any names as video:DATA and audio:DATA. Required."""
     out: Word = None
     """Run directory. An existing run resumes. Required."""
     model: str = "vit_small_patch16_224"
