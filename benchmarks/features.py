@@ -5,7 +5,8 @@
 
 Every arm pretrains on the training images of a set, without labels, for `--seconds` of processor time of all threads:
 teachers and further views are charged for. A trial finds how many steps that is. A run whose time is off by more than
-10 % is thrown away, listed, and done again with the number of steps that its own speed gives.
+10 % is thrown away, listed, and done again with the number of steps that its own speed gives. With `--steps-as-seed-0`
+other seeds take as many steps as seed 0, whose figures are in DIR: so they are alike on a machine of another speed.
 
 Its frozen features are judged by a k-NN vote and a linear probe, with all labels and with few (`labelled_sets.py`), and
 its encoder by fine-tuning with few labels. Label set, pretraining and fine-tuning of a row share their seed.
@@ -115,6 +116,7 @@ class Bench:
     work: Path
     seconds: float
     quick: bool
+    steps_as_seed_0: bool = False
 
     @property
     def pieces(self) -> Pieces:
@@ -158,10 +160,16 @@ class Bench:
             settings["objectives"] = [{**part, "source": source} for part in settings["objectives"]]
         shown = {key: str(value) for key, value in settings.items() if key != "data"} | {"seconds": str(self.seconds)}
         path = self.encoder_path(name, encoder, arm, seed)
+        steps = None
+        if self.steps_as_seed_0 and seed != SEEDS[0]:
+            first = self.pieces.find(name, encoder, arm, SEEDS[0], "pretraining")
+            if first is None:
+                raise SystemExit(f"{self.work} holds no pretraining of {arm} with seed {SEEDS[0]}; run it first")
+            steps = first["steps"]
 
         def measure() -> dict[str, Any]:
             with tempfile.TemporaryDirectory(dir=self.work) as folder:
-                found, run = self._pretrain_for_seconds(settings, seconds, Path(folder))
+                found, run = self._pretrain_for_seconds(settings, seconds, Path(folder), steps)
                 losses = [json.loads(line)["loss"] for line in run.metrics.read_text().splitlines()]
                 shutil.rmtree(path, ignore_errors=True)
                 path.parent.mkdir(exist_ok=True)
@@ -174,9 +182,9 @@ class Bench:
             raise SystemExit(f"{self.work} holds arm {arm} with another {changed}; give the arm another name")
 
     def _pretrain_for_seconds(
-        self, settings: dict[str, Any], seconds: float, folder: Path
+        self, settings: dict[str, Any], seconds: float, folder: Path, steps: int | None
     ) -> tuple[dict[str, Any], Run]:
-        """Pretrain as many steps as take the processor time; return steps and seconds, and the run."""
+        """Pretrain `steps`, or as many as take the processor time; return steps and seconds, and the run."""
 
         def train(steps: int) -> tuple[float, Run]:
             shutil.rmtree(folder / "run", ignore_errors=True)
@@ -186,6 +194,9 @@ class Bench:
 
         if self.quick:
             return {"steps": 2, "processor_seconds": 0.0, "thrown_away": []}, train(2)[1]
+        if steps is not None:
+            took, run = train(steps)
+            return {"steps": steps, "processor_seconds": round(took, 1), "thrown_away": []}, run
         train(10)  # warms up
         short, long = (train(steps)[0] for steps in (10, 90))
         step = (long - short) / 80
@@ -336,12 +347,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--arm", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seed", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--seconds", type=float, default=420, help="processor time of a pretraining")
+    parser.add_argument("--steps-as-seed-0", action="store_true", help="other seeds take as many steps as seed 0 did")
     parser.add_argument("--floors", action="store_true", help="floors only")
     parser.add_argument("--gather", action="store_true", help="measure nothing; save the tables of what is there")
     parser.add_argument("--quick", action="store_true", help="two steps a training, to see that it works")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    bench = Bench(options.data, options.work, options.seconds, options.quick)
+    bench = Bench(options.data, options.work, options.seconds, options.quick, options.steps_as_seed_0)
     chosen, everything = vars(options), {"set": SETS, "encoder": ENCODERS, "arm": ARMS, "seed": SEEDS}
     whole = all(set(chosen[part]) == set(values) for part, values in everything.items()) and not options.floors
     if options.gather:

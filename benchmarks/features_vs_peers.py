@@ -13,7 +13,8 @@ twice as long on a CPU.
 
 `--seconds` is the processor time of training, with reading of images, in the peer's process (`peer_training.py` says
 what counts). A short trial finds how many steps that is. A run that took less than 90 % or more than 120 % of the time
-is done again, once, with the number of steps that its own speed gives, and both are listed.
+is done again, once, with the number of steps that its own speed gives, and both are listed. With `--steps-as-seed-0`
+another seed takes as many steps as seed 0, whose pieces are in DIR: so it is alike on a machine of another speed.
 
 A peer's encoder becomes an encoder directory, so that our evaluation judges it like ours: 20 nearest neighbours and a
 linear classifier on the mean of the feature map, with all labels and with 100 a class, and 300 steps of fine-tuning
@@ -73,6 +74,7 @@ class Peers:
     seconds: float
     seed: int
     results: Path | None
+    steps_as_seed_0: bool = False
 
     @property
     def work(self) -> Path:
@@ -102,7 +104,12 @@ class Peers:
         self.piece(f"{piece}, fine-tuned few", lambda: self.finetune(out))
 
     def pretrain(self, piece: str, arm: Arm, encoder: str, out: Path) -> dict[str, Any]:
-        """Train as many steps as take the time; write the encoder directory `out`."""
+        """Train as many steps as take the time, or as seed 0 took; write the encoder directory `out`."""
+        if self.steps_as_seed_0 and self.seed:
+            first = f"{piece.rpartition(', ')[0]}, 0, pretraining"
+            if first not in (known := self.comparison.pieces()):
+                raise SystemExit(f"{self.work} holds no {first!r}; run seed 0 first")
+            return {**self.run_peer(arm, encoder, int(known[first]["steps"]), out), "thrown_away": []}
         trial = self.piece(f"{piece}, trial", lambda: self.run_peer(arm, encoder, TRIAL_STEPS, out))
         runs = [trial]
         while len(runs) < 3 and not self.in_time(runs[-1]):
@@ -259,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--encoder", nargs="+", choices=list(ENCODERS), default=["vit"])
     parser.add_argument("--seed", type=int, choices=(0, 1, 2), default=0)
     parser.add_argument("--seconds", type=float, default=420, help="processor time of a pretraining")
+    parser.add_argument("--steps-as-seed-0", action="store_true", help="take as many steps as seed 0 did")
     parser.add_argument("--results", type=Path, help="also keep all pieces in this file as they come")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/features_vs_peers.json")
     parser.add_argument("--quick", action="store_true", help="two steps of fine-tuning, to see that it works")
@@ -267,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     given = {"lightly": options.lightly, "stable": options.stable}
     pythons = {peer: path.absolute() for peer, path in given.items() if path}  # a link: not to be resolved
     comparison = Comparison(options.data, options.work.absolute(), quick=options.quick)
-    peers = Peers(comparison, pythons, options.seconds, options.seed, options.results)
+    peers = Peers(comparison, pythons, options.seconds, options.seed, options.results, options.steps_as_seed_0)
     for encoder in options.encoder:
         for name in options.arm:
             if ARMS[name].peer in pythons:

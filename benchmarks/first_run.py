@@ -10,7 +10,9 @@ The commands that a user types, on sets that the recipe was not chosen on (`labe
 
 Both train for `--seconds` of processor time of all threads: a short trial finds how many steps that is. With `--whole`
 there is no --steps, and a run is as long as its recipe. `simmim probe` adds raw pixels (shrunk to 32 pixels) and the
-untrained encoder. Runs resume, and figures are saved as they come.
+untrained encoder. With `--finetune` the encoder is fine-tuned with all labels too, at one rate, and an equal one from
+scratch in as many steps, at the best of three rates on the test images, in its favour. Runs resume, and figures are
+saved as they come.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import Any
 
 import results
 from labelled_sets import load_set
+from pretraining_helps import FINETUNING, LAYER_DECAY, PRETRAINED_RATE, SCRATCH_RATES
 
 import simmim
 
@@ -30,6 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "simmim": {"objectives": [{"kind": "pixels"}], "model": "vit_small_patch16_224", "image_size": SIDE},
 }
 METHODS = ("knn", "linear")
+FINETUNING_STEPS = 150
 FEW_CLASSES = ("emoji", "stamps")
 """Sets whose raw pixels a linear classifier learns in minutes; those of 60 classes take it hours."""
 
@@ -44,6 +48,7 @@ def main() -> None:
     length.add_argument("--seconds", type=float, default=1500)
     length.add_argument("--whole", action="store_true", help="as many steps as the recipe takes")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--finetune", action="store_true", help="fine-tune too, beside training from scratch")
     options = parser.parse_args()
     found: dict[str, Any] = {}
     for name in options.set:
@@ -54,6 +59,12 @@ def main() -> None:
                 row_of = f"{arm}, whole" if options.whole else arm
                 out = options.work / f"{name}-{row_of.replace(', ', '-')}-{seed}"
                 row = judge(name, images, out, ARMS[arm], seed, None if options.whole else options.seconds)
+                if options.finetune:
+                    row["fine-tuned"] = finetune(images, out, "pretrained", seed, PRETRAINED_RATE, f"{out}/encoder")
+                    scratch = options.work / f"{name}-scratch-{seed}"
+                    row["from scratch"] = {
+                        rate: finetune(images, scratch, f"{rate:g}", seed, rate, "scratch") for rate in SCRATCH_RATES
+                    }
                 found.setdefault(name, {}).setdefault(row_of, {})[seed] = row
                 print(name, arm, seed, row, flush=True)
                 results.save("first_run", {**results.machine(), "sets": found}, quiet=True)
@@ -79,6 +90,27 @@ def judge(
             row[method] = simmim.probe(str(run.path), images, method=method, baselines=floors)
             notes.write_text(json.dumps(row))
     return row
+
+
+def finetune(images: str, out: Path, arm: str, seed: int, rate: float, start: str) -> dict[str, float]:
+    """Fine-tune with all labels from an encoder, or from scratch the one of `default-small`."""
+    built = {"model": "vit_small_patch16_224", "image_size": SIDE} if start == "scratch" else {}
+    begun = time.process_time()
+    run = simmim.finetune(
+        "classify",
+        data=images,
+        out=f"{out}-finetuned-{arm}",
+        init=start,
+        seed=seed,
+        lr=rate,
+        steps=FINETUNING_STEPS,
+        layer_decay=1.0 if start == "scratch" else LAYER_DECAY,
+        **built,
+        **{**FINETUNING, "batch_size": 32},
+    )
+    figures = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    row: dict[str, float] = {key: figures[key] for key in ("top1", "balanced_accuracy")}
+    return row | {"processor_seconds": round(time.process_time() - begun)}
 
 
 def seconds_a_step(arguments: dict[str, Any], out: Path) -> float:

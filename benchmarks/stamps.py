@@ -9,6 +9,7 @@ photographs, of which those with split "train" are cut into tiles. A small encod
 training images, without labels: once for both tasks. From it, and from scratch with the same settings, each task is
 trained. From scratch it has the best of three rates, chosen on the test images of the first seed, in its favour, and a
 row with three times the steps. The pretrained one has one rate, `--rate`. `--pretraining-steps` is for longer ones.
+`--encoder vit` is a ViT 128 × 6 of patch 8 in place of a ResNet-18 of half width.
 
 The settings of pretraining were chosen on other images (garments.py; results/stamps_search.md). Figures are those of
 the last step, not of the best. Runs resume, and the figures are saved as they come.
@@ -31,9 +32,12 @@ import simmim
 from simmim.data.labelled.detection import open_detection
 from simmim.metrics.coco import average_precision
 
-MODEL: dict[str, Any] = {
-    "model": "resnet18",
-    "model_args": {"channels": [32, 64, 128, 256]},
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet": {"model": "resnet18", "model_args": {"channels": [32, 64, 128, 256]}},
+    "vit": {
+        "model": "vit_tiny_patch16_224",
+        "model_args": {"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
+    },
 }
 # Crops of the size of the objects, at half the resolution: what a cell of the feature map sees in a task.
 PRETRAINING: dict[str, Any] = {
@@ -45,6 +49,16 @@ PRETRAINING: dict[str, Any] = {
     "clip_grad": 3.0,
     "val_images": 0,
 }
+OF_ENCODER: dict[str, dict[str, Any]] = {
+    "resnet": {},
+    "vit": {
+        "objectives": [{"kind": "descriptor"}],
+        "mask": {"kind": "random", "cell": 8, "ratio": 0.5},
+        "encode": "visible",
+        "positions": "sincos",
+    },
+}
+"""What an encoder's pretraining has else."""
 TRAINING: dict[str, dict[str, Any]] = {
     "segment": {"steps": 300, "batch_size": 16, "dice": 1.0, "decoder_channels": 64},
     "detect": {
@@ -74,6 +88,7 @@ def main() -> None:
     parser.add_argument("task", choices=TRAINING)
     for folder in ("stamps", "photos", "work"):
         parser.add_argument(f"--{folder}", type=Path, required=True)
+    parser.add_argument("--encoder", choices=MODELS, default="resnet")
     parser.add_argument("--pretraining-steps", type=int, default=PRETRAINING["steps"])
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate of the pretrained arm")
     options = parser.parse_args()
@@ -81,20 +96,24 @@ def main() -> None:
     images = options.work / "unlabelled"
     tiles = cut_tiles(options.photos, images) + link_images(options.stamps / "train" / "images", images)
     began = time.process_time()
-    pretraining = {**PRETRAINING, "steps": options.pretraining_steps}
-    encoder = simmim.pretrain(data=str(images), out=str(options.work / "pretrained"), **MODEL, **pretraining)
+    model = MODELS[options.encoder]
+    pretraining = {**PRETRAINING, **OF_ENCODER[options.encoder], "steps": options.pretraining_steps}
+    encoder = simmim.pretrain(data=str(images), out=str(options.work / "pretrained"), **model, **pretraining)
     about = {
         **results.machine(),
         "command": f"python benchmarks/stamps.py {task} --stamps DIR --photos DIR --work DIR",
-        "model": MODEL,
+        "model": model,
         "pretraining": {**pretraining, "images": tiles, "processor_seconds": round(time.process_time() - began)},
         "training": {**COMMON, **TRAINING[task]},
         "trivial": TRIVIAL[task](options.stamps),
     }
+    file = f"stamps_{task}" if options.encoder == "resnet" else f"stamps_{task}_{options.encoder}"
     found: Figures = {}
 
     def train(arm: str, seed: int, init: str, rate: float, steps: int) -> float:
-        settings = {**MODEL, **COMMON, **TRAINING[task], "steps": steps}
+        settings = {**model, **COMMON, **TRAINING[task], "steps": steps}
+        if init == "scratch":
+            settings["layer_decay"] = 1.0  # what is less keeps what an encoder has learned
         settings["lr"] = rate * 512 / settings["batch_size"]  # rates are for a batch of 512, and are scaled
         out = options.work / f"{task}-{arm}-{seed}".replace(" ", "-")
         began = time.process_time()
@@ -103,7 +122,7 @@ def main() -> None:
         row: dict[str, float] = {name: value for name, value in figures.items() if name != "best"}
         found.setdefault(arm, {})[seed] = row | {"processor_seconds": round(time.process_time() - began)}
         print(arm, seed, row, flush=True)
-        results.save(f"stamps_{task}", {**about, "mean": means(found), "seeds": found}, quiet=True)
+        results.save(file, {**about, "mean": means(found), "seeds": found}, quiet=True)
         return row[FIGURE[task]]
 
     for seed in SEEDS:

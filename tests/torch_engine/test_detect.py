@@ -17,7 +17,7 @@ from simmim.data.labelled.detection import decode_masks, open_detection
 from simmim.metrics.coco import average_precision
 from simmim.torch_engine.tasks.base import TaskPlan
 from simmim.torch_engine.tasks.detect import DetectTask, draw_predicted, load_predictor
-from simmim.torch_engine.tasks.detect_step import DetectStep
+from simmim.torch_engine.tasks.detect_step import DetectStep, load_detector, save_detector
 from simmim.training.plan import Batch
 
 from . import tiny
@@ -165,6 +165,39 @@ def test_a_detector_of_one_stage_looks_at_stride_4_in_the_smallest_images_only(
     assert step.detector.backbone.strides[0] == finest
     levels = step.detector.backbone(torch.zeros(2, 3, size, size))
     assert levels["0"].shape[2:] == (size // finest, size // finest)
+
+
+@pytest.mark.parametrize(
+    ("detector", "size", "strides"),
+    [("fcos", 128, (8, 16)), ("fcos", 64, (4, 8, 16)), ("faster_rcnn", 128, (4, 8, 16))],
+)
+def test_levels_finer_than_usual_of_small_patches_are_left_out(
+    data: Path, detector: str, size: int, strides: tuple[int, ...]
+) -> None:
+    eight = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    step = task(config(data, "vit", model_args=eight, detector=detector, image_size=(size, size))).build()
+    assert step.detector.backbone.pyramid.strides == strides
+
+
+def test_a_saved_detector_keeps_the_levels_that_it_has(data: Path, tmp_path: Path) -> None:
+    settings = config(data, "vit", detector="fcos", image_size=(128, 128))
+    step = DetectStep(settings, len(COLOURS), None, levels=4)  # as versions that left out none had them
+    save_detector(step, settings, tuple(COLOURS), tmp_path)
+    loaded = load_detector(tmp_path, "cpu")[0]
+    assert loaded.detector.backbone.strides == step.detector.backbone.strides
+    assert len(loaded.detector.backbone.strides) == 6  # two are added
+
+
+def test_boxes_of_fcos_that_have_shrunk_to_nothing_are_learned_again(data: Path, tmp_path: Path) -> None:
+    made = task(config(data, detector="fcos"))
+    step = made.build()
+    last = step.detector.head.regression_head.bbox_reg
+    [batch, _] = read_steps(made, step, tmp_path)
+    with torch.no_grad():
+        last.bias.fill_(-5)
+    step(**{name: torch.from_numpy(array) for name, array in batch.items()})["loss/bbox_regression"].backward()
+    assert (last.bias.grad < -1e-4).all()  # sides grow
+    assert (step.eval().detector.head.regression_head([torch.zeros(1, 32, 4, 4)])[0] == 0).all()  # torchvision's boxes
 
 
 @pytest.mark.parametrize("kind", ["vit", "swin"])

@@ -23,7 +23,7 @@ from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import mirror
 from simmim.torch_engine.tasks.base import TaskStep, save_model
-from simmim.torch_engine.tasks.detectors import SampleKeys, create_detector, first_label
+from simmim.torch_engine.tasks.detectors import SampleKeys, count_levels, create_detector, first_label
 from simmim.torch_engine.tasks.pyramid import create_pyramid
 
 # What of a configuration a saved detector is built from again.
@@ -47,7 +47,9 @@ class Found:
 class DetectStep(TaskStep):
     """A detector's losses on a batch, and the objects that it finds in images."""
 
-    def __init__(self, config: DetectConfig, classes: int, weights: dict[str, Tensor] | None):
+    def __init__(
+        self, config: DetectConfig, classes: int, weights: dict[str, Tensor] | None, *, levels: int | None = None
+    ):
         assert isinstance(config.mean, tuple)
         assert isinstance(config.std, tuple)
         assert config.image_size is not None
@@ -56,7 +58,7 @@ class DetectStep(TaskStep):
         self.first_label, self.finds_masks = first_label(config.detector), config.detector == "mask_rcnn"
         pyramid = create_pyramid(config, weights, channels=config.pyramid_channels)
         self.draws = route_drop_path(pyramid.backbone)
-        self.detector = create_detector(config, pyramid, classes, self.keys)
+        self.detector = create_detector(config, pyramid, classes, self.keys, levels=levels)
 
     @property
     def backbone(self) -> nn.Module:  # type: ignore[override]  # no attribute: the detector holds it already
@@ -140,6 +142,7 @@ def load_detector(directory: Path, device: str) -> tuple[DetectStep, DetectConfi
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config = from_settings(DetectConfig, {name: settings[name] for name in _BUILT_FROM})
     classes = tuple(settings["label_names"])
-    step = DetectStep(config, len(classes), None)
-    step.detector.load_state_dict(load_file(directory / "model.safetensors"))
+    weights = load_file(directory / "model.safetensors")
+    step = DetectStep(config, len(classes), None, levels=count_levels(weights))
+    step.detector.load_state_dict(weights)
     return step.to(device).eval(), config, classes

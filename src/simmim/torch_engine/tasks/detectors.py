@@ -4,6 +4,7 @@ Shapes: `B` images, `C` channels, `H W` pixels, `n` objects of an image, `K` cla
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,9 +28,13 @@ _FINEST_ANCHOR = 32 / 1024
 _LEAST_CELLS = 2
 # FCOS and RetinaNet look from stride 8 on, as in their papers, but in images of fewer pixels a side at stride 4 too. At
 # 128, with objects of 20 pixels and more, that took twice the time and found less (docs/detection.md).
+# Encoders of small patches have finer levels yet, which go.
 _SMALL = 128
-_LEAST_STRIDE = 2  # torchvision rounds FCOS's points of stride 1 to nothing
 _GROUP = 32  # channels of a group norm in FCOS's heads
+# FCOS predicts, after a ReLU, how far the sides of a box are from a point, in strides. Where all are 0, no loss has a
+# gradient, and training is stuck for good (tianzhi0549/FCOS, issue 310). So they begin at 2, and in training none is
+# less than a tenth.
+_FIRST_SIDE, _LEAST_SIDE = 2.0, 0.1
 
 
 class Levels(nn.Module):
@@ -108,8 +113,12 @@ class KeyedSampler:
         return positive, negative
 
 
-def create_detector(config: DetectConfig, pyramid: Pyramid, classes: int, keys: SampleKeys) -> Any:
+def create_detector(
+    config: DetectConfig, pyramid: Pyramid, classes: int, keys: SampleKeys, *, levels: int | None = None
+) -> Any:
     """Create the detector of a configuration with torchvision's settings, which are those of its paper.
+
+    It looks at so many `levels` of the pyramid, the coarsest (default: those of the usual strides).
 
     In training it takes normalised images (B, C, H, W) and for each image boxes (n, 4) and labels (n,), with Mask R-CNN
     masks (n, H, W), and returns its losses by name; else boxes, labels and scores of each image. Labels count from
@@ -122,31 +131,41 @@ def create_detector(config: DetectConfig, pyramid: Pyramid, classes: int, keys: 
             f"pyramid channels {channels} do not divide into the groups of {_GROUP} of fcos; use a multiple of {_GROUP}"
         )
     side = max(config.image_size)
-    if not two_stages and (side >= _SMALL or pyramid.strides[0] < _LEAST_STRIDE):
+    least = 4 if two_stages or side < _SMALL else 8
+    while len(pyramid.strides) > (levels or 1) and (levels or pyramid.strides[0] < least):
         pyramid.drop_finest()
-    levels = Levels(pyramid, channels, two_stages=two_stages)
+    maps = Levels(pyramid, channels, two_stages=two_stages)
     finest = _FINEST_ANCHOR * side
-    sides = [max(_LEAST_CELLS * stride, finest * 2**number) for number, stride in enumerate(levels.strides)]
+    sides = [max(_LEAST_CELLS * stride, finest * 2**number) for number, stride in enumerate(maps.strides)]
     if two_stages:
         kind = MaskRCNN if config.detector == "mask_rcnn" else FasterRCNN
         anchors = _anchors([(side,) for side in sides], (0.5, 1.0, 2.0))
-        detector: Any = kind(levels, classes + 1, rpn_anchor_generator=anchors)
+        detector: Any = kind(maps, classes + 1, rpn_anchor_generator=anchors)
         for stream, part in enumerate((detector.rpn, detector.roi_heads)):
             part.fg_bg_sampler = KeyedSampler(part.fg_bg_sampler, keys, stream)
         heads = [detector.rpn.head, detector.roi_heads.box_predictor, detector.roi_heads.mask_predictor]
     elif config.detector == "fcos":
-        anchors = _anchors([(stride,) for stride in levels.strides], (1.0,))  # its points, which it calls anchors
-        detector = FCOS(levels, classes, anchor_generator=anchors)
+        anchors = _anchors([(stride,) for stride in maps.strides], (1.0,))  # its points, which it calls anchors
+        detector = FCOS(maps, classes, anchor_generator=anchors)
         heads = [detector.head]
+        last = detector.head.regression_head.bbox_reg
+        nn.init.constant_(last.bias, _FIRST_SIDE)
+        last.register_forward_hook(_keep_gradients)
     else:
         octaves = [tuple(side * 2 ** (third / 3) for third in range(3)) for side in sides]
-        detector = RetinaNet(levels, classes, anchor_generator=_anchors(octaves, (0.5, 1.0, 2.0)))
+        detector = RetinaNet(maps, classes, anchor_generator=_anchors(octaves, (0.5, 1.0, 2.0)))
         heads = [detector.head]
     detector.transform = Prepared()
     for head in heads:
         if head is not None:
             head.register_forward_hook(_to_fp32)
     return detector
+
+
+def count_levels(weights: Mapping[str, Tensor]) -> int:
+    """Count the levels of the encoder's pyramid that a saved detector looks at, from its names."""
+    parts = (name.split(".") for name in weights)
+    return len({part[3] for part in parts if part[1:3] in (["pyramid", "levels"], ["network", "inner_blocks"])})
 
 
 def first_label(detector: str) -> int:
@@ -156,6 +175,13 @@ def first_label(detector: str) -> int:
 
 def _anchors(sides: list[tuple[float, ...]], ratios: tuple[float, ...]) -> AnchorGenerator:
     return AnchorGenerator(tuple(sides), (ratios,) * len(sides))
+
+
+def _keep_gradients(layer: nn.Module, _inputs: Any, sides: Tensor) -> Tensor:
+    """Raise sides below the least one to it in training, with the gradients that they would have there."""
+    if not layer.training:
+        return sides
+    return torch.where(sides < _LEAST_SIDE, sides - sides.detach() + _LEAST_SIDE, sides)
 
 
 def _to_fp32(_head: nn.Module, _inputs: Any, found: Any) -> Any:
