@@ -1,6 +1,7 @@
 """Neighbours, map and lists of a report, on images that are known to be alike, blank or blurred."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,14 @@ def test_features_that_are_not_finite_are_left_out(run: str, folder: Path, monke
         return np.arange(len(source)), np.full((len(source), 4), np.nan, np.float32)
 
     monkeypatch.setattr("simmim.torch_engine.tasks.embed.embed_some", broken)
-    with pytest.raises(UserError, match="are not finite, or fewer than two images can be read"):
-        make_gallery(run, str(folder / "one"), most=5)
+    with pytest.raises(UserError, match="are not finite, so that nothing can be compared"):
+        make_gallery(run, str(folder), most=5)
+
+
+def test_a_single_image_has_nothing_to_be_compared_with(run: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "one" / "01.png", tmp_path)
+    with pytest.raises(UserError, match=r"a comparison needs two images, and 1 of .* can be read; give more"):
+        make_gallery(run, str(tmp_path), most=5)
 
 
 def test_mistakes_are_told(run: str, folder: Path) -> None:

@@ -102,7 +102,9 @@ def make_gallery(run: str, data: str, *, most: int, most_bytes: int = 5_000_000,
     finite = np.isfinite(features[kept]).all(axis=1)
     read, features, thumbnails = read[kept][finite], features[kept][finite], thumbnails[finite]
     if len(read) < 2:
-        raise UserError(f"features of {run} are not finite, or fewer than two images can be read; nothing to compare")
+        if len(kept) < 2:
+            raise UserError(f"a comparison needs two images, and {len(kept)} of {data} can be read; give more")
+        raise UserError(f"features of {run} are not finite, so that nothing can be compared; train it anew")
     names = [source.name(int(index)) for index in read]
     unit = unit_length(features)
     near = nearest(unit, min(10, len(names) - 1))
