@@ -112,8 +112,6 @@ def main() -> None:
 
     def train(arm: str, seed: int, init: str, rate: float, steps: int) -> float:
         settings = {**model, **COMMON, **TRAINING[task], "steps": steps}
-        if init == "scratch":
-            settings["layer_decay"] = 1.0  # what is less keeps what an encoder has learned
         settings["lr"] = rate * 512 / settings["batch_size"]  # rates are for a batch of 512, and are scaled
         out = options.work / f"{task}-{arm}-{seed}".replace(" ", "-")
         began = time.process_time()
