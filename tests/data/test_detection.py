@@ -120,6 +120,22 @@ def test_a_view_of_an_image_without_boxes_has_none(data: Path) -> None:
     }
 
 
+def test_colours_change_in_the_image_and_not_around_it(data: Path) -> None:
+    images = open_detection(str(data)).train
+    settings: dict[str, Any] = {"channels": 3, "fill": (9, 9, 9), "seed": 0, "masks": False}
+    jitter = ScaleJitter(size=(32, 32), scale=(0.5, 0.5))
+    plain = DetectionReader(images=images, jitter=jitter, **settings)
+    inverted = DetectionReader(images=images, jitter=jitter, recolour=lambda image, _key: 255 - image, **settings)
+    for epoch in range(5):
+        before, after = plain(epoch, 0), inverted(epoch, 0)
+        ground = (before["image"] == 9).all(axis=2)
+        assert ground.any()
+        assert not ground.all()
+        assert (after["image"][ground] == 9).all()
+        assert (after["image"][~ground] == 255 - before["image"][~ground]).all()
+        np.testing.assert_array_equal(after["boxes"], before["boxes"])
+
+
 def test_objects_of_which_little_is_left_are_not_in_the_view(tmp_path: Path) -> None:
     write(tmp_path / "train", annotations=[annotation(1, 0, [0, 0, 70, 50]), annotation(2, 0, [20, 10, 8, 6])])
     write(tmp_path / "val")

@@ -14,6 +14,7 @@ from simmim.cli import main
 from simmim.config.tasks import DetectConfig
 from simmim.data.bad_images import BadImages
 from simmim.data.labelled.detection import decode_masks, open_detection
+from simmim.errors import UserError
 from simmim.metrics.coco import average_precision
 from simmim.torch_engine.tasks.base import TaskPlan
 from simmim.torch_engine.tasks.detect import DetectTask, draw_predicted, load_predictor
@@ -278,6 +279,19 @@ def test_flipping_turns_image_boxes_and_masks_together(data: Path, tmp_path: Pat
         "flip": torch.zeros(4, 0, dtype=torch.bool),
     }
     torch.testing.assert_close(flipped, step(**tensors | turned))
+
+
+def test_jittered_colours_are_those_of_the_key_and_leave_boxes_alone(data: Path, tmp_path: Path) -> None:
+    read = [read_steps(made, made.build(), tmp_path) for made in (task(config(data, jitter=j)) for j in (0, 1, 1))]
+    plain, first, again = (steps[0] for steps in read)
+    assert (first["image"] == again["image"]).all()
+    assert (first["image"] != plain["image"]).any()
+    assert (first["boxes"] == plain["boxes"]).all()
+
+
+def test_colours_of_other_than_1_or_3_channels_are_not_jittered(data: Path) -> None:
+    with pytest.raises(UserError, match=r"^--jitter needs images of 1 or 3 channels, not of 4; leave it out"):
+        task(config(data, channels=4, mean=(0.5,) * 4, std=(0.5,) * 4, jitter=0.5))
 
 
 def test_boxes_are_fp32_though_the_network_is_bf16(data: Path) -> None:

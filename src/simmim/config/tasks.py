@@ -152,6 +152,8 @@ class DetectConfig(_DenseConfig):
     """Width of the feature pyramid and of the detector's heads."""
     scale_jitter: tuple[PositiveReal, PositiveReal] = (0.1, 2.0)
     """Range of random image scales in training; at 1 the image just fits the image size."""
+    jitter: Share = 0.0
+    """Strength of random changes to brightness, contrast, saturation and hue; 0 turns them off."""
 
     clip_grad: Annotated[PositiveReal | None, NONE_WORD, one_word(float, "FLOAT|none", nothing="none")] = 1.0
     """Maximum gradient norm (as in ViTDet); none turns clipping off."""

@@ -3,7 +3,7 @@
 Shapes: `N` images, `n` objects of an image, `H W` pixels, `K` classes. A box is (left, top, right, bottom) in pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +156,7 @@ class DetectionReader:
     """Read a jittered training view of an image and its objects, deterministic by seed and epoch.
 
     Returns image (H, W, C) uint8; boxes (n, 4) float32 in its pixels; label (n,) from 1 on, since 0 is the background;
-    mask (n, H, W) bool if `masks`. Raises `BadImage`.
+    mask (n, H, W) bool if `masks`. `recolour` changes what is seen of the image, by a key. Raises `BadImage`.
     """
 
     images: AnnotatedImages
@@ -165,6 +165,7 @@ class DetectionReader:
     fill: tuple[int, ...]
     seed: int
     masks: bool
+    recolour: Callable[[NDArray[np.uint8], NDArray[np.uint64]], NDArray[np.uint8]] | None = None
 
     def __call__(self, epoch: int, index: int) -> Sample:
         objects, size = self.images.objects[index], self.jitter.size
@@ -180,6 +181,11 @@ class DetectionReader:
             fill=self.fill,
         )
         part, place = visible(box, height, width, size)
+        if self.recolour:
+            image = image.copy()
+            seen = image[place.top : place.top + place.height, place.left : place.left + place.width]
+            if seen.size:
+                seen[:] = self.recolour(seen, sample_keys(self.seed, epoch, index, stream="augment"))
         scale = np.array([place.width / part.width, place.height / part.height] * 2)
         whole = (objects.boxes - [part.left, part.top] * 2) * scale + [place.left, place.top] * 2
         low, high = [place.left, place.top] * 2, [place.left + place.width, place.top + place.height] * 2

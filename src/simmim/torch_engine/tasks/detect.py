@@ -32,6 +32,7 @@ from simmim.method.random_keys import sample_keys
 from simmim.metrics.boxes import match_boxes
 from simmim.metrics.coco import average_precision
 from simmim.torch_engine.models.evaluating import evaluating
+from simmim.torch_engine.tasks.augment import ColourJitter
 from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, evaluation_bad_images
 from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detector, save_detector
 from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
@@ -56,6 +57,8 @@ class DetectTask:
             raise UserError(
                 "detection does not run on tpu, where torchvision has no nms and roi_align; use cuda or cpu"
             )
+        if config.jitter and config.channels not in (1, 3):
+            raise UserError(f"--jitter needs images of 1 or 3 channels, not of {config.channels}; leave it out")
         if sniff(data.train, channels=config.channels) != np.uint8:
             raise UserError("detection needs 8-bit images, and these have more bits; convert them first")
         assert config.image_size is not None
@@ -89,6 +92,7 @@ class DetectTask:
             fill=ground(config),
             seed=config.seed,
             masks=config.detector == "mask_rcnn",
+            recolour=ColourJitter(strength=config.jitter) if config.jitter else None,
         )
         for batch in sample_batches(self.data.train, reading, reader):
             epoch, index = batch.pop("epoch"), batch.pop("index")
