@@ -107,9 +107,10 @@ class Peers:
         """Train as many steps as take the time, or as seed 0 took; write the encoder directory `out`."""
         if self.steps_as_seed_0 and self.seed:
             first = f"{piece.rpartition(', ')[0]}, 0, pretraining"
-            if first not in (known := self.comparison.pieces()):
-                raise SystemExit(f"{self.work} holds no {first!r}; run seed 0 first")
-            return {**self.run_peer(arm, encoder, int(known[first]["steps"]), out), "thrown_away": []}
+            known: dict[str, Any] = self.comparison.pieces().get(first, {})
+            if "steps" not in known:
+                raise SystemExit(f"{self.work} holds no {first!r} that has ended well; run seed 0 first")
+            return {**self.run_peer(arm, encoder, known["steps"], out), "thrown_away": []}
         trial = self.piece(f"{piece}, trial", lambda: self.run_peer(arm, encoder, TRIAL_STEPS, out))
         runs = [trial]
         while len(runs) < 3 and not self.in_time(runs[-1]):

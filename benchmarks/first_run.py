@@ -93,7 +93,10 @@ def judge(
 
 
 def finetune(images: str, out: Path, arm: str, seed: int, rate: float, start: str) -> dict[str, float]:
-    """Fine-tune with all labels from an encoder, or from scratch the one of `default-small`."""
+    """Fine-tune with all labels from an encoder, or from scratch the one of `default-small`; what is known is kept."""
+    notes = Path(f"{out}-finetuned-{arm}.json")
+    if notes.exists():
+        return json.loads(notes.read_text())
     built = {"model": "vit_small_patch16_224", "image_size": SIDE} if start == "scratch" else {}
     begun = time.process_time()
     run = simmim.finetune(
@@ -110,7 +113,9 @@ def finetune(images: str, out: Path, arm: str, seed: int, rate: float, start: st
     )
     figures = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
     row: dict[str, float] = {key: figures[key] for key in ("top1", "balanced_accuracy")}
-    return row | {"processor_seconds": round(time.process_time() - begun)}
+    row["processor_seconds"] = round(time.process_time() - begun)
+    notes.write_text(json.dumps(row))
+    return row
 
 
 def seconds_a_step(arguments: dict[str, Any], out: Path) -> float:

@@ -102,6 +102,7 @@ def main() -> None:
     about = {
         **results.machine(),
         "command": f"python benchmarks/stamps.py {task} --stamps DIR --photos DIR --work DIR",
+        "encoder": options.encoder,
         "model": model,
         "pretraining": {**pretraining, "images": tiles, "processor_seconds": round(time.process_time() - began)},
         "training": {**COMMON, **TRAINING[task]},

@@ -82,6 +82,19 @@ def test_the_model_alone_can_be_loaded(trained: Update, tmp_path: Path) -> None:
     tiny.assert_same(other.state_dict(), trained.model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("model_args", "reason"),
+    [({"channels": [8, 16, 32, 32]}, "Size mismatch"), ({"layers": [3, 2, 2, 2]}, "Missing key")],
+)
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(
+    trained: Update, tmp_path: Path, model_args: dict[str, Any], reason: str
+) -> None:
+    arguments = tiny.KINDS["resnet18"].arguments | model_args
+    other = tiny.update(tiny.config("resnet18", model_args=arguments))
+    with pytest.raises(UserError, match=rf"step-00000001 is of another model \({reason}[^\n]*--fresh$"):
+        load_checkpoint(save(tmp_path, 1, trained), other.model, other.optimizer)
+
+
 def test_the_newest_are_kept(trained: Update, tmp_path: Path) -> None:
     for step in (1, 2, 3, 10):
         save(tmp_path, step, trained, keep=2)

@@ -170,9 +170,14 @@ def test_a_detector_of_one_stage_looks_at_stride_4_in_the_smallest_images_only(
 
 @pytest.mark.parametrize(
     ("detector", "size", "strides"),
-    [("fcos", 128, (8, 16)), ("fcos", 64, (4, 8, 16)), ("faster_rcnn", 128, (4, 8, 16))],
+    [
+        ("fcos", 128, (8, 16)),
+        ("fcos", 64, (4, 8, 16)),
+        ("retinanet", 128, (4, 8, 16)),  # these have an anchor of 32/1024 of the image on their finest level
+        ("faster_rcnn", 128, (2, 4, 8, 16)),
+    ],
 )
-def test_levels_finer_than_usual_of_small_patches_are_left_out(
+def test_fcos_alone_leaves_out_the_fine_levels_of_a_small_patch(
     data: Path, detector: str, size: int, strides: tuple[int, ...]
 ) -> None:
     eight = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
@@ -180,8 +185,9 @@ def test_levels_finer_than_usual_of_small_patches_are_left_out(
     assert step.detector.backbone.pyramid.strides == strides
 
 
-def test_a_saved_detector_keeps_the_levels_that_it_has(data: Path, tmp_path: Path) -> None:
-    settings = config(data, "vit", detector="fcos", image_size=(128, 128))
+@pytest.mark.parametrize("kind", ["vit", "resnet18"])
+def test_a_saved_detector_keeps_the_levels_that_it_has(data: Path, tmp_path: Path, kind: str) -> None:
+    settings = config(data, kind, detector="fcos", image_size=(128, 128))
     step = DetectStep(settings, len(COLOURS), None, levels=4)  # as versions that left out none had them
     save_detector(step, settings, tuple(COLOURS), tmp_path)
     loaded = load_detector(tmp_path, "cpu")[0]

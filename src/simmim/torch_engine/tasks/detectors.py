@@ -28,12 +28,12 @@ _FINEST_ANCHOR = 32 / 1024
 _LEAST_CELLS = 2
 # FCOS and RetinaNet look from stride 8 on, as in their papers, but in images of fewer pixels a side at stride 4 too. At
 # 128, with objects of 20 pixels and more, that took twice the time and found less (docs/detection.md).
-# Encoders of small patches have finer levels yet, which go.
 _SMALL = 128
+_LEAST_STRIDE = 2  # torchvision rounds points of stride 1 to nothing
 _GROUP = 32  # channels of a group norm in FCOS's heads
-# FCOS predicts, after a ReLU, how far the sides of a box are from a point, in strides. Where all are 0, no loss has a
-# gradient, and training is stuck for good (tianzhi0549/FCOS, issue 310). So they begin at 2, and in training none is
-# less than a tenth.
+# FCOS predicts, after a ReLU, how far the sides of a box are from a point, in strides. Where all are 0, the boxes' loss
+# has no gradient, and never falls again (tianzhi0549/FCOS, issue 310). So they begin at 2, and in training none is less
+# than a tenth.
 _FIRST_SIDE, _LEAST_SIDE = 2.0, 0.1
 
 
@@ -131,8 +131,7 @@ def create_detector(
             f"pyramid channels {channels} do not divide into the groups of {_GROUP} of fcos; use a multiple of {_GROUP}"
         )
     side = max(config.image_size)
-    least = 4 if two_stages or side < _SMALL else 8
-    while len(pyramid.strides) > (levels or 1) and (levels or pyramid.strides[0] < least):
+    for _ in range(len(pyramid.strides) - (levels or _usual_levels(config.detector, pyramid.strides, side))):
         pyramid.drop_finest()
     maps = Levels(pyramid, channels, two_stages=two_stages)
     finest = _FINEST_ANCHOR * side
@@ -160,6 +159,16 @@ def create_detector(
         if head is not None:
             head.register_forward_hook(_to_fp32)
     return detector
+
+
+def _usual_levels(detector: str, strides: tuple[int, ...], side: int) -> int:
+    """Count the levels, from the coarsest, that a detector looks at in images of `side` pixels."""
+    if detector in TWO_STAGES:
+        return len(strides)
+    if detector == "fcos":  # has no anchors, of which each level left out would cost the largest
+        least = 8 if side >= _SMALL else 4
+        return max(1, sum(stride >= least for stride in strides))
+    return len(strides) - (side >= _SMALL or strides[0] < _LEAST_STRIDE)
 
 
 def count_levels(weights: Mapping[str, Tensor]) -> int:

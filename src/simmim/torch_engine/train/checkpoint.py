@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -40,6 +41,7 @@ _DESCRIBES = {
 _AT_ONCE = StagingOptions(
     use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
 )
+_MISFITS = ("Size mismatch", "Missing key")  # how PyTorch's reasons begin for weights of other shapes and names
 
 
 def save_checkpoint(
@@ -121,7 +123,7 @@ class CheckpointSaver:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load model and optimizer in place; returns `extra` as saved."""
+    """Load model and optimizer in place; returns `extra` as saved. Raises `UserError` for those of another model."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state}
     _read(state, path)
@@ -144,7 +146,16 @@ def _read(state: dict[str, Any], path: Path) -> None:
     check_harmless(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        load(state, checkpoint_id=path, no_dist=not torch.distributed.is_initialized())
+        try:
+            load(state, checkpoint_id=path, no_dist=not torch.distributed.is_initialized())
+        except CheckpointException as error:
+            reasons = {str(reason) for reason, _ in error.failures.values()}
+            if any(reason.startswith(_MISFITS) for reason in reasons):
+                raise UserError(
+                    f"{path} is of another model ({min(reasons)}); finish the run with the version of simmim that "
+                    "began it, or start again with --fresh"
+                ) from None
+            raise
 
 
 class _Description(pickle.Unpickler):
