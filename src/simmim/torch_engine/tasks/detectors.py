@@ -29,7 +29,7 @@ _LEAST_CELLS = 2
 # FCOS and RetinaNet look from stride 8 on, as in their papers, but in images of fewer pixels a side at stride 4 too. At
 # 128, with objects of 20 pixels and more, that took twice the time and found less (docs/detection.md).
 _SMALL = 128
-_LEAST_STRIDE = 2  # torchvision rounds points of stride 1 to nothing
+_LEAST_STRIDE = 2  # of RetinaNet's finest map, which at stride 1 would be as large as the image
 _GROUP = 32  # channels of a group norm in FCOS's heads
 # FCOS predicts, after a ReLU, how far the sides of a box are from a point, in strides. Where all are 0, the boxes' loss
 # has no gradient, and never falls again (tianzhi0549/FCOS, issue 310). So they begin at 2, and in training none is less

@@ -132,7 +132,7 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def load_model_state(path: Path, model: nn.Module) -> None:
-    """Load the model's weights alone, in place, whichever engine wrote them."""
+    """Load the model's weights alone, in place, whichever engine wrote them. Raises `UserError` for another model's."""
     if (path / ARRAYS).is_file():
         arrays = load_file(path / ARRAYS)
         model.load_state_dict({name: arrays.get(name, tensor) for name, tensor in model.state_dict().items()})
