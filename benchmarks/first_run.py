@@ -81,7 +81,7 @@ def judge(
         row |= {"seconds": seconds, "steps": max(round(seconds / seconds_a_step(arguments, out)), 1)}
         notes.write_text(json.dumps(row))
     begun = time.process_time()
-    run = simmim.pretrain(**arguments, steps=row.get("steps"), out=str(out))
+    run = simmim.pretrain(**arguments, steps=None if seconds is None else row["steps"], out=str(out))
     row.setdefault("processor_seconds", round(time.process_time() - begun))
     row["steps"] = json.loads(run.metrics.read_text().splitlines()[-1])["step"]
     for method in METHODS:
