@@ -50,7 +50,7 @@ def find_places(root: Path) -> dict[str, str]:
     """Return the place on the site of each file that the site shows, both as paths with slashes."""
     places = {name: place for name, place in PLACES.items() if (root / name).is_file()}
     for path in sorted((root / "docs").rglob("*")):
-        if path.suffix in (".md", ".png"):
+        if path.suffix in (".md", ".png", ".css"):
             places[path.relative_to(root).as_posix()] = path.relative_to(root / "docs").as_posix()
     for path in sorted((root / "benchmarks" / "results").glob("*.md")):
         places[path.relative_to(root).as_posix()] = f"results/{path.name}"

@@ -166,8 +166,7 @@ def test_search_finds(words, page, browser, address):
     tab.goto(address, wait_until="networkidle")
     tab.locator(".md-search__input").click()
     tab.keyboard.type(words)
-    tab.wait_for_selector(".md-search-result__link", timeout=30_000)
-    found = tab.eval_on_selector_all(".md-search-result__link", "links => links.map(link => link.href)")
+    # Results of half a word come first, so wait for the page; without it this raises.
+    tab.wait_for_selector(f".md-search-result__link[href*='/{page}']", state="attached", timeout=30_000)
     context.close()
-    assert any(urlparse(link).path.startswith("/" + page) for link in found), found
     assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
