@@ -12,7 +12,7 @@ from typing import Any
 from simmim.report.facts import Point, thinned
 
 WIDTH, HEIGHT = 640, 230
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 26
+LEFT, RIGHT, TOP, BOTTOM = 62, 28, 10, 26
 STEP = "step #"
 
 

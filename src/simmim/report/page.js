@@ -1,6 +1,6 @@
 "use strict";
 // Charts: read values by pointer or arrow keys, zoom by dragging. Sizes are those of charts.py.
-const WIDTH = 640, HEIGHT = 230, LEFT = 62, RIGHT = 12, TOP = 10, BOTTOM = 26;
+const WIDTH = 640, HEIGHT = 230, LEFT = 62, RIGHT = 28, TOP = 10, BOTTOM = 26;
 const NS = "http://www.w3.org/2000/svg";
 
 function make(name, attributes, text) {
