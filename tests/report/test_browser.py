@@ -100,6 +100,22 @@ def test_a_page_is_readable_and_asks_for_nothing(
     page.close()
 
 
+def test_numbers_beside_a_chart_are_whole(browser: Any, tmp_path: Path) -> None:
+    facts = write_run(tmp_path / "long", falling(100_000))
+    page = browser.new_page()
+    page.goto(report(ReportConfig(runs=(str(facts.run.path),))).as_uri())
+    texts = page.evaluate("""() => [...document.querySelectorAll(".chart")].flatMap((chart) => {
+      const frame = chart.querySelector("svg").getBoundingClientRect();
+      return [...chart.querySelectorAll(".ticks text")].map((text) => {
+        const box = text.getBoundingClientRect();
+        return [text.textContent, box.left >= frame.left && box.right <= frame.right];
+      });
+    })""")
+    page.close()
+    assert "100,000" in [text for text, _ in texts]
+    assert [text for text, whole in texts if not whole] == []
+
+
 def test_charts_are_read_and_zoomed_by_pointer_and_by_keys(browser: Any, pages: dict[str, Path]) -> None:
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.goto(pages["labels"].as_uri())

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from simmim.report.facts import Point, thinned
 
@@ -35,6 +35,8 @@ class Chart:
 
     title: str
     lines: Sequence[Line]
+    frame: ClassVar = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
+    """Size of the picture and margins around the curves, in pixels."""
     logarithmic: bool = False
     place: str = STEP
     """What is read at a place of the horizontal axis, `#` the number."""
@@ -93,7 +95,7 @@ class Chart:
     def data(self) -> dict[str, Any]:
         """Return what the script needs."""
         lines = [{"name": line.name, "colour": line.colour, "points": line.points} for line in self.lines]
-        return {"lines": lines, "log": self.logarithmic, "place": self.place}
+        return {"lines": lines, "log": self.logarithmic, "place": self.place, "frame": self.frame}
 
 
 def chart(

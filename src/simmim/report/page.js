@@ -1,6 +1,5 @@
 "use strict";
-// Charts: read values by pointer or arrow keys, zoom by dragging. Sizes are those of charts.py.
-const WIDTH = 640, HEIGHT = 230, LEFT = 62, RIGHT = 28, TOP = 10, BOTTOM = 26;
+// Charts: read values by pointer or arrow keys, zoom by dragging.
 const NS = "http://www.w3.org/2000/svg";
 
 function make(name, attributes, text) {
@@ -22,7 +21,8 @@ function ticks(low, high, most, least = 0) {
 const short = (value) => Number(value.toPrecision(4)).toString();
 
 function enliven(figure) {
-  const { lines, log, place: where } = JSON.parse(figure.querySelector("script").textContent);
+  const { lines, log, place: where, frame } = JSON.parse(figure.querySelector("script").textContent);
+  const { width: WIDTH, height: HEIGHT, left: LEFT, right: RIGHT, top: TOP, bottom: BOTTOM } = frame;
   const svg = figure.querySelector("svg"), reading = figure.querySelector(".reading");
   const steps = [...new Set(lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
   const whole = [steps[0], Math.max(steps.at(-1), steps[0] + 1)];
