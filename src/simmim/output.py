@@ -5,7 +5,8 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,13 @@ def printable(text: str) -> str:
 def show(lines: Iterable[object]) -> None:
     """Print results on standard output, one a line: names of files in them cannot control a terminal."""
     print("\n".join(printable(str(line)) for line in lines))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table, of cells that are `printable`: columns are as wide as their widest cell."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip_longest(*cells, fillvalue="")]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=False)).rstrip() for row in cells]
 
 
 def shortened(text: str) -> str:

@@ -126,6 +126,19 @@ def finetune(argv: list[str]) -> int:
     return outcome.exit_code
 
 
+def baseline(argv: list[str]) -> int:
+    """Train a fine-tuned model from random weights too: does pretraining help?"""
+    from simmim.config.commands import BaselineConfig
+
+    config = parse_checked(BaselineConfig, "baseline", _about("baseline"), argv)
+
+    from simmim.commands.baseline import train_baselines
+
+    lines, code = train_baselines(config)
+    show(lines)
+    return code
+
+
 def resume(argv: list[str]) -> int:
     """Go on with an interrupted run, or extend one by --steps or --epochs: simmim resume RUN"""
     if not argv or argv[0].startswith("-"):
@@ -404,6 +417,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         reconstruct,
         probe,
         finetune,
+        baseline,
         resume,
         predict,
         embed,

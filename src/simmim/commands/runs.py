@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simmim.errors import UserError
-from simmim.output import printable
+from simmim.output import aligned
 from simmim.training.checkpoint_directory import checkpoint_step
 from simmim.training.run_directory import Run
 from simmim.training.saved_work import count_steps, last_record, save_interval
@@ -43,16 +43,13 @@ def describe(runs: list[dict[str, Any]]) -> list[str]:
         loss = "" if run["loss"] is None else f"{run['loss']:.4f}"
         figure = "{} {:.4f}".format(*run["figure"]) if run["figure"] else ""
         step = f"{run['step']}/{steps}"
-        cells = (run["run"], run["state"], step, loss, figure, run["objective"], run["model"], run["data"])
-        rows.append(tuple(map(printable, cells)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{word:{width}}" for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        rows.append((run["run"], run["state"], step, loss, figure, run["objective"], run["model"], run["data"]))
     commands = [run["resume"] for run in runs if run["resume"]]
-    return [*lines, *(["", "to resume:", *commands] if commands else [])]
+    return [*aligned(rows), *(["", "to resume:", *commands] if commands else [])]
 
 
 def _walk(directory: Path) -> Iterator[Run]:
-    """Yield the runs in a directory and below it, sorted. A run holds no other run."""
+    """Yield the runs in a directory and below it, sorted. Runs in a run, its baselines, are left out."""
     run = Run(directory)
     if run.config.is_file():
         yield run

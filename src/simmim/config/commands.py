@@ -70,6 +70,19 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """A fine-tuning, and how to train its baselines."""
+
+    command: ClassVar[str] = "baseline"
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
+    """The --out directory of a finished fine-tuning."""
+    rates: Annotated[tuple[PositiveReal, ...], Field(min_length=1)] = (1.0, 2.0, 4.0)
+    """Learning rates, as multiples of RUN's."""
+    longer: Annotated[float, Field(ge=1)] = 1.0
+    """Number of steps, as a multiple of RUN's."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EmbedConfig:
     """An encoder, images, and which of their features to write."""
 

@@ -20,6 +20,7 @@ from simmim.config.validation import from_settings
 from simmim.data.sources import open_source
 from simmim.errors import UserError
 from simmim.output import say
+from simmim.report.baselines import Baselines, read_baselines
 from simmim.report.charts import Chart, chart
 from simmim.report.evaluation import FIGURE_NAMES, Evaluation, compare_classes, read_evaluation
 from simmim.report.facts import Facts, Point
@@ -98,6 +99,8 @@ class Section:
     gallery: Gallery | None
     evaluation: Evaluation | str | None
     """Of a fine-tuning; or why it is not there."""
+    baselines: Baselines | None
+    """Of a fine-tuning that has some."""
     about: dict[str, str]
 
 
@@ -159,16 +162,18 @@ def section(facts: Facts, config: ReportConfig, budget: int = _BYTES) -> Section
     if config.data and encoder:
         frames = getattr(facts.config, "frames", FRAMES)
         gallery = make_gallery(run, config.data, most=config.images, most_bytes=spare, frames=frames)
+    baselines = None if encoder else read_baselines(facts)
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
     return Section(
         facts=facts,
-        findings=judge(facts, judged),
+        findings=judge(facts, judged, baselines.gains if baselines else ()),
         judged=judged,
         charts=charts,
         panels=pictured,
         feature_panels=features,
         gallery=gallery,
         evaluation=read_evaluation(facts),
+        baselines=baselines,
         about=dict(about(facts, config.price_per_hour)),
     )
 

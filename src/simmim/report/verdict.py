@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simmim.method.collapse import LEAST_RANK, LEAST_STD, collapsed
+from simmim.report.baselines import Gain
 from simmim.report.facts import Facts, Point, best, part_mean
 from simmim.report.labels import Judged, difference
 from simmim.report.resources import input_wait
@@ -35,9 +36,9 @@ class Finding:
     remedy: str = ""
 
 
-def judge(facts: Facts, judged: Sequence[Judged] = ()) -> list[Finding]:
-    """Return findings, the gravest first: of the training, of its speed, then of its features."""
-    found = [*_training(facts), *_speed(facts), *_features(facts, judged)]
+def judge(facts: Facts, judged: Sequence[Judged] = (), gains: Sequence[Gain] = ()) -> list[Finding]:
+    """Return findings, the gravest first: of the training, of its speed, of its features, of its baselines."""
+    found = [*_training(facts), *_speed(facts), *_features(facts, judged), *map(judge_gain, gains)]
     order: list[Level] = ["bad", "watch", "good", "note"]
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -171,3 +172,20 @@ def _against(name: str, features: float, floor: float, interval: tuple[float, fl
         )
     within = f"{figure}; the difference is within chance ({low:+.3f} to {high:+.3f})"
     return Finding("watch", f"Not clearly better than {name}", within, "judge by more labelled images")
+
+
+def judge_gain(gain: Gain) -> Finding:
+    """Compare a fine-tuning with its best baseline."""
+    name, more = gain.other_name, "pretrain longer or on more images, or train from scratch"
+    if gain.difference is None:
+        figure = f"{gain.figure}, each of one seed"
+        if gain.mine > gain.other:
+            return Finding("note", f"Ahead of {name}", figure, "repeat with other --seed to be sure")
+        return Finding("watch", f"Not ahead of {name}", figure, more)
+    if gain.difference.low > 0:
+        return Finding("good", f"Better than {name}", gain.figure)
+    if gain.difference.high < 0:
+        return Finding("bad", f"Worse than {name}", gain.figure, more)
+    within = f"the difference is within chance ({gain.difference.low:+.3f} to {gain.difference.high:+.3f})"
+    remedy = "evaluate on more images, repeat with other --seed, or pretrain longer"
+    return Finding("watch", f"Not clearly better than {name}", f"{gain.figure}; {within}", remedy)

@@ -57,6 +57,11 @@ class Run:
         return self.path / ".evaluation-latest.json"
 
     @property
+    def baselines(self) -> Path:
+        """Runs of `simmim baseline`: the same fine-tuning from random weights."""
+        return self.path / "baselines"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

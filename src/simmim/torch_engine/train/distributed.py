@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import itertools
 import os
 import signal
 import sys
@@ -29,6 +30,7 @@ from simmim.torch_engine.models.family import blocks_to_shard
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_GROUPS = itertools.count()  # of this process, one for each training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +156,13 @@ def _meeting_place(rank: int, size: int) -> Store:
     """Return the store in which the ranks find each other's addresses.
 
     On one machine torchrun keeps its store over restarts, so that a rank might take the address of one that is dead.
-    On several, each restart has a new store, and the agents count restarts differently.
+    On several, each restart has a new store, and the agents count restarts differently. A process that trains several
+    times finds the addresses of its last time there, too.
     """
     store, _, _ = next(iter(rendezvous("env://", rank, size)))
     alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
-    return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store) if alone else store
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "0"
+    return PrefixStore(f"start {restarts}, group {next(_GROUPS)}", store)
 
 
 def _tells_of_a_lost_rank(error: RuntimeError) -> bool:
