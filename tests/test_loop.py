@@ -270,10 +270,16 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     assert engine.closed
 
 
-def test_a_signal_in_the_last_step_does_not_undo_that_the_run_is_finished(tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_does_not_undo_that_the_run_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = Diary()
     engine.signals = {9: [signal.SIGTERM]}
-    assert loop(engine, tmp_path).fit() == Outcome(10, 0)
+    finished = loop(engine, tmp_path).fit()
+    assert finished == Outcome(10, 0, late_signal=signal.SIGTERM) and finished.exit_code == 0
+    monkeypatch.setattr("simmim.engines.pretrain", lambda config: (Run(tmp_path), finished))
+    with pytest.raises(SystemExit):  # a script must not begin its next training
+        simmim.pretrain(data="demo", out=str(tmp_path))
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

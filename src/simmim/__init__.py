@@ -104,11 +104,14 @@ def finetune(task: str, **settings: Any) -> "Run":
 
 
 def _run_of(run: "Run", outcome: "Outcome") -> "Run":
-    """Return the run, or raise if a signal stopped it: a script must not take half a training for a finished one."""
-    if outcome.stopped_by == signal.SIGINT:
+    """Return the run, or raise if a signal came: a script must not go on, nor take half a training for one."""
+    stop = outcome.stopped_by or outcome.late_signal
+    if stop == signal.SIGINT:
         raise KeyboardInterrupt
-    if outcome.stopped_by is not None:
-        raise SystemExit(outcome.exit_code)
+    if stop is not None:
+        from simmim.training.loop import code_of_signal
+
+        raise SystemExit(code_of_signal(stop))
     return run
 
 

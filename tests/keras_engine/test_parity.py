@@ -8,12 +8,12 @@ import pytest
 from .conftest import have
 
 # Quick ones; the rest take minutes on two cores.
-QUICK = [("jax", "vit"), ("jax", "swin"), ("tensorflow", "vit")]
+QUICK = [("jax", "vit"), ("tensorflow", "vit")]
 REST = ["vit in pieces", "vit with hog", "beit, shared bias", "beit, own biases", "swin, padded windows"]
 REST += ["resnet, bottlenecks"]
 SLOW = [(backend, case) for backend in ("jax", "tensorflow") for case in REST]
 SLOW += [("jax", "vit, activations recomputed"), ("jax", "swin, activations recomputed")]
-SLOW += [("jax", "resnet"), ("tensorflow", "swin"), ("tensorflow", "resnet")]
+SLOW += [("jax", "swin"), ("jax", "resnet"), ("tensorflow", "swin"), ("tensorflow", "resnet")]
 PAIRS = [pytest.param(*pair, marks=have("keras", pair[0])) for pair in QUICK]
 PAIRS += [pytest.param(*pair, marks=[have("keras", pair[0]), pytest.mark.slow]) for pair in SLOW]
 

@@ -29,7 +29,8 @@ def test_a_command_runs_on_the_gpu(found: dict[str, dict[str, Any]], name: str) 
     assert ("Null H100" in found[name]["said"]) == (trains or name in ("doctor", "bench"))
 
 
-@pytest.mark.parametrize("shard", ["--no-shard", pytest.param("--shard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", ["--no-shard", "--shard"])
 def test_two_processes_train(on_null_gpu: Run, tmp_path: Path, shard: str) -> None:
     words = f"pretrain --data demo --out {tmp_path / 'run'} {commands.VIT} {commands.USUAL} {shard}".split()
     if shard == "--no-shard":  # an objective that compares the images of all ranks, none of which may wait in a trial
@@ -40,17 +41,23 @@ def test_two_processes_train(on_null_gpu: Run, tmp_path: Path, shard: str) -> No
     assert "Null H100, bf16, 2 processes" in done.stderr and "done: 2 steps" in done.stderr
 
 
-def test_out_of_memory_is_one_line_with_a_remedy_that_fits(on_null_gpu: Run, tmp_path: Path) -> None:
-    words = f"pretrain --data demo --out {tmp_path / 'run'} {commands.USUAL} --batch-size 128".split()
-    words += ["--model", "vit_tiny_patch16_224", "--objective", "pixels"]
-    small = {"NULLGPU_BYTES": str(2 * 2**30), "NULLGPU_ZEROS": "1"}
-    done = on_null_gpu("-m", "simmim", *words, **small)
+LARGE = f"{commands.USUAL} --batch-size 128 --model vit_tiny_patch16_224 --objective pixels"
+SMALL = {"NULLGPU_BYTES": str(2 * 2**30), "NULLGPU_ZEROS": "1"}
+
+
+def test_out_of_memory_is_one_line_with_a_remedy(on_null_gpu: Run, tmp_path: Path) -> None:
+    words = f"pretrain --data demo --out {tmp_path / 'run'} {LARGE}".split()
+    done = on_null_gpu("-m", "simmim", *words, **SMALL)
     assert done.returncode == 1
     line = done.stderr.splitlines()[-1]
     assert line.startswith("simmim: out of memory: the step needs about ") and "Traceback" not in done.stderr
     assert "; use --accumulate-steps 2 (64 images at a time, " in line
-    words[4] += "-auto"  # which takes the remedy
-    done = on_null_gpu("-m", "simmim", *words, *commands.AUTO.split(), **small)
+
+
+@pytest.mark.slow
+def test_auto_finds_the_remedy_and_it_fits(on_null_gpu: Run, tmp_path: Path) -> None:
+    words = f"pretrain --data demo --out {tmp_path / 'run'} {LARGE} {commands.AUTO}".split()
+    done = on_null_gpu("-m", "simmim", *words, **SMALL)
     assert done.returncode == 0, done.stderr
     assert "memory     2 accumulation steps of 64 images a process: what fits Null H100" in done.stderr  # as 1 does not
 

@@ -2,7 +2,10 @@
 
 import base64
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +18,15 @@ from safetensors.torch import load_file
 
 import simmim
 from simmim.cli import main
+from simmim.commands.baseline import settings_of
+from simmim.config.commands import BaselineConfig
 from simmim.config.tasks import ClassifyConfig
 from simmim.report.baselines import Baselines, read_baselines
 from simmim.report.facts import Facts
 from simmim.report.labels import Accuracy, difference
 from simmim.report.page import ReportConfig, report, section
 from simmim.torch_engine.tasks.base import find_spec
+from simmim.torch_engine.tasks.classify import ClassifyTask
 from simmim.torch_engine.train.update import Update
 from simmim.training.run_directory import Run
 
@@ -127,8 +133,51 @@ def test_more_steps_are_compared_apart_and_what_does_not_count_is_said(finished:
     images = json.loads((other / "data.json").read_text())
     images["train"]["names_sha256"] = "0"
     (other / "data.json").write_text(json.dumps(images))
-    assert [arm.state for arm in found(run).arms] == ["not finished, at step 3", "on other images", ""]
+    assert [arm.flaw for arm in found(run).arms] == ["not finished, at step 3", "on other images", ""]
     assert [gain.times for gain in found(run).gains] == [2]
+
+    (other / "metrics.json").write_text("{")
+    (run / "data.json").unlink()
+    assert [arm.flaw for arm in found(run).arms][1:] == [
+        "its metrics.json cannot be read",
+        "its images are not known",
+    ]
+
+
+def test_baselines_of_fewer_steps_than_an_extended_run_do_not_count(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert main(["resume", str(run), "--steps", "8"]) == 0
+    assert {arm.flaw for arm in found(run).arms} == {"has fewer steps; run simmim baseline again"}
+    assert found(run).gains == []
+
+
+def test_a_longer_baseline_has_a_longer_schedule(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    config = Run(run).config
+    config.write_text(config.read_text().replace('schedule = "cosine"', 'schedule = "multistep"\nmilestones = [2.0]'))
+    config.write_text(config.read_text().replace("milestones = []\n", ""))
+    asked = BaselineConfig(run=str(run), rates=(1.0,), longer=3.0)
+    [settings] = settings_of(asked, Facts.read(run))
+    base = Run(run).read_config(ClassifyConfig)
+    assert base.warmup_epochs and settings.warmup_epochs == pytest.approx(3 * base.warmup_epochs)
+    assert (settings.steps, settings.milestones) == (18, (6.0,))
+
+
+@pytest.mark.parametrize("damaged", ["AAAA", "", base64.b64encode(bytes(26)).decode()])
+def test_a_damaged_record_gives_no_interval(finished: Path, tmp_path: Path, damaged: str) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    record = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps(record | {"right": damaged}))
+    assert [gain.difference for gain in found(run).gains] == [None]
+
+
+def test_a_best_rate_at_the_edge_asks_for_further_ones(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    for path, top1 in zip(baselines(run), (0.2, 0.3), strict=True):
+        figures = json.loads((path / "metrics.json").read_text())
+        figures["best"]["top1"] = top1
+        (path / "metrics.json").write_text(json.dumps(figures))
+    assert found(run).gains[0].search == "try higher --rates of simmim baseline"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +187,7 @@ def test_more_steps_are_compared_apart_and_what_does_not_count_is_said(finished:
         (40, 70, "Worse than training from scratch"),
         (50, 48, "Not clearly better than training from scratch"),
         (None, None, "Ahead of training from scratch"),
+        (None, 70, "Not ahead of training from scratch"),
     ],
 )
 def test_the_verdict_follows_the_interval(
@@ -171,6 +221,26 @@ def test_a_rate_that_diverges_does_not_end_the_others(
     said = capsys.readouterr()
     assert "warning    loss or gradient was not finite for 2 steps in a row" in said.err
     assert "diverged" in said.out.splitlines()[-3]
+
+
+def test_ctrl_c_in_the_last_step_of_a_baseline_begins_no_other(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(Run(run).baselines)
+    judge = ClassifyTask.judge
+
+    def interrupt(self: ClassifyTask, *parts: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return judge(self, *parts)
+
+    monkeypatch.setattr(ClassifyTask, "judge", interrupt)
+    short = ["baseline", str(run), "--rates", "1", "2"]
+    config = Run(run).config
+    config.write_text(re.sub(r"eval_every_epochs = .*", "eval_every_epochs = 100.0", config.read_text()))
+    assert main(short) == 130
+    assert [path.name for path in Run(run).baselines.iterdir()] == ["lr-0.04-steps-6"]
+    assert "from scratch" in capsys.readouterr().out  # what is done is shown
 
 
 def test_a_stopped_baseline_stops_the_command_and_is_resumed(

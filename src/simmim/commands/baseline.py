@@ -18,6 +18,7 @@ from simmim.report.baselines import Gain, read_baselines
 from simmim.report.facts import Facts
 from simmim.report.page import ReportConfig, report
 from simmim.report.verdict import judge_gain
+from simmim.training.loop import code_of_signal
 
 
 def train_baselines(config: BaselineConfig) -> tuple[list[str], int]:
@@ -27,24 +28,26 @@ def train_baselines(config: BaselineConfig) -> tuple[list[str], int]:
     `max_hours` stopped. Processes of torchrun other than the first return no lines. Raises `UserError` for anything but
     a finished fine-tuning of a pretrained encoder.
     """
-    facts = Facts.read(Path(config.run))
+    facts, code = Facts.read(Path(config.run)), 0
     main = os.environ.get("RANK", "0") == "0"  # of torchrun
-    for number, settings in enumerate(_settings(config, facts), 1):
+    for number, settings in enumerate(settings_of(config, facts), 1):
         if main:
-            say(f"baseline {number} of {len(config.rates)}: random weights, --lr {settings.lr:g}")
+            rate = settings.lr * settings.batch_size / 512
+            say(f"baseline {number} of {len(config.rates)}: random weights, learning rate {rate:.2e}")
         try:
             _, outcome = finetune(settings)
         except TrainingDivergedError as error:  # too high a rate is an answer too
             say(f"warning    {error}")
             continue
-        if outcome.exit_code:
-            return [], outcome.exit_code
+        late = outcome.late_signal if number < len(config.rates) else None
+        if code := outcome.exit_code or (code_of_signal(late) if late else 0):
+            break
     if not main:
-        return [], 0
+        return [], code
     page = report(ReportConfig(runs=(config.run,)))
     found = read_baselines(facts)
     lines = [*found.describe(), *map(_line, found.gains)] if found else []
-    return [*lines, f"the report is {page}"], 0
+    return [*lines, f"the report is {page}"], code
 
 
 def _line(gain: Gain) -> str:
@@ -52,8 +55,8 @@ def _line(gain: Gain) -> str:
     return f"{finding.title}: {finding.figure}" + (f"; {finding.remedy}" if finding.remedy else "")
 
 
-def _settings(config: BaselineConfig, facts: Facts) -> Iterator[FinetuneConfig]:
-    """Yield the configuration of each baseline."""
+def settings_of(config: BaselineConfig, facts: Facts) -> Iterator[FinetuneConfig]:
+    """Yield the configuration of each baseline. Raises `UserError` as `train_baselines` does."""
     run, base = facts.run, facts.config
     if not isinstance(base, FinetuneConfig):
         raise UserError(f"{run.path} is a pretraining; give a fine-tuning that began from it")
@@ -75,6 +78,7 @@ def _settings(config: BaselineConfig, facts: Facts) -> Iterator[FinetuneConfig]:
             layer_decay=1.0,
             steps=steps,
             warmup_epochs=base.warmup_epochs and base.warmup_epochs * steps / total,
+            milestones=tuple(epoch * steps / total for epoch in base.milestones),
             extend=False,
             fresh=False,
         )

@@ -34,6 +34,7 @@ _RULES = {
     "less_than": "is not below {lt}",
     "less_than_equal": "is more than {le}",
     "finite_number": "is not finite",
+    "too_short": "holds fewer than {min_length}",
     "literal_error": "is not known",
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "is not a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "is not a number"),

@@ -5,6 +5,7 @@ Shapes: `N` evaluation images.
 
 import base64
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,7 +27,8 @@ class Arm:
     """A training to compare: the fine-tuning itself, or a baseline."""
 
     facts: Facts
-    same_images: bool = True
+    flaw: str = ""
+    """Why a baseline does not count; empty if it does."""
 
     @property
     def config(self) -> FinetuneConfig:
@@ -51,24 +53,17 @@ class Arm:
         """Figures of the model that is kept, the best one on the evaluation images."""
         return {name: value for name, value in self.facts.kept.items() if name not in ("step", "val_loss")}
 
-    @property
-    def state(self) -> str:
-        """Why it does not count; empty if it does."""
-        if not self.same_images:
-            return "on other images"
-        if self.facts.ends_not_finite:
-            return "diverged"
-        return f"not finished, at step {self.facts.steps}" if self.facts.steps < self.steps or not self.figures else ""
-
     @cached_property
     def accuracy(self) -> Accuracy | None:
         """Which evaluation images (N,) it tells right; `None` where that was not written down."""
         try:
             record = json.loads(self.facts.run.evaluation.read_text(encoding="utf-8"))
             bits = np.frombuffer(base64.b64decode(record["right"]), np.uint8)
-            return Accuracy(np.unpackbits(bits, count=record["images"]).astype(bool))
+            found = Accuracy(np.unpackbits(bits)[: record["images"]].astype(bool))
         except (OSError, ValueError, KeyError, TypeError):  # another task, an older version, or a damaged file
             return None
+        whole = 0 < found.count == record["images"]
+        return found if whole and math.isclose(found.value, self.figures.get("top1", -1)) else None
 
 
 @dataclass(frozen=True)
@@ -82,6 +77,8 @@ class Gain:
     other: float
     rates: int
     """Learning rates that the baseline is the best of."""
+    edge: str
+    """Whether the best of several is the "lowest" or "highest" tried; else empty."""
     difference: Difference | None
     """With its 95 % interval, where each image is right or wrong."""
 
@@ -92,7 +89,16 @@ class Gain:
     @property
     def figure(self) -> str:
         best = f" at the best of {self.rates} learning rates" if self.rates > 1 else ""
-        return f"{figure_name(self.judged_by)} {self.mine:.3f}, from scratch {self.other:.3f}{best}"
+        text = f"{figure_name(self.judged_by)} {self.mine:.3f}, from scratch {self.other:.3f}{best}"
+        if self.difference is None:
+            return f"{text}, of one seed and without an interval"
+        value, low, high = self.difference
+        return f"{text}: {value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+
+    @property
+    def search(self) -> str:
+        """What would make the baseline better, perhaps."""
+        return f"try {self.edge.replace('est', 'er')} --rates of simmim baseline" if self.edge else ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class Baselines:
 
     @cached_property
     def gains(self) -> list[Gain]:
-        """What pretraining gains over the best baseline of each number of steps, the fewest first.
+        """What pretraining gains over the best baseline of as many steps, and of each larger number of steps.
 
         The best is chosen on the evaluation images, in its favour. A task of your own has no verdict.
         """
@@ -120,7 +126,7 @@ class Baselines:
 
     @property
     def _counted(self) -> list[Arm]:
-        return [arm for arm in self.arms if not arm.state]
+        return [arm for arm in self.arms if not arm.flaw]
 
     def _gain(self, steps: int, judged_by: str) -> Gain:
         alike = [arm for arm in self._counted if arm.steps == steps]
@@ -132,6 +138,7 @@ class Baselines:
             mine=self.run.figures[judged_by],
             other=best.figures[judged_by],
             rates=len(alike),
+            edge="" if len(alike) < 2 else {0: "lowest", len(alike) - 1: "highest"}.get(alike.index(best), ""),
             difference=difference(mine, other) if mine and other and mine.count == other.count else None,
         )
 
@@ -144,7 +151,7 @@ class Baselines:
     def describe(self) -> list[str]:
         """Return the lines of the table."""
         heads = ["training", "steps", "rate", *(heading for _, heading in self.columns)]
-        return aligned([heads, *([arm.name, *cells, arm.state] for arm, cells in self.table())])
+        return aligned([heads, *([arm.name, *cells, arm.flaw] for arm, cells in self.table())])
 
 
 def read_baselines(facts: Facts) -> Baselines | None:
@@ -157,6 +164,22 @@ def read_baselines(facts: Facts) -> Baselines | None:
             continue
     if not found or not facts.kept:
         return None
-    arms = [Arm(each, each.images == facts.images) for each in found]
+    arms = [Arm(each, _flaw(each, facts)) for each in found]
     arms.sort(key=lambda arm: (arm.steps, arm.lr))
     return Baselines(Arm(facts), arms)
+
+
+def _flaw(baseline: Facts, facts: Facts) -> str:
+    """Say why a baseline does not count against a fine-tuning; empty if it does."""
+    total = baseline.total_steps or 0
+    if baseline.ends_not_finite:
+        return "diverged"
+    if baseline.steps < total:
+        return f"not finished, at step {baseline.steps}"
+    if not baseline.kept:
+        return "its metrics.json cannot be read"
+    if total < (facts.total_steps or 0):
+        return "has fewer steps; run simmim baseline again"
+    if not baseline.images or not facts.images:
+        return "its images are not known"
+    return "" if baseline.images == facts.images else "on other images"

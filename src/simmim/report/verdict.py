@@ -175,17 +175,17 @@ def _against(name: str, features: float, floor: float, interval: tuple[float, fl
 
 
 def judge_gain(gain: Gain) -> Finding:
-    """Compare a fine-tuning with its best baseline."""
-    name, more = gain.other_name, "pretrain longer or on more images, or train from scratch"
+    """Compare a fine-tuning with its best baseline. Another seed can differ by more than the interval says."""
+    name, seeds = gain.other_name, "repeat with other --seed"
+    search = [gain.search] if gain.search else []
     if gain.difference is None:
-        figure = f"{gain.figure}, each of one seed"
         if gain.mine > gain.other:
-            return Finding("note", f"Ahead of {name}", figure, "repeat with other --seed to be sure")
-        return Finding("watch", f"Not ahead of {name}", figure, more)
+            return Finding("note", f"Ahead of {name}", gain.figure, "; ".join([seeds, *search]))
+        return Finding("watch", f"Not ahead of {name}", gain.figure, f"{seeds}, or pretrain longer or on more images")
     if gain.difference.low > 0:
-        return Finding("good", f"Better than {name}", gain.figure)
+        return Finding("good", f"Better than {name}", gain.figure, *search)
     if gain.difference.high < 0:
+        more = "pretrain longer or on more images, or train from scratch"
         return Finding("bad", f"Worse than {name}", gain.figure, more)
-    within = f"the difference is within chance ({gain.difference.low:+.3f} to {gain.difference.high:+.3f})"
-    remedy = "evaluate on more images, repeat with other --seed, or pretrain longer"
-    return Finding("watch", f"Not clearly better than {name}", f"{gain.figure}; {within}", remedy)
+    remedy = f"evaluate on more images, {seeds}, or pretrain longer"
+    return Finding("watch", f"Not clearly better than {name}", gain.figure, remedy)

@@ -201,7 +201,7 @@ ACCELERATORS: dict[str, Accelerator] = {
             automatic=True,
             copies_states=True,
             backend="gloo",
-            device_name=lambda device: f"{cpu_name()} ({cpu_cores()} cores)",
+            device_name=lambda device: f"{cpu_name()} ({cpu_cores()} core{'s' * (cpu_cores() > 1)})",
         ),
     )
 }

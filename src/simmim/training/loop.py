@@ -90,13 +90,18 @@ class Outcome:
     """The end of `max_hours` counts as SIGUSR1, by which a scheduler says that time is up."""
     is_main: bool = True
     """Whether this is the process that writes."""
+    late_signal: int | None = None
+    """A signal that came too late to stop it, for whoever would begin another training."""
 
     @property
     def exit_code(self) -> int:
-        """0 if it is finished, `TO_BE_CONTINUED` if its time was up, else 128 + the signal."""
-        if self.stopped_by is None:
-            return 0
-        return TO_BE_CONTINUED if self.stopped_by == signal.SIGUSR1 else 128 + self.stopped_by
+        """0 if it is finished, else that of the signal."""
+        return 0 if self.stopped_by is None else code_of_signal(self.stopped_by)
+
+
+def code_of_signal(number: int) -> int:
+    """Return `TO_BE_CONTINUED` where the time was up, else 128 + the signal."""
+    return TO_BE_CONTINUED if number == signal.SIGUSR1 else 128 + number
 
 
 _FAILED = 1000
@@ -202,7 +207,8 @@ class Loop:
             raise TrainingFailedError(
                 f"{self._failure} (stopped after step {done} of {self._total})"
             ) from self._failure
-        return Outcome(self._total, self._start)
+        # All ranks hear of it, so that none goes on to another training alone.
+        return Outcome(self._total, self._start, late_signal=self._engine.largest(stop.signal or 0) or None)
 
     def _next(self, batches: Iterator[Any]) -> Any:
         begun = time.monotonic()
