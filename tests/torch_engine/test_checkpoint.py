@@ -9,12 +9,14 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.checkpoint.state_dict_loader import load as load_state
 from torch.distributed.checkpoint.state_dict_saver import save as save_state
 
@@ -247,3 +249,37 @@ def test_a_checkpoint_that_would_run_code_is_refused(trained: Update, tmp_path: 
     with pytest.raises(UserError, match=r"^checkpoint \S+ is refused: .*; use runs of those whom you trust$"):
         load_model_state(path, model)
     assert not ran.exists()
+
+
+class ByName(pickle.Pickler):
+    """Writes an enumeration's members as Python before 3.11.4 does."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_checkpoint_of_python_before_3_11_4_is_read(trained: Update, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, trained)
+    description = pickle.loads((path / ".metadata").read_bytes())
+    with (path / ".metadata").open("wb") as file:
+        ByName(file).dump(description)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    load_model_state(path, trained.model)
+
+
+class Attribute:
+    """Asks for an attribute where it is read."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (TensorProperties, self.name)
+
+
+def test_a_checkpoint_that_asks_for_other_attributes_is_refused(trained: Update, tmp_path: Path) -> None:
+    path = save(tmp_path, 1, trained)
+    (path / ".metadata").write_bytes(pickle.dumps(Attribute("__init__")))
+    with pytest.raises(UserError, match=r"is refused: it asks for __init__ of .*, which no checkpoint needs"):
+        load_model_state(path, trained.model)
