@@ -11,7 +11,9 @@ export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --upgrade-strategy only-if-needed --editable
 
-# Byte code is written when a module is first used (--no-compile): most of what is installed never is.
+# Byte code is written when a module is first used (--no-compile): most of what is installed never is. An environment
+# that forbids it would compile PyTorch anew in each process, for 15 seconds.
+unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/package: pyproject.toml
 	@echo "Installing PyTorch and the package into $(VENV): a few GB, some minutes"
 	$(PYTHON) -m venv $(VENV)
