@@ -9,6 +9,7 @@ photographs, of which those with split "train" are cut into tiles. A small encod
 training images, without labels: once for both tasks. From it, and from scratch with the same settings, each task is
 trained. From scratch it has the best of three rates, chosen on the test images of the first seed, in its favour, and a
 row with three times the steps. The pretrained one has one rate, `--rate`. `--pretraining-steps` is for longer ones.
+With `--pasted-steps` the whole model is pretrained after its encoder, on what `simmim paste` makes of the same images.
 `--encoder vit` is a ViT 128 × 6 of patch 8 in place of a ResNet-18 of half width.
 
 The settings of pretraining were chosen on other images (garments.py; results/stamps_search.md). Figures are those of
@@ -29,6 +30,7 @@ import results
 from PIL import Image
 
 import simmim
+from simmim.commands.paste import PasteConfig, paste
 from simmim.data.labelled.detection import open_detection
 from simmim.metrics.coco import average_precision
 
@@ -90,6 +92,7 @@ def main() -> None:
         parser.add_argument(f"--{folder}", type=Path, required=True)
     parser.add_argument("--encoder", choices=MODELS, default="resnet")
     parser.add_argument("--pretraining-steps", type=int, default=PRETRAINING["steps"])
+    parser.add_argument("--pasted-steps", type=int, default=0, help="steps on pasted pieces (default: none)")
     parser.add_argument("--rate", type=float, default=RATE, help="learning rate of the pretrained arm")
     options = parser.parse_args()
     task, steps = options.task, TRAINING[options.task]["steps"]
@@ -99,7 +102,7 @@ def main() -> None:
     model = MODELS[options.encoder]
     pretraining = {**PRETRAINING, **OF_ENCODER[options.encoder], "steps": options.pretraining_steps}
     encoder = simmim.pretrain(data=str(images), out=str(options.work / "pretrained"), **model, **pretraining)
-    about = {
+    about: dict[str, Any] = {
         **results.machine(),
         "command": f"python benchmarks/stamps.py {task} --stamps DIR --photos DIR --work DIR",
         "encoder": options.encoder,
@@ -109,6 +112,16 @@ def main() -> None:
         "trivial": TRIVIAL[task](options.stamps),
     }
     file = f"stamps_{task}" if options.encoder == "resnet" else f"stamps_{task}_{options.encoder}"
+    start = encoder.path
+    if options.pasted_steps:
+        file += "_pasted"
+        began = time.process_time()
+        paste(PasteConfig(images=str(images), run=str(encoder.path), out=str(options.work / "pasted")))
+        whole = {**model, **COMMON, **TRAINING[task], "steps": options.pasted_steps}
+        whole["lr"] = RATE * 512 / whole["batch_size"]
+        out = options.work / f"{task}-on-pieces"
+        start = simmim.finetune(task, data=str(options.work / "pasted"), out=str(out), init=str(start), **whole).path
+        about["pasted"] = {"steps": options.pasted_steps, "processor_seconds": round(time.process_time() - began)}
     found: Figures = {}
 
     def train(arm: str, seed: int, init: str, rate: float, steps: int) -> float:
@@ -125,7 +138,7 @@ def main() -> None:
         return row[FIGURE[task]]
 
     for seed in SEEDS:
-        train("pretrained", seed, str(encoder.path), options.rate, steps)
+        train("pretrained", seed, str(start), options.rate, steps)
     reached = {rate: train(f"scratch {rate:g}", SEEDS[0], "scratch", rate, steps) for rate in SCRATCH_RATES}
     best = max(reached, key=lambda rate: reached[rate])
     for seed in SEEDS[1:]:

@@ -229,6 +229,24 @@ def pack(argv: list[str]) -> int:
     return 0
 
 
+def paste(argv: list[str]) -> int:
+    """Paste pieces of unlabelled images on one another: boxes and masks to pretrain a detector on"""
+    from simmim.config.commands import PasteConfig
+
+    config = parse_checked(PasteConfig, "paste", _about("paste"), argv)
+
+    from simmim.data.sources import check_there
+    from simmim.training.origins import check_encoder
+
+    check_there(config.images)
+    check_encoder(config.run, "--from", scratch=False)
+
+    from simmim.commands.paste import paste
+
+    show(paste(config))
+    return 0
+
+
 def advise(argv: list[str]) -> int:
     """Estimate accelerators, time, cost and memory of a training"""
     from simmim.advise.launch import Launcher, launch_file
@@ -425,6 +443,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
         convert,
         export,
         pack,
+        paste,
         advise,
         tpu_check,
         bench,

@@ -13,6 +13,7 @@ from simmim.config.field_types import (
     Device,
     ImageSize,
     ModelArgs,
+    NotNegative,
     Positive,
     PositiveReal,
     Word,
@@ -80,6 +81,35 @@ class BaselineConfig:
     """Learning rates, as multiples of RUN's."""
     longer: Annotated[float, Field(ge=1)] = 1.0
     """Number of steps, as a multiple of RUN's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PasteConfig:
+    """A set of pasted pieces."""
+
+    command: ClassVar[str] = "paste"
+    images: Positional[Annotated[str, arg(metavar="IMAGES")]]
+    """Unlabelled images, as pretraining's --data takes them."""
+    run: Annotated[str, arg(name="from", metavar="RUN")]
+    """Encoder by which pieces are sorted into kinds: a run, an encoder directory, timm:NAME or local-dir:PATH."""
+    out: str
+    """Directory to write, for --data of simmim finetune detect and segment. The same again writes what is missing."""
+    frames: Frames = FRAMES
+    """Frames of clips, as simmim pretrain takes them: Ns, N or key, with or without +distinct."""
+    count: Positive = 4800
+    """Images to write for training; a hundredth as many, 16 or more, are for evaluation."""
+    image_size: Annotated[int, Field(ge=32)] = 192
+    """Pixels of a side. Give about 1.5 times the --image-size of the detector."""
+    kinds: Annotated[int, Field(ge=1, le=254)] = 24
+    """Kinds of pieces, which are the classes."""
+    pieces: Positive = 6000
+    """Pieces to cut out."""
+    seed: NotNegative = 0
+    """Seed of what is cut out and where it is pasted."""
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of images that may be unreadable."""
+    device: Device = "auto"
+    """Accelerator, for the features."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,8 @@ class FinetuneConfig(TrainingConfig):
     channels: NotNegative = 0
     """Channels of an image (0: the encoder's, 3 from scratch). The first layer is adapted to another number."""
     init: Annotated[str | None, one_word(str, "RUN|scratch|timm:NAME", nothing="none"), arg(name="from"), HINT] = None
-    """Initial weights: a run, an encoder directory, scratch (random), timm:NAME or local-dir:PATH. Required."""
+    """Initial weights: a run, also a detector for detect or a segmenter for segment; an encoder directory, scratch
+    (random), timm:NAME or local-dir:PATH. Required."""
     flip: Flip = "horizontal"
     """Random flips of images and labels; both means left-right and upside down."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2

@@ -9,9 +9,12 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.config.tasks import FinetuneConfig
 from simmim.errors import UserError
 from simmim.training.resume import recall
-from simmim.training.run_directory import Run
+from simmim.training.run_directory import Run, find_model, find_task_of
+from simmim.training.whole_files import read_json
 
 _LOCAL = "local-dir:"
+_WHOLE = {"detect": ("detector", "pyramid_channels"), "segment": ("decoder_channels",)}
+"""Tasks that begin from a whole model too, and the settings that must be those of that model."""
 
 
 def is_timms(source: str) -> bool:
@@ -26,21 +29,47 @@ def encoder_directory(source: str | Path) -> Path | None:
     return directory if (directory / "config.json").is_file() else None
 
 
-def check_encoder(source: str, option: str = "") -> None:
-    """Raise `UserError` where a source names no encoder, beginning with the `option` that it was given to."""
+def tuned_model(config: FinetuneConfig) -> Path | None:
+    """Return the model directory of `--from` if that is a detector or segmenter, fine-tuned for the same task.
+
+    Raises `UserError` if its training has not saved it yet, or its head is of another kind or width.
+    """
+    if config.task not in _WHOLE or config.init is None or find_task_of(Path(config.init)) != config.task:
+        return None
+    directory = find_model(Path(config.init))
+    told = read_json(directory / "config.json")
+    for name in _WHOLE[config.task]:
+        if (old := told[name]) != (new := getattr(config, name)):
+            option = f"--{name.replace('_', '-')}"
+            remedy = f"use {option} {old}, or give the encoder that it began from"
+            raise UserError(f"--from {config.init} has {option} {old} and not {new}; {remedy}")
+    return directory
+
+
+def check_encoder(source: str, option: str = "", *, scratch: bool = True) -> None:
+    """Raise `UserError` where a source names no encoder, beginning with the `option` that it was given to.
+
+    `scratch`: whether `--from` takes random weights too.
+    """
     given = f"{option} {source}".strip()
     if source.startswith(_LOCAL):
         if not Path(source.removeprefix(_LOCAL), "config.json").is_file():
             raise UserError(f"{given} has no config.json; give a directory that timm or save_pretrained wrote")
-    elif not is_timms(source) and encoder_directory(source) is None:
+        return
+    if is_timms(source):
+        return
+    if (task := find_task_of(Path(source))) in _WHOLE:
+        remedy = f"give it to simmim finetune {task}, or give the run that it began from"
+        raise UserError(f"{given} is fine-tuned for {task}, and no encoder; {remedy}")
+    if encoder_directory(source) is None:
         if _is_checkpoint(Path(source)):
             raise UserError(
                 f"{given} is a checkpoint and no encoder yet; make it one with simmim convert {source} --out DIR, and "
                 "give DIR"
             )
-        scratch = ", scratch" if option == "--from" else ""
+        random = ", scratch" if option == "--from" and scratch else ""
         raise UserError(
-            f"{given} has no encoder; give the --out directory of a run that has saved{scratch}, timm:NAME or "
+            f"{given} has no encoder; give the --out directory of a run that has saved{random}, timm:NAME or "
             "local-dir:PATH"
         )
 
@@ -64,7 +93,8 @@ def check_start(config: PretrainConfig | FinetuneConfig) -> None:
     if begun is not None and getattr(begun, old) == source:
         return
     if isinstance(config, FinetuneConfig):
-        check_encoder(source, "--from")
+        if tuned_model(config) is None:
+            check_encoder(source, "--from")
     elif is_timms(source):
         check_encoder(source, "--init-from")
     elif not Path(source).exists():

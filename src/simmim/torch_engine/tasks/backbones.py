@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,15 @@ from simmim.errors import UserError
 from simmim.torch_engine.models.encoders import default_image_size, load_timm
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
-from simmim.training.origins import check_encoder, encoder_directory, is_timms
+from simmim.training.origins import check_encoder, encoder_directory, is_timms, tuned_model
 from simmim.training.plan import measured_once
 from simmim.training.resume import recall
 from simmim.training.run_directory import Run
 from simmim.training.trainer import World
 
 _SCRATCH = "vit_small_patch16_224"  # without --model
+_ENCODER = "pyramid.backbone."  # within the names of a detector's or a segmenter's weights
+_LEVEL = re.compile(r"((?:pyramid\.levels|network\.inner_blocks|network\.layer_blocks)\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Origin:
     """`None` for scratch, as `std`."""
     std: tuple[float, ...] | None
     weights: dict[str, Tensor] | None
-    """`None` for scratch, and where a checkpoint holds them."""
+    """`None` for scratch, and where a checkpoint holds them; those of the whole model for one of the same task."""
     sound: Sound | None = None
     """Front end of an encoder of sounds."""
 
@@ -68,6 +72,8 @@ def _read_origin(config: FinetuneConfig) -> Origin:
         return Origin(model, config.model_args, default_image_size(model), config.channels or 3, None, None, None)
     if is_timms(config.init):
         return _from_timm(config.init)
+    if (model := tuned_model(config)) is not None:
+        return _from_model(model)
     check_encoder(config.init, "--from")
     directory = encoder_directory(config.init)
     assert directory is not None
@@ -75,6 +81,15 @@ def _read_origin(config: FinetuneConfig) -> Origin:
     channels, height, width = data["input_size"]
     weights = load_file(directory / "model.safetensors")
     return Origin(name, arguments, (height, width), channels, tuple(data["mean"]), tuple(data["std"]), weights, sound)
+
+
+def _from_model(directory: Path) -> Origin:
+    """Read a fine-tuned detector or segmenter."""
+    told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    height, width = told["image_size"]
+    colours = tuple(told["mean"]), tuple(told["std"])
+    weights = load_file(directory / "model.safetensors")
+    return Origin(told["model"], told["model_args"], (height, width), told["channels"], *colours, weights)
 
 
 def _read_hub(directory: Path) -> tuple[str, dict[str, Any], dict[str, Any], Sound | None]:
@@ -169,6 +184,42 @@ def create_task_backbone(config: FinetuneConfig, weights: dict[str, Tensor] | No
     if weights is not None:
         load_backbone(backbone, weights)
     return backbone
+
+
+def encoder_alone(weights: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """Return the encoder's part of the weights of an `Origin`, under timm's names."""
+    whole = {name: tensor for name, tensor in (weights or {}).items() if _ENCODER in name}
+    return {name.partition(_ENCODER)[2]: tensor for name, tensor in whole.items()} if whole else weights
+
+
+def take_head(
+    model: nn.Module, config: FinetuneConfig, weights: dict[str, Tensor] | None, *, of_classes: tuple[str, ...]
+) -> None:
+    """Load what follows the encoder from the weights of an `Origin` that has it, where shapes fit.
+
+    `of_classes` begins the names of the last layers, which are kept for the same classes only. A pyramid may look at
+    fewer or more of the finest levels than the one of the weights; those of one stride belong together.
+    """
+    directory = tuned_model(config) if weights and any(_ENCODER in name for name in weights) else None
+    if directory is None or weights is None:
+        return
+    told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    same, own = tuple(told["label_names"]) == config.classes, model.state_dict()
+    finer = count_levels(weights) - count_levels(own)
+    renamed = {_LEVEL.sub(lambda found: f"{found[1]}{int(found[2]) - finer}.", name): name for name in weights}
+    taken = {
+        name: weights[old]
+        for name, old in renamed.items()
+        if name in own and own[name].shape == weights[old].shape and _ENCODER not in name
+        if same or not name.startswith(of_classes)
+    }
+    model.load_state_dict(own | taken)
+
+
+def count_levels(weights: Mapping[str, Tensor]) -> int:
+    """Count the levels of the encoder's pyramid that a saved model looks at, from its names."""
+    found = {(part[1], part[2]) for name in weights if (part := _LEVEL.search(name))}
+    return len({number for _, number in found})
 
 
 def load_backbone(backbone: nn.Module, weights: dict[str, Tensor]) -> None:

@@ -33,6 +33,7 @@ from simmim.metrics.boxes import match_boxes
 from simmim.metrics.coco import average_precision
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.tasks.augment import ColourJitter
+from simmim.torch_engine.tasks.backbones import encoder_alone, take_head
 from simmim.torch_engine.tasks.base import Predictor, TaskSpec, TaskStep, evaluation_bad_images
 from simmim.torch_engine.tasks.detect_step import DetectStep, Found, load_detector, save_detector
 from simmim.torch_engine.tasks.draw_boxes import draw_objects, side_by_side
@@ -43,6 +44,7 @@ from simmim.training.whole_files import write_json
 
 _PICTURED = 8  # evaluation images in detections.png, and in a record
 _THUMBNAIL, _BOXES = 320, 6  # pixels of a side, and boxes of a kind, of an image in a record
+_OF_CLASSES = ("head.classification_head.cls_logits", "roi_heads.box_predictor", "roi_heads.mask_predictor.mask_fcn")
 DRAWN_SCORE = 0.3  # what is found with less is not drawn
 
 
@@ -81,7 +83,9 @@ class DetectTask:
         ]
 
     def build(self) -> DetectStep:
-        return DetectStep(self.config, len(self.data.classes), self._weights)
+        step = DetectStep(self.config, len(self.data.classes), encoder_alone(self._weights))
+        take_head(step.detector, self.config, self._weights, of_classes=_OF_CLASSES)
+        return step
 
     def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
         config = self.config

@@ -22,8 +22,9 @@ from simmim.data.labelled.detection import boxes_in_image, encode_mask
 from simmim.torch_engine.models.drop_path import route_drop_path
 from simmim.torch_engine.models.evaluating import by_halves
 from simmim.torch_engine.models.masked_image_model import mirror
+from simmim.torch_engine.tasks.backbones import count_levels
 from simmim.torch_engine.tasks.base import TaskStep, save_model
-from simmim.torch_engine.tasks.detectors import SampleKeys, count_levels, create_detector, first_label
+from simmim.torch_engine.tasks.detectors import SampleKeys, create_detector, first_label
 from simmim.torch_engine.tasks.pyramid import create_pyramid
 
 # What of a configuration a saved detector is built from again.

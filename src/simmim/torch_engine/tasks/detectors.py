@@ -4,7 +4,6 @@ Shapes: `B` images, `C` channels, `H W` pixels, `n` objects of an image, `K` cla
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -169,12 +168,6 @@ def _usual_levels(detector: str, strides: tuple[int, ...], side: int) -> int:
         least = 8 if side >= _SMALL else 4
         return max(1, sum(stride >= least for stride in strides))
     return len(strides) - (side >= _SMALL or strides[0] < _LEAST_STRIDE)
-
-
-def count_levels(weights: Mapping[str, Tensor]) -> int:
-    """Count the levels of the encoder's pyramid that a saved detector looks at, from its names."""
-    parts = (name.split(".") for name in weights)
-    return len({part[3] for part in parts if part[1:3] in (["pyramid", "levels"], ["network", "inner_blocks"])})
 
 
 def first_label(detector: str) -> int:

@@ -30,6 +30,7 @@ from simmim.hardware.host import cpu_cores
 from simmim.method.random_keys import sample_keys
 from simmim.metrics.classification import class_rows, confusion_matrix, intersection_over_union
 from simmim.torch_engine.tasks.augment import ColourJitter
+from simmim.torch_engine.tasks.backbones import encoder_alone, take_head
 from simmim.torch_engine.tasks.base import TaskSpec, TaskStep, evaluation_bad_images, save_model
 from simmim.torch_engine.tasks.segmenter import SegmentPredictor, SegmentStep, build_segment_step, to_picture, windows
 from simmim.training.evaluation_record import Worst, confusion_part, short, thumbnail, write_record
@@ -80,7 +81,9 @@ class SegmentTask:
         ]
 
     def build(self) -> SegmentStep:
-        return build_segment_step(self.config, self._weights, len(self.data.classes))
+        step = build_segment_step(self.config, encoder_alone(self._weights), len(self.data.classes))
+        take_head(step.model, self.config, self._weights, of_classes=("decoder.classifier",))
+        return step
 
     def batches(self, reading: Reading, step: TaskStep) -> Iterator[Batch]:
         config = self.config
