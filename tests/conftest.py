@@ -5,8 +5,6 @@ import pytest
 
 # Kernels of CPUs are chosen by version 0.1's rules, since a measurement would make results vary.
 os.environ["SIMMIM_KERNELS"] = "rules"
-# Tests run beside each other, where PyTorch's threads would wait for one another (docs/speed.md).
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("SIMMIM_CACHE", tempfile.mkdtemp(prefix="simmim-cache-"))
 
 # The dearest files, which `make test` begins with, so that no worker is left with one when the others are done.
