@@ -104,7 +104,8 @@ def main() -> None:
     encoder = simmim.pretrain(data=str(images), out=str(options.work / "pretrained"), **model, **pretraining)
     about: dict[str, Any] = {
         **results.machine(),
-        "command": f"python benchmarks/stamps.py {task} --stamps DIR --photos DIR --work DIR",
+        "command": f"python benchmarks/stamps.py {task} --stamps DIR --photos DIR --work DIR --rate {options.rate:g} "
+        f"--pretraining-steps {options.pretraining_steps} --pasted-steps {options.pasted_steps}",
         "encoder": options.encoder,
         "model": model,
         "pretraining": {**pretraining, "images": tiles, "processor_seconds": round(time.process_time() - began)},

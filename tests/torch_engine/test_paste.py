@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from simmim.cli import main
-from simmim.commands.paste import Pasted, Piece, draw_outline, draw_pieces, paste, sort_into_kinds
+from simmim.commands.paste import paste, sort_into_kinds
 from simmim.config.commands import PasteConfig
 from simmim.data.labelled.detection import decode_masks, open_detection
 from simmim.data.labelled.segmentation import IGNORE, open_segmentation
+from simmim.data.pasting import Pasted, Piece, draw_outline, draw_pieces
 from simmim.errors import UserError
 from simmim.torch_engine.train.storage import save_hub
 

@@ -20,7 +20,7 @@ def k_means(
     points = np.asarray(values, np.float32)
     centres = _spread_centres(points, clusters, sample_keys(seed, 0, [0], stream=stream))
     for _ in range(iterations):
-        nearest = _nearest(points, centres)
+        nearest = nearest_centre(points, centres)
         sums = np.stack([np.bincount(nearest, channel, clusters) for channel in points.T], axis=1)
         counts = np.bincount(nearest, minlength=clusters)[:, None]
         moved = np.where(counts > 0, sums / np.maximum(counts, 1), centres).astype(np.float32)
@@ -47,7 +47,7 @@ def _spread_centres(points: NDArray[np.float32], clusters: int, key: NDArray[np.
     return np.stack(chosen)
 
 
-def _nearest(points: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.int64]:
+def nearest_centre(points: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.int64]:
     """Return the index (M,) of each point's nearest centre, in chunks that bound memory to a few megabytes."""
     offsets = (centres**2).sum(axis=1)
     chunks = [points[start : start + 8192] for start in range(0, len(points), 8192)]

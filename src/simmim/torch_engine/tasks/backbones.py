@@ -26,6 +26,7 @@ from simmim.training.plan import measured_once
 from simmim.training.resume import recall
 from simmim.training.run_directory import Run
 from simmim.training.trainer import World
+from simmim.training.whole_files import read_json
 
 _SCRATCH = "vit_small_patch16_224"  # without --model
 _ENCODER = "pyramid.backbone."  # within the names of a detector's or a segmenter's weights
@@ -85,7 +86,7 @@ def _read_origin(config: FinetuneConfig) -> Origin:
 
 def _from_model(directory: Path) -> Origin:
     """Read a fine-tuned detector or segmenter."""
-    told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    told = read_json(directory / "config.json")
     height, width = told["image_size"]
     colours = tuple(told["mean"]), tuple(told["std"])
     weights = load_file(directory / "model.safetensors")
@@ -203,7 +204,7 @@ def take_head(
     directory = tuned_model(config) if weights and any(_ENCODER in name for name in weights) else None
     if directory is None or weights is None:
         return
-    told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    told = read_json(directory / "config.json")
     same, own = tuple(told["label_names"]) == config.classes, model.state_dict()
     finer = count_levels(weights) - count_levels(own)
     renamed = {_LEVEL.sub(lambda found: f"{found[1]}{int(found[2]) - finer}.", name): name for name in weights}
@@ -218,8 +219,7 @@ def take_head(
 
 def count_levels(weights: Mapping[str, Tensor]) -> int:
     """Count the levels of the encoder's pyramid that a saved model looks at, from its names."""
-    found = {(part[1], part[2]) for name in weights if (part := _LEVEL.search(name))}
-    return len({number for _, number in found})
+    return len({found[2] for name in weights if (found := _LEVEL.search(name))})
 
 
 def load_backbone(backbone: nn.Module, weights: dict[str, Tensor]) -> None:
