@@ -4,7 +4,7 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from timm.scheduler.multistep_lr import MultiStepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 
-from simmim.method.schedules import CosineSchedule, MultiStepSchedule, scale_lr
+from simmim.method.schedules import CosineSchedule, MultiStepSchedule, finetune_lr, scale_lr
 
 
 def _optimizer(lr: float) -> torch.optim.Optimizer:
@@ -70,6 +70,17 @@ def test_at_update_gives_the_rates_of_the_official_loop() -> None:
 
 def test_scale_lr_gives_the_papers_rate_for_its_batch() -> None:
     assert scale_lr(1e-4, 2048) == pytest.approx(4e-4)  # SimMIM §4.1: base 1e-4 at 512, 2048 images
+
+
+def test_the_rate_of_fine_tuning_is_near_the_papers_and_grows_with_the_root_of_the_batch() -> None:
+    def peak(batch: int, width: int | None) -> float:
+        return scale_lr(finetune_lr(batch, width), batch)
+
+    assert peak(2048, 768) == pytest.approx(scale_lr(1.25e-3, 2048), rel=0.1)  # SimMIM, appendix A: 1.25e-3 at 512
+    for width in (128, 768, None):
+        assert peak(16, width) == pytest.approx(peak(64, width) / 2)
+        assert peak(8192, width) == 5e-3
+    assert peak(64, 128) == peak(64, None) == pytest.approx(2 * peak(64, 512))
 
 
 def test_a_cosine_whose_warm_up_outlasts_the_run_is_refused() -> None:

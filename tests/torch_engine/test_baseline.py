@@ -1,6 +1,7 @@
 """`simmim baseline`: the same fine-tuning from random weights, and what the report says of the two."""
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,11 @@ from simmim.cli import main
 from simmim.commands.baseline import settings_of
 from simmim.config.commands import BaselineConfig
 from simmim.config.tasks import ClassifyConfig
-from simmim.report.baselines import Baselines, read_baselines
+from simmim.report.baselines import Baselines, Frozen, read_baselines
 from simmim.report.facts import Facts
 from simmim.report.labels import Accuracy, difference
 from simmim.report.page import ReportConfig, report, section
+from simmim.report.verdict import judge_baselines
 from simmim.torch_engine.tasks.base import find_spec
 from simmim.torch_engine.tasks.classify import ClassifyTask
 from simmim.torch_engine.train.update import Update
@@ -79,16 +82,103 @@ def test_the_command_prints_the_run_beside_its_baselines(finished: Path, capsys:
     assert main(["baseline", str(finished), "--rates", "1", "2"]) == 0
     said = capsys.readouterr()
     assert said.err.count("finished already") == 2
-    table, (verdict, page) = said.out.splitlines()[:4], said.out.splitlines()[4:]
+    heads, *rows = said.out.splitlines()[:7]
+    verdict, _, page = said.out.splitlines()[7:]
     kept = [json.loads((path / "metrics.json").read_text())["best"] for path in (finished, *baselines(finished))]
-    assert table[0].split() == ["training", "steps", "rate", "top-1", "balanced", "accuracy"]
-    assert [line.split()[-2:] for line in table[1:]] == [
+    assert heads.split() == ["training", "steps", "rate", "top-1", "balanced", "accuracy"]
+    assert [line.split()[-2:] for line in rows[:3]] == [
         [f"{best['top1']:.4f}", f"{best['balanced_accuracy']:.4f}"] for best in kept
     ]
-    assert [line.split()[-3] for line in table[1:]] == ["1.25e-03", "1.25e-03", "2.50e-03"]  # for a batch of 16
+    assert [line.split()[-3] for line in rows[:3]] == ["1.25e-03", "1.25e-03", "2.50e-03"]  # for a batch of 16
     mine, *others = (best["top1"] for best in kept)
     assert f"top-1 {mine:.3f}, from scratch {max(others):.3f} at the best of 2 learning rates" in verdict
     assert page == f"the report is {finished / 'report.html'}"
+
+
+def test_frozen_features_and_their_floors_are_rows_without_steps(finished: Path) -> None:
+    config = Run(finished).read_config(ClassifyConfig)
+    probed = {
+        name: simmim.probe(config.init, "demo", method=method, k=20, labels_per_class=4, device="cpu", workers=1)
+        for name, method in (("k-NN", "knn"), ("linear", "linear"))
+    }
+
+    def best(of: Callable[[dict[str, Any]], dict[str, float]]) -> tuple[dict[str, float], str]:
+        return max(((of(each), name) for name, each in probed.items()), key=lambda row: row[0]["top1"])
+
+    rows = {row.name: row.cells for row in found(finished).table()}
+    for what, (figures, method) in (
+        ("frozen features", best(lambda each: each)),
+        ("raw pixels", best(lambda each: each["raw_pixels"])),
+        ("the untrained encoder", best(lambda each: each["untrained"])),
+    ):
+        cells = [f"{figures[name]:.4f}" for name in ("top1", "balanced_accuracy")]
+        assert rows[f"{what} ({method})"] == ["–", "–", *cells]
+    page = report(ReportConfig(runs=(str(finished),))).read_text(encoding="utf-8")
+    assert page.count("<th>frozen features (") == page.count("<th>raw pixels (") == 1
+
+
+@pytest.mark.parametrize("damage", ["damaged", "of other images"])
+def test_a_record_that_does_not_fit_counts_for_nothing_and_is_made_again(
+    finished: Path, tmp_path: Path, damage: str
+) -> None:
+    run = Run(shutil.copytree(finished, tmp_path / "run"))
+    whole = run.frozen.read_bytes()
+    record = json.loads(whole)
+    record["data"]["train"]["names_sha256"] = "0"
+    run.frozen.write_text('{"images": 208' if damage == "damaged" else json.dumps(record))
+    before = found(run.path)
+    assert before.over_frozen is None
+    assert {each.flaw for each in before.frozen} == (set() if damage == "damaged" else {"on other images"})
+    assert main(["baseline", str(run.path), "--rates", "1", "2"]) == 0
+    assert run.frozen.read_bytes() == whole and found(run.path).over_frozen
+
+
+def test_features_that_do_not_fit_in_memory_leave_table_and_report(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    run = Run(shutil.copytree(finished, tmp_path / "run"))
+    run.frozen.unlink()
+    monkeypatch.setattr("simmim.commands.baseline.judge_by_labels", fail)
+    assert main(["baseline", str(run.path), "--rates", "1", "2"]) == 0
+    said = capsys.readouterr()
+    assert "warning    the frozen features are not judged: out of memory" in said.err
+    assert "from scratch" in said.out and not run.frozen.exists()
+
+
+def test_features_that_are_gone_are_not_judged(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    Run(run).frozen.unlink()
+    gone = str(tmp_path / "gone")
+    for path in (run, *baselines(run)):
+        config = Run(path).read_config(ClassifyConfig)
+        if config.init != "scratch":
+            Run(path).config.write_text(Run(path).config.read_text().replace(str(config.init), gone))
+    assert main(["baseline", str(run), "--rates", "1", "2"]) == 0
+    said = capsys.readouterr()
+    assert f"warning    the frozen features are not judged: {gone}" in said.err
+    assert "from scratch" in said.out and "frozen features" not in said.out
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "title"),
+    [(90, 60, "Better"), (60, 90, "Worse"), (61, 60, "Not clearly better")],
+)
+def test_a_fine_tuning_is_compared_with_the_features_that_it_began_from(
+    finished: Path, mine: int, other: int, title: str
+) -> None:
+    record = found(finished)
+    accuracy = {right: Accuracy(np.arange(100) < right) for right in (mine, other)}
+    frozen = [Frozen("frozen features", "linear", accuracy[other], 0.5)]
+    baselines = dataclasses.replace(record, run=dataclasses.replace(record.run), frozen=frozen)
+    baselines.run.__dict__["accuracy"] = accuracy[mine]
+    *_, finding = judge_baselines(baselines)
+    assert finding.title == f"{title} than the frozen features"
+    assert f"top-1 {mine / 100:.3f}, frozen features (linear) {other / 100:.3f}" in finding.figure
 
 
 def baselines(run: Path) -> list[Path]:
@@ -220,7 +310,7 @@ def test_a_rate_that_diverges_does_not_end_the_others(
     assert (Run(run).baselines / "lr-0.12-steps-6" / "model").is_dir()
     said = capsys.readouterr()
     assert "warning    loss or gradient was not finite for 2 steps in a row" in said.err
-    assert "diverged" in said.out.splitlines()[-3]
+    assert [line.split()[0] for line in said.out.splitlines() if line.endswith("diverged")] == ["from"]
 
 
 def test_ctrl_c_in_the_last_step_of_a_baseline_begins_no_other(

@@ -78,6 +78,7 @@ def config(data: Path, kind: str = "resnet18", **settings: Any) -> DetectConfig:
         "std": (0.25,) * 3,
         "batch_size": 4,
         "steps": 2,
+        "lr": 3.2e-3,
         "warmup_epochs": 0.0,
         "layer_decay": 1.0,
         "device": "cpu",

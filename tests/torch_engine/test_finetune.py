@@ -21,6 +21,7 @@ import simmim
 from simmim.cli import main
 from simmim.config.tasks import TASK_CONFIGS, ClassifyConfig
 from simmim.method.random_keys import sample_keys
+from simmim.method.schedules import finetune_lr
 from simmim.torch_engine.tasks.augment import Mix, RandAugment, RandomErasing, mix_images, soft_labels
 from simmim.torch_engine.tasks.classifier import ClassifyStep
 from simmim.training.run_directory import Run
@@ -65,6 +66,17 @@ def test_fine_tuning_starts_from_the_runs_weights(pretrained: Path, tmp_path: Pa
             assert name not in tuned  # the mean of the tokens has a fresh norm instead
         else:
             torch.testing.assert_close(tuned[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_rate_that_is_left_open_is_chosen_and_a_resumed_run_keeps_its_own(pretrained: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    assert main(command(pretrained, run.path)) == 0
+    begun = run.read_config(ClassifyConfig)
+    assert begun.lr == finetune_lr(16, 48)
+    shutil.rmtree(next(run.checkpoints.glob("step-*6")))
+    run.config.write_text(run.config.read_text().replace(f"lr = {begun.lr}", "lr = 0.00125"))  # of an older version
+    assert main(command(pretrained, run.path)) == 0
+    assert run.read_config(ClassifyConfig).lr == 0.00125
 
 
 def test_an_interrupted_fine_tuning_ends_as_an_uninterrupted_one(

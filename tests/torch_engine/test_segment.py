@@ -75,6 +75,7 @@ def config(data: Path, **settings: Any) -> SegmentConfig:
         "std": (0.25,) * 3,
         "batch_size": 4,
         "steps": 3,
+        "lr": 3.2e-3,
         "warmup_epochs": 0.0,
         "layer_decay": 1.0,
         "device": "cpu",

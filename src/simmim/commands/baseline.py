@@ -1,7 +1,8 @@
 """`simmim baseline`: train a fine-tuned model from random weights too, so that its report tells what pretraining gave.
 
 A baseline trains exactly as the fine-tuning did, but from random weights, without layer decay (which is for pretrained
-layers) and at several learning rates.
+layers) and at several learning rates. For a classifier, what needs no training is judged too: classifiers on the frozen
+features that it began from, on raw pixels and on an untrained encoder.
 """
 
 import dataclasses
@@ -10,14 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simmim.config.commands import BaselineConfig
-from simmim.config.tasks import FinetuneConfig
+from simmim.config.tasks import ClassifyConfig, FinetuneConfig
 from simmim.engines import finetune
 from simmim.errors import TrainingDivergedError, UserError
 from simmim.output import say
-from simmim.report.baselines import Gain, read_baselines
+from simmim.report.baselines import read_baselines, read_frozen, write_frozen
 from simmim.report.facts import Facts
+from simmim.report.labels import judge_by_labels
 from simmim.report.page import ReportConfig, report
-from simmim.report.verdict import judge_gain
+from simmim.report.verdict import Finding, judge_baselines
 from simmim.training.loop import code_of_signal
 
 
@@ -28,30 +30,51 @@ def train_baselines(config: BaselineConfig) -> tuple[list[str], int]:
     `max_hours` stopped. Processes of torchrun other than the first return no lines. Raises `UserError` for anything but
     a finished fine-tuning of a pretrained encoder.
     """
-    facts, code = Facts.read(Path(config.run)), 0
+    facts, code, late = Facts.read(Path(config.run)), 0, None
     main = os.environ.get("RANK", "0") == "0"  # of torchrun
     for number, settings in enumerate(settings_of(config, facts), 1):
         if main:
-            rate = settings.lr * settings.batch_size / 512
-            say(f"baseline {number} of {len(config.rates)}: random weights, learning rate {rate:.2e}")
+            rate = f"{settings.batch_lr:.2e}"
+            say(f"baseline {number} of {len(config.rates)}: random weights, learning rate {rate}")
         try:
             _, outcome = finetune(settings)
         except TrainingDivergedError as error:  # too high a rate is an answer too
             say(f"warning    {error}")
             continue
-        late = outcome.late_signal if number < len(config.rates) else None
-        if code := outcome.exit_code or (code_of_signal(late) if late else 0):
+        late = outcome.late_signal
+        code = outcome.exit_code
+        if late and number < len(config.rates):
+            code = code or code_of_signal(late)
+        if code:
             break
     if not main:
         return [], code
     page = report(ReportConfig(runs=(config.run,)))
+    if not code and not late and _judge_frozen(facts):
+        page = report(ReportConfig(runs=(config.run,)))
     found = read_baselines(facts)
-    lines = [*found.describe(), *map(_line, found.gains)] if found else []
+    lines = [*found.describe(), *map(_line, judge_baselines(found))] if found else []
     return [*lines, f"the report is {page}"], code
 
 
-def _line(gain: Gain) -> str:
-    finding = judge_gain(gain)
+def _judge_frozen(facts: Facts) -> bool:
+    """Judge the features that a classifier began from, unless that is done; return whether it was."""
+    base, known = facts.config, read_frozen(facts)
+    if not isinstance(base, ClassifyConfig) or (known and not any(each.flaw for each in known)):
+        return False
+    assert base.init is not None and base.data is not None
+    same = ("frames", "labels_per_class", "label_seed", "val_fraction", "seed", "max_bad_fraction", "device", "workers")
+    say("judging the frozen features")
+    try:
+        judged = judge_by_labels(base.init, base.data, **{name: getattr(base, name) for name in same})
+    except (UserError, MemoryError, RuntimeError) as error:  # gone, or too large: the trainings count without
+        say(f"warning    the frozen features are not judged: {str(error) or 'out of memory'}")
+        return False
+    write_frozen(facts, judged)
+    return True
+
+
+def _line(finding: Finding) -> str:
     return f"{finding.title}: {finding.figure}" + (f"; {finding.remedy}" if finding.remedy else "")
 
 
@@ -67,6 +90,7 @@ def settings_of(config: BaselineConfig, facts: Facts) -> Iterator[FinetuneConfig
         raise UserError(
             f"{run.path} is not finished, at step {facts.steps} of {total or '?'}; run simmim resume {run.path} first"
         )
+    assert base.lr is not None
     steps = max(1, round(total * config.longer))
     for rate in config.rates:
         lr = base.lr * rate

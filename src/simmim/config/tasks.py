@@ -1,4 +1,4 @@
-"""Fine-tuning configurations: shared fields and those of each task. Defaults follow the paper's recipe."""
+"""Fine-tuning configurations: shared fields and those of each task. Defaults follow the paper, but for the rate."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -23,6 +23,7 @@ from simmim.config.field_types import (
 from simmim.config.frames import FRAMES, Frames
 from simmim.config.training import TrainingConfig
 from simmim.errors import UserError
+from simmim.method.schedules import scale_lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,9 @@ class FinetuneConfig(TrainingConfig):
     eval_every_epochs: PositiveReal = 1.0
     """Epochs between evaluations."""
 
-    lr: PositiveReal = 1.25e-3
-    """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr."""
+    lr: Annotated[PositiveReal | None, one_word(float, "FLOAT"), HINT] = None
+    """Peak learning rate for a batch of 512. It scales with batch size / 512, as do --warmup-lr and --min-lr (default:
+    by batch size and model, see docs/finetuning.md)."""
     warmup_lr: NotNegativeReal = 2.5e-7
     """Learning rate of the first step, for a batch of 512."""
     min_lr: NotNegativeReal = 2.5e-7
@@ -59,6 +61,12 @@ class FinetuneConfig(TrainingConfig):
     """Epochs of linear warm-up (default: a fifth of the run; paper: 20 of 100 epochs)."""
     drop_path: Share = 0.1
     """Stochastic depth rate of the last block."""
+
+    @property
+    def batch_lr(self) -> float:
+        """Peak learning rate of a batch, once it is decided."""
+        assert self.lr is not None
+        return scale_lr(self.lr, self.batch_size)
 
     def check(self) -> None:
         super().check()
@@ -107,14 +115,12 @@ class ClassifyConfig(FinetuneConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class _DenseConfig(FinetuneConfig):
-    """Fine-tuning on the encoder's feature pyramid, with the batch and the rate of Swin's Mask R-CNN."""
+    """Fine-tuning on the encoder's feature pyramid, with the batch of Swin's Mask R-CNN."""
 
     unlisted: ClassVar[frozenset[str]] = frozenset({"sound"})
     # With ViTDet's batches of 64, a few hundred images give too few steps.
     batch_size: Positive = 16
     """Images per optimiser step, over all ranks and accumulation steps."""
-    lr: PositiveReal = 3.2e-3
-    """Peak learning rate for a batch of 512 (1e-4 for 16). It scales with batch size / 512, as do the others."""
 
 
 @dataclass(frozen=True, kw_only=True)

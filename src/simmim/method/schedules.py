@@ -30,6 +30,18 @@ def usual_lr(global_batch: int, width: int | None) -> float:
     return peak * 512 / global_batch
 
 
+def finetune_lr(global_batch: int, width: int | None) -> float:
+    """Choose the peak learning rate of a fine-tuning, for a batch of 512 as `scale_lr` takes it.
+
+    The rate is 2e-3 · sqrt(batch / 64), for a transformer times sqrt(128 / width), where `width` is the number of
+    features of its tokens, and at most the paper's 5e-3. That is within a tenth of the paper's for ViT-B at 2048
+    (SimMIM, appendix A), and what small sets need at 64 (docs/finetuning.md); in proportion to the batch, the paper's
+    would be 1.6e-4 there. A convolutional net has a width of `None`.
+    """
+    peak = 2e-3 * math.sqrt(global_batch / 64) * (1.0 if width is None else math.sqrt(128 / width))
+    return min(peak, 5e-3) * 512 / global_batch
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
     """Learning rate at a step (0, 1, …): linear warm-up, then the subclass's curve."""

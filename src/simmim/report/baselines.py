@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from simmim.errors import UserError
 from simmim.output import aligned
 from simmim.report.evaluation import figure_name
 from simmim.report.facts import Facts
-from simmim.report.labels import Accuracy, Difference, difference
+from simmim.report.labels import RAW_PIXELS, UNTRAINED, Accuracy, Difference, Judged, difference
+from simmim.training.whole_files import write_json
 
 _JUDGED_BY = ("top1", "miou", "map")
 
@@ -42,7 +44,7 @@ class Arm:
     @property
     def lr(self) -> float:
         """Peak learning rate of a batch."""
-        return self.config.lr * self.config.batch_size / 512
+        return self.config.batch_lr
 
     @property
     def steps(self) -> int:
@@ -58,12 +60,34 @@ class Arm:
         """Which evaluation images (N,) it tells right; `None` where that was not written down."""
         try:
             record = json.loads(self.facts.run.evaluation.read_text(encoding="utf-8"))
-            bits = np.frombuffer(base64.b64decode(record["right"]), np.uint8)
-            found = Accuracy(np.unpackbits(bits)[: record["images"]].astype(bool))
+            found = _unpacked(record["right"], record["images"])
         except (OSError, ValueError, KeyError, TypeError):  # another task, an older version, or a damaged file
             return None
-        whole = 0 < found.count == record["images"]
-        return found if whole and math.isclose(found.value, self.figures.get("top1", -1)) else None
+        return found if math.isclose(found.value, self.figures.get("top1", -1)) else None
+
+
+FEATURES = "frozen features"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A classifier on frozen features, or on what they have to beat: the better of a k-NN vote and a linear one."""
+
+    what: str
+    """`FEATURES`, or one of their floors."""
+    method: str
+    accuracy: Accuracy
+    balanced_accuracy: float
+    flaw: str = ""
+    """Why it does not count; empty if it does."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.what} ({self.method})"
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"top1": self.accuracy.value, "balanced_accuracy": self.balanced_accuracy}
 
 
 @dataclass(frozen=True)
@@ -102,11 +126,21 @@ class Gain:
 
 
 @dataclass(frozen=True)
+class Row:
+    """A line of the table: what was trained, why it does not count if so, and its cells: steps, rate, figures."""
+
+    name: str
+    cells: list[str]
+    flaw: str = ""
+
+
+@dataclass(frozen=True)
 class Baselines:
-    """A fine-tuning and its baselines, ordered by steps and learning rate."""
+    """A fine-tuning and its baselines, ordered by steps and learning rate; and what needs no training, if judged."""
 
     run: Arm
     arms: list[Arm]
+    frozen: list[Frozen]
 
     @property
     def columns(self) -> list[tuple[str, str]]:
@@ -142,16 +176,29 @@ class Baselines:
             difference=difference(mine, other) if mine and other and mine.count == other.count else None,
         )
 
-    def table(self) -> Iterator[tuple[Arm, list[str]]]:
-        """Yield each training with its cells: steps, rate, figures."""
+    @property
+    def over_frozen(self) -> tuple[Accuracy, Frozen] | None:
+        """The run and a classifier on the features that it began from, where the same images judge both."""
+        mine = self.run.accuracy
+        other = next((each for each in self.frozen if each.what == FEATURES and not each.flaw), None)
+        return (mine, other) if mine and other and mine.count == other.accuracy.count else None
+
+    def table(self) -> Iterator[Row]:
         for arm in (self.run, *self.arms):
-            figures = [f"{arm.figures[name]:.4f}" if name in arm.figures else "–" for name, _ in self.columns]
-            yield arm, [f"{arm.steps:,}", f"{arm.lr:.2e}", *figures]
+            yield Row(arm.name, [f"{arm.steps:,}", f"{arm.lr:.2e}", *self._cells(arm.figures)], arm.flaw)
+        mine = self.run.accuracy
+        for each in self.frozen:
+            count = each.accuracy.count
+            flaw = each.flaw or ("" if mine is None or mine.count == count else f"judged by {count} images")
+            yield Row(each.name, ["–", "–", *self._cells(each.figures)], flaw)
+
+    def _cells(self, figures: dict[str, float]) -> list[str]:
+        return [f"{figures[name]:.4f}" if name in figures else "–" for name, _ in self.columns]
 
     def describe(self) -> list[str]:
         """Return the lines of the table."""
         heads = ["training", "steps", "rate", *(heading for _, heading in self.columns)]
-        return aligned([heads, *([arm.name, *cells, arm.flaw] for arm, cells in self.table())])
+        return aligned([heads, *([row.name, *row.cells, row.flaw] for row in self.table())])
 
 
 def read_baselines(facts: Facts) -> Baselines | None:
@@ -166,7 +213,50 @@ def read_baselines(facts: Facts) -> Baselines | None:
         return None
     arms = [Arm(each, _flaw(each, facts)) for each in found]
     arms.sort(key=lambda arm: (arm.steps, arm.lr))
-    return Baselines(Arm(facts), arms)
+    return Baselines(Arm(facts), arms, read_frozen(facts))
+
+
+def write_frozen(facts: Facts, judged: list[Judged]) -> None:
+    """Keep what classifiers on frozen features answer to each evaluation image, for `read_frozen`."""
+
+    def kept(each: Judged, accuracy: Accuracy) -> dict[str, Any]:
+        return {"right": _packed(accuracy), "balanced_accuracy": each.balanced(accuracy)}
+
+    found = {FEATURES: {each.method: kept(each, each.features) for each in judged}}
+    for what in (RAW_PIXELS, UNTRAINED):
+        found[what] = {each.method: kept(each, each.floors[what]) for each in judged}
+    write_json(facts.run.frozen, {"data": facts.images, "images": judged[0].features.count, "found": found})
+
+
+def read_frozen(facts: Facts) -> list[Frozen]:
+    """Return for each kind of features the better classifier; nothing where they were not judged."""
+    try:
+        record = json.loads(facts.run.frozen.read_text(encoding="utf-8"))
+        flaw = "" if record["data"] == facts.images else "on other images"
+        return [
+            max(
+                (
+                    Frozen(what, name, _unpacked(found["right"], record["images"]), found["balanced_accuracy"], flaw)
+                    for name, found in methods.items()
+                ),
+                key=lambda each: each.accuracy.value,
+            )
+            for what, methods in record["found"].items()
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or a damaged file
+        return []
+
+
+def _packed(found: Accuracy) -> str:
+    return base64.b64encode(np.packbits(found.right).tobytes()).decode()
+
+
+def _unpacked(right: str, images: int) -> Accuracy:
+    """Raise `ValueError` where there are fewer bits than images, or none."""
+    found = np.unpackbits(np.frombuffer(base64.b64decode(right), np.uint8))[:images].astype(bool)
+    if not 0 < len(found) == images:
+        raise ValueError(f"{len(found)} answers for {images} images")
+    return Accuracy(found)
 
 
 def _flaw(baseline: Facts, facts: Facts) -> str:

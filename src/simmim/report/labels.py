@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from simmim.errors import UserError
 
+RAW_PIXELS, UNTRAINED = "raw pixels", "the untrained encoder"
+"""Floors of any features."""
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -79,9 +82,15 @@ class Judged:
     classes: int
     train_images: int
     images: NDArray[np.int64]
-    """Numbers of the images among those of the labelled set to judge by."""
+    """Numbers of the images (N,) among those of the labelled set to judge by."""
+    labels: NDArray[np.int64]
+    """Their classes (N,)."""
     missing: str = ""
     """Why the starting weights are not among the floors, where the run had such."""
+
+    def balanced(self, accuracy: Accuracy) -> float:
+        """Return the mean of the accuracies of each class."""
+        return float(np.mean([accuracy.right[self.labels == label].mean() for label in np.unique(self.labels)]))
 
     def against(self, other: "Judged") -> Difference | None:
         """Compare with another run; `None` where its encoder could not read the same images."""
@@ -94,7 +103,7 @@ def judge_by_labels(run: str, data: str, **settings: Any) -> list[Judged]:
     from simmim.torch_engine.train.storage import starting_encoder
 
     opened = Probe(ProbeConfig(run=run, data=data, **settings))
-    models: dict[str, Any] = {"raw pixels": raw_pixels, "the untrained encoder": opened.untrained()}
+    models: dict[str, Any] = {RAW_PIXELS: raw_pixels, UNTRAINED: opened.untrained()}
     missing = ""
     try:
         if (start := starting_encoder(run)) is not None:
@@ -111,6 +120,7 @@ def judge_by_labels(run: str, data: str, **settings: Any) -> list[Judged]:
             for each, features in {"": mine, **floors}.items()
         }
         own = accuracies.pop("")
-        return Judged(name, own, accuracies, mine.num_classes, len(mine.train), mine.val_images, missing)
+        kept = mine.val_images, mine.val_labels
+        return Judged(name, own, accuracies, mine.num_classes, len(mine.train), *kept, missing)
 
     return [judged("k-NN", "knn"), judged("linear", "linear")]

@@ -166,7 +166,7 @@ def section(facts: Facts, config: ReportConfig, budget: int = _BYTES) -> Section
     charts = [drawn for title, names, log in _CHARTS if (drawn := chart(title, _curves(facts, names), logarithmic=log))]
     return Section(
         facts=facts,
-        findings=judge(facts, judged, baselines.gains if baselines else ()),
+        findings=judge(facts, judged, baselines),
         judged=judged,
         charts=charts,
         panels=pictured,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simmim.method.collapse import LEAST_RANK, LEAST_STD, collapsed
-from simmim.report.baselines import Gain
+from simmim.report.baselines import Baselines, Gain
 from simmim.report.facts import Facts, Point, best, part_mean
 from simmim.report.labels import Judged, difference
 from simmim.report.resources import input_wait
@@ -36,9 +36,11 @@ class Finding:
     remedy: str = ""
 
 
-def judge(facts: Facts, judged: Sequence[Judged] = (), gains: Sequence[Gain] = ()) -> list[Finding]:
+def judge(facts: Facts, judged: Sequence[Judged] = (), baselines: Baselines | None = None) -> list[Finding]:
     """Return findings, the gravest first: of the training, of its speed, of its features, of its baselines."""
-    found = [*_training(facts), *_speed(facts), *_features(facts, judged), *map(judge_gain, gains)]
+    found = [*_training(facts), *_speed(facts), *_features(facts, judged)]
+    if baselines is not None:
+        found += judge_baselines(baselines)
     order: list[Level] = ["bad", "watch", "good", "note"]
     return sorted(found, key=lambda finding: order.index(finding.level))
 
@@ -172,6 +174,23 @@ def _against(name: str, features: float, floor: float, interval: tuple[float, fl
         )
     within = f"{figure}; the difference is within chance ({low:+.3f} to {high:+.3f})"
     return Finding("watch", f"Not clearly better than {name}", within, "judge by more labelled images")
+
+
+def judge_baselines(baselines: Baselines) -> Iterator[Finding]:
+    """Compare a fine-tuning with training from scratch, and with its encoder's features as they are."""
+    yield from map(judge_gain, baselines.gains)
+    if baselines.over_frozen:
+        mine, other = baselines.over_frozen
+        _, low, high = difference(mine, other.accuracy)
+        figure = f"top-1 {mine.value:.3f}, {other.name} {other.accuracy.value:.3f}"
+        figure += f": {mine.value - other.accuracy.value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+        name, more = "the frozen features", "fine-tune for more steps, or at another --lr"
+        if low > 0:
+            yield Finding("good", f"Better than {name}", figure)
+        elif high < 0:
+            yield Finding("bad", f"Worse than {name}", figure, f"{more}, or use the features as they are")
+        else:
+            yield Finding("watch", f"Not clearly better than {name}", figure, f"{more}, or evaluate on more images")
 
 
 def judge_gain(gain: Gain) -> Finding:

@@ -62,6 +62,11 @@ class Run:
         return self.path / "baselines"
 
     @property
+    def frozen(self) -> Path:
+        """What `simmim baseline` found on frozen features."""
+        return self.baselines / "frozen.json"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

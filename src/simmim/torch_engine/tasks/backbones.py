@@ -18,7 +18,8 @@ from simmim.config.tasks import FinetuneConfig
 from simmim.data.sources import ImageSource, sniff
 from simmim.data.statistics import IMAGENET_MEAN, IMAGENET_STD, measure_mean_std
 from simmim.errors import UserError
-from simmim.torch_engine.models.encoders import default_image_size, load_timm
+from simmim.method.schedules import finetune_lr
+from simmim.torch_engine.models.encoders import default_image_size, load_timm, sketch_encoder
 from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.resize import SHARED_BIAS, fit_backbone
 from simmim.training.origins import check_encoder, encoder_directory, is_timms, tuned_model
@@ -135,13 +136,24 @@ def with_encoder_facts(
     mean, std = _colours(config, origin, images, world)
     config = dataclasses.replace(config, mean=mean, std=std)
     config.check_colours()
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         model=origin.model,
         model_args={**origin.model_args, **config.model_args},
         layer_decay=config.layer_decay or find_family(origin.model).layer_decay,
         **machine,
     )
+    return dataclasses.replace(config, lr=config.lr or _usual_rate(config))
+
+
+def _usual_rate(config: FinetuneConfig) -> float:
+    """Return the learning rate of a fine-tuning that leaves it open; a resumed run keeps its own."""
+    begun = recall(config)
+    if begun is not None and begun.lr is not None:
+        return begun.lr
+    assert config.image_size is not None
+    width = sketch_encoder(config.model, config.image_size, config.model_args).width
+    return finetune_lr(config.batch_size, width)
 
 
 def _colours(config: FinetuneConfig, origin: Origin, images: ImageSource, world: World | None) -> tuple[Any, ...]:
