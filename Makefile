@@ -20,29 +20,29 @@ $(VENV)/package: pyproject.toml
 	$(INSTALL) .
 	touch $@
 
-$(VENV)/ready: $(VENV)/package
-	@echo "Installing what tests and checks need into $(VENV)"
-	$(INSTALL) '.[dev]'
-	touch $@
-
 # The Keras engine and TorchTPU are tested too where their wheels are for.
 ifeq ($(shell uname -sm),Linux x86_64)
-EXTRAS := $(VENV)/extras
+DEV := dev,keras,tpu
+else
+DEV := dev
 endif
 
-$(VENV)/extras: $(VENV)/ready
-	$(INSTALL) '.[dev,keras,tpu]'
-	touch $@
+# In one call, since each call of pip takes half a minute to see what is there.
+$(VENV)/ready: pyproject.toml
+	@echo "Installing the package, and what tests and checks need, into $(VENV): a few GB, some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[$(DEV)]'
+	touch $(VENV)/package $@
 
 demo: $(VENV)/package
 	$(BIN)/simmim pretrain --recipe demo --out runs/demo
 	$(BIN)/simmim reconstruct runs/demo demo --out runs/demo/reconstruction.png
 	@echo "Look at runs/demo/report.html and runs/demo/reconstruction.png"
 
-test: $(VENV)/ready $(EXTRAS)
+test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test-slow: $(VENV)/ready $(EXTRAS)
+test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/ready
