@@ -34,18 +34,15 @@ def train_baselines(config: BaselineConfig) -> tuple[list[str], int]:
     main = os.environ.get("RANK", "0") == "0"  # of torchrun
     for number, settings in enumerate(settings_of(config, facts), 1):
         if main:
-            rate = f"{settings.batch_lr:.2e}"
-            say(f"baseline {number} of {len(config.rates)}: random weights, learning rate {rate}")
+            which = f"baseline {number} of {len(config.rates)}"
+            say(f"{which}: random weights, learning rate {settings.batch_lr:.2e}")
         try:
             _, outcome = finetune(settings)
         except TrainingDivergedError as error:  # too high a rate is an answer too
             say(f"warning    {error}")
             continue
-        late = outcome.late_signal
-        code = outcome.exit_code
-        if late and number < len(config.rates):
-            code = code or code_of_signal(late)
-        if code:
+        late, more = outcome.late_signal, number < len(config.rates)
+        if code := outcome.exit_code or (code_of_signal(late) if late and more else 0):
             break
     if not main:
         return [], code

@@ -116,8 +116,7 @@ class Gain:
         text = f"{figure_name(self.judged_by)} {self.mine:.3f}, from scratch {self.other:.3f}{best}"
         if self.difference is None:
             return f"{text}, of one seed and without an interval"
-        value, low, high = self.difference
-        return f"{text}: {value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+        return f"{text}: {self.difference.text}"
 
     @property
     def search(self) -> str:

@@ -44,6 +44,10 @@ class Difference(NamedTuple):
     low: float
     high: float
 
+    @property
+    def text(self) -> str:
+        return f"{self.value:+.3f}, 95 % interval {self.low:+.3f} to {self.high:+.3f}"
+
 
 def difference(mine: Accuracy, other: Accuracy) -> Difference:
     """Compare accuracies on the same images by Newcombe's interval for paired proportions.

@@ -181,13 +181,12 @@ def judge_baselines(baselines: Baselines) -> Iterator[Finding]:
     yield from map(judge_gain, baselines.gains)
     if baselines.over_frozen:
         mine, other = baselines.over_frozen
-        _, low, high = difference(mine, other.accuracy)
-        figure = f"top-1 {mine.value:.3f}, {other.name} {other.accuracy.value:.3f}"
-        figure += f": {mine.value - other.accuracy.value:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+        apart = difference(mine, other.accuracy)
+        figure = f"top-1 {mine.value:.3f}, {other.name} {other.accuracy.value:.3f}: {apart.text}"
         name, more = "the frozen features", "fine-tune for more steps, or at another --lr"
-        if low > 0:
+        if apart.low > 0:
             yield Finding("good", f"Better than {name}", figure)
-        elif high < 0:
+        elif apart.high < 0:
             yield Finding("bad", f"Worse than {name}", figure, f"{more}, or use the features as they are")
         else:
             yield Finding("watch", f"Not clearly better than {name}", figure, f"{more}, or evaluate on more images")
