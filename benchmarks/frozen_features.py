@@ -18,7 +18,8 @@ from simmim.torch_engine.accelerators import choose_precision
 from simmim.torch_engine.models.encoders import create_backbone
 from simmim.torch_engine.models.masked_image_model import PixelStep
 from simmim.torch_engine.tasks.features import FeatureReader, PooledFeatures
-from simmim.torch_engine.tasks.probe import NEIGHBOURS, Features, linear_predict
+from simmim.torch_engine.tasks.linear import fit_linear
+from simmim.torch_engine.tasks.probe import NEIGHBOURS, Features
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "vit": {
@@ -42,8 +43,9 @@ def vote(features: Features) -> dict[str, Any]:
 
 
 def classify(features: Features, seed: int) -> dict[str, Any]:
-    predictions, penalty = linear_predict(features, seed=seed, device=torch.device("cpu"))
-    return {**features.judge(predictions), "l2": penalty}
+    train, labels, classes = features.train, features.train_labels, features.num_classes
+    linear = fit_linear(train, labels, classes, seed=seed, device=torch.device("cpu"))
+    return {**features.judge(linear.classify(features.val)), "l2": linear.penalty}
 
 
 def pretrained(start: Path, images: dict[str, Any]) -> Features:

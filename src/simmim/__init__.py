@@ -118,8 +118,9 @@ def _run_of(run: "Run", outcome: "Outcome") -> "Run":
 def probe(run: str, data: str, **settings: Any) -> dict[str, Any]:
     """Judge the frozen encoder of a run by labelled images; settings are the other fields of `ProbeConfig`.
 
-    Returns top1 and balanced_accuracy, in [0, 1], and the numbers of images and classes. Raises `UserError` for a run
-    without encoder, or images that cannot be read or do not fit.
+    Returns top1 and balanced_accuracy, in [0, 1], and the numbers of images and classes. With `method="linear"` and
+    `out`, it also writes the classifier as a model for `simmim.predict`. Raises `UserError` for a run without encoder,
+    for images that cannot be read or do not fit, and if `out` exists.
     """
     from simmim.config.validation import from_settings
     from simmim.torch_engine.tasks.probe import ProbeConfig, probe

@@ -10,15 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, log_loss
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 import simmim
 from simmim.cli import main
 from simmim.data.evaluation import eval_images
-from simmim.data.labelled.classes import hold_out, open_labelled
-from simmim.torch_engine.tasks.probe import Features, choose_penalty, fit_logistic, linear_predict, logits
+from simmim.data.labelled.classes import open_labelled
 
 SETTINGS: dict[str, Any] = {
     "data": "demo",
@@ -41,59 +39,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pretraining of 20 steps, 16 an epoch, with k-NN checks."""
     out = tmp_path_factory.mktemp("probe") / "run"
     return simmim.pretrain(out=str(out), probe="demo", probe_every_epochs=0.5, **SETTINGS).path
-
-
-def clouds(
-    seed: int, *, images: int = 90, classes: int = 3, features: int = 8, spread: float = 1.5
-) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, D) that overlap, and their labels (N,)."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(images) % classes
-    centres = np.random.default_rng(0).normal(size=(classes, features))
-    return (centres[labels] + spread * rng.normal(size=(images, features))).astype(np.float32), labels
-
-
-def learnt(x: np.ndarray, y: np.ndarray, penalty: float) -> LogisticRegression:
-    return LogisticRegression(C=1 / (penalty * len(x)), tol=1e-8, max_iter=10_000).fit(x, y)
-
-
-@pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
-def test_logistic_regression_gives_the_probabilities_of_scikit_learn(penalty: float):
-    x, y = clouds(1)
-    weights = fit_logistic(torch.from_numpy(x), torch.from_numpy(y), 3, penalty=penalty)
-    probabilities = logits(torch.from_numpy(x), weights).softmax(dim=1).numpy()
-    np.testing.assert_allclose(probabilities, learnt(x, y, penalty).predict_proba(x), atol=1e-3)
-
-
-def test_the_penalty_has_the_least_held_out_cross_entropy():
-    x, y = clouds(1, features=40, spread=2.5)
-    held = hold_out(y, 0.2, seed=0)
-    penalties = [10.0**-power for power in range(7)]
-    models = [learnt(x[~held], y[~held], penalty) for penalty in penalties]
-    losses = [log_loss(y[held], model.predict_proba(x[held])) for model in models]
-    chosen = choose_penalty(torch.from_numpy(x), torch.from_numpy(y), 3, held=held)
-    assert chosen == penalties[int(np.argmin(losses))]
-    assert chosen not in (penalties[0], penalties[-1])
-
-
-def test_the_linear_probe_predicts_as_scikit_learn_from_standardised_features():
-    (x, y), (val, val_labels) = clouds(1), clouds(2)
-    scale = np.float32(10.0) ** np.arange(-4, 4, dtype=np.float32)
-    features = Features(x * scale, y, val * scale, val_labels, 3, np.arange(len(val)))
-    predictions, penalty = linear_predict(features, seed=0, device=torch.device("cpu"))
-    mean, std = x.mean(axis=0), x.std(axis=0)
-    expected = learnt((x - mean) / std, y, penalty).predict((val - mean) / std)
-    assert (predictions == expected).mean() > 0.98
-    assert (predictions == val_labels).mean() > 0.6
-
-
-def test_one_label_a_class_is_enough_for_a_linear_probe():
-    (x, y), (val, val_labels) = clouds(1), clouds(2)
-    predictions, penalty = linear_predict(
-        Features(x[:3], y[:3], val, val_labels, 3, np.arange(len(val))), seed=0, device=torch.device("cpu")
-    )
-    assert penalty == 1e-2
-    assert (predictions == val_labels).mean() > 1 / 3
 
 
 def test_the_knn_probe_of_a_run_is_scikit_learns_on_the_features_of_its_timm_module(run: Path):

@@ -17,6 +17,7 @@ from simmim.config.pretraining import PretrainConfig
 from simmim.config.sound import Sound
 from simmim.config.validation import from_settings
 from simmim.data.files import names_sounds
+from simmim.data.labelled.classes import open_labelled
 from simmim.data.sources import open_source
 from simmim.errors import UserError
 from simmim.method.heads import TransformerHead
@@ -236,6 +237,17 @@ def test_a_classifier_of_sounds_is_fine_tuned_and_predicts(run: Run, sounds: Pat
     found = simmim.predict(out, str(sounds), out=str(tmp_path / "pictures"))
     assert len(found["images"]) == 24 and not found["bad_images"]
     assert len(list((tmp_path / "pictures" / "pictures").iterdir())) == 24
+
+
+def test_a_linear_classifier_of_sounds_predicts(run: Run, sounds: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "classifier")
+    found = simmim.probe(str(run.path), str(sounds), method="linear", out=out, device="cpu", baselines=False)
+    predicted = simmim.predict(out, str(sounds), device="cpu")["images"]
+    assert len(predicted) == 24 and {image["label"] for image in predicted} == {"rising", "steady"}
+    images = open_labelled(str(sounds))
+    labels = {images.val.name(index): images.classes[label] for index, label in enumerate(images.val_labels)}
+    right = [image["label"] == labels[image["image"]] for image in predicted if image["image"] in labels]
+    assert found["top1"] == pytest.approx(np.mean(right))
 
 
 @pytest.mark.slow

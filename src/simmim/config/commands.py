@@ -68,6 +68,8 @@ class ProbeConfig:
     """Threads that decode images (default: one a core)."""
     baselines: bool = True
     """Also judge raw pixels and the same encoder with random weights, which useful features must beat."""
+    out: Word = None
+    """A new directory for the linear classifier on its encoder: a model for simmim predict and export."""
 
 
 @dataclass(frozen=True, kw_only=True)

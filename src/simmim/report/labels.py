@@ -120,7 +120,7 @@ def judge_by_labels(run: str, data: str, **settings: Any) -> list[Judged]:
 
     def judged(name: Literal["k-NN", "linear"], method: Literal["knn", "linear"]) -> Judged:
         accuracies = {
-            each: Accuracy(opened.classify(features, method, k=neighbours)[0] == features.val_labels)
+            each: Accuracy(opened.classify(features, method, k=neighbours).classes == features.val_labels)
             for each, features in {"": mine, **floors}.items()
         }
         own = accuracies.pop("")

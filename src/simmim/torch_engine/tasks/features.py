@@ -80,6 +80,21 @@ class PooledFeatures(nn.Module):
         return cells.mean(dim=(2, 3))
 
 
+class LastFeatures(nn.Module):
+    """Normalised images (B, C, H, W) → what the last layer of a timm classifier with this encoder takes (B, D).
+
+    They are the mean over the feature map, after which a ConvNeXt, and a ViT with `fc_norm`, has a norm.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone: Any = backbone
+        self.backbone.reset_classifier(0, global_pool="avg")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
+
+
 class PatchFeatures(PooledFeatures):
     """Normalised images (B, C, H, W) → features (B, h·w, D) of every feature-map cell of one layer, row by row."""
 

@@ -17,38 +17,61 @@ from torch.nn import functional
 from simmim.config.commands import NEIGHBOURS, Method, ProbeConfig
 from simmim.config.pretraining import PretrainConfig
 from simmim.config.validation import from_settings
-from simmim.data.labelled.classes import LabelledImages, Labels, hold_out, open_labelled
+from simmim.data.augment import CentreCrop
+from simmim.data.labelled.classes import LabelledImages, open_labelled
 from simmim.data.sounds import as_sounds, holds_sounds, read_as
 from simmim.data.sources import sniff
+from simmim.errors import UserError
 from simmim.hardware.host import cpu_cores
 from simmim.metrics.classification import balanced_accuracy, knn_predict, top1
 from simmim.torch_engine.accelerators import choose_device, choose_precision
 from simmim.torch_engine.models.evaluating import evaluating
 from simmim.torch_engine.models.masked_image_model import PretrainStep
-from simmim.torch_engine.tasks.features import FeatureReader, PooledFeatures, choose_pool
+from simmim.torch_engine.tasks.features import FeatureReader, LastFeatures, PooledFeatures, choose_pool
+from simmim.torch_engine.tasks.linear import LinearClassifier, fit_linear
 from simmim.torch_engine.train.distributed import World
-from simmim.torch_engine.train.storage import load_encoder, untrained_encoder
-from simmim.training.run_directory import Run
-
-# Strengths of the linear probe's L2 penalty that are tried, from strong to weak.
-_PENALTIES = tuple(10.0**-power for power in range(7))
-_USUAL_PENALTY = 1e-2  # where there are too few labels to try
+from simmim.torch_engine.train.storage import load_encoder, save_classifier, untrained_encoder
+from simmim.training.origins import is_timms
+from simmim.training.run_directory import Run, mark_task
+from simmim.training.whole_files import new_directory
 
 
 def probe(config: ProbeConfig) -> dict[str, Any]:
     """Measure the accuracy of a classifier on frozen features; see `simmim.probe` for the figures."""
     config = from_settings(ProbeConfig, vars(config))
+    if config.out is None:
+        return _probe(config, None)
+    _check_out(config)
+    with new_directory(config.out) as out:
+        return _probe(config, out)
+
+
+def _check_out(config: ProbeConfig) -> None:
+    """Raise `UserError` where there is no classifier to write."""
+    if config.method != "linear":
+        raise UserError(f"--out writes a linear classifier, and --method is {config.method}; add --method linear")
+    if config.layer != -1 or config.pool not in ("auto", "avg"):
+        option = f"--layer {config.layer}" if config.layer != -1 else f"--pool {config.pool}"
+        raise UserError(f"--out writes a classifier on the mean of the last layer, and not {option}; leave that out")
+    if is_timms(config.run):
+        remedy = f"use simmim finetune classify --from {config.run}"
+        raise UserError(f"--out needs an encoder that simmim saved, and {config.run} is timm's; {remedy}")
+
+
+def _probe(config: ProbeConfig, out: Path | None) -> dict[str, Any]:
     opened = Probe(config)
     features = opened.features()
-    predictions, setting = opened.classify(features, config.method)
+    mine = opened.classify(features, config.method)
+    if out is not None and mine.linear is not None:
+        opened.save(mine.linear, out)
     baselines = {}
     if config.baselines:
         for name, model in (("raw_pixels", raw_pixels), ("untrained", opened.untrained())):
             baseline = opened.features(model)
-            baselines[name] = baseline.judge(opened.classify(baseline, config.method)[0])
+            baselines[name] = baseline.judge(opened.classify(baseline, config.method).classes)
     return {
-        "method": config.method, **setting, **features.judge(predictions), **baselines,
-        **features.counts(opened.images),
+        "method": config.method, **mine.setting, **features.judge(mine.classes), **baselines,
+        **features.counts(opened.images), **({} if out is None else {"classifier": config.out}),
     }  # fmt: skip
 
 
@@ -67,6 +90,10 @@ class Probe:
             frames=config.frames,
         )
         backbone = load_encoder(config.run)
+        if config.out is not None and getattr(backbone, "sees_windows", False):
+            raise UserError(
+                f"{config.run} was trained on windows, and a classifier of these is not there; leave out --out"
+            )
         self._read = FeatureReader.of_encoder(
             config.run,
             backbone.to(self.device),
@@ -78,12 +105,14 @@ class Probe:
             max_bad_fraction=config.max_bad_fraction,
         )
 
-    def pooled(self, backbone: nn.Module) -> PooledFeatures:
+    def pooled(self, backbone: nn.Module) -> nn.Module:
         """Return a model of the features that are asked for, of this encoder with any weights."""
+        if self.config.out is not None:
+            return LastFeatures(backbone.to(self.device))
         pool = choose_pool(self.config.pool, self.config.run, layer=self.config.layer)
         return PooledFeatures(backbone.to(self.device), layer=self.config.layer, pool=pool)
 
-    def untrained(self) -> PooledFeatures:
+    def untrained(self) -> nn.Module:
         torch.manual_seed(self.config.seed)
         return self.pooled(untrained_encoder(self.config.run))
 
@@ -91,13 +120,31 @@ class Probe:
         """Read the images' features: those of the encoder, or of another model."""
         return Features.read(self.images, replace(self._read, model=model) if model else self._read)
 
-    def classify(self, features: "Features", method: Method, k: int | None = None) -> tuple[Labels, dict[str, float]]:
-        """Return the class of each evaluation image, and the setting of the classifier; `k` neighbours may be given."""
+    def classify(self, features: "Features", method: Method, k: int | None = None) -> "Answers":
+        """Classify the evaluation images; `k` neighbours may be given."""
         config, k = self.config, k or self.config.k
         if method == "knn":
-            return features.vote(k, config.temperature), {"k": k}
-        predictions, penalty = linear_predict(features, seed=config.seed, device=torch.device(self.device))
-        return predictions, {"l2": penalty}
+            return Answers(features.vote(k, config.temperature), {"k": k})
+        linear = fit_linear(
+            features.train,
+            features.train_labels,
+            features.num_classes,
+            seed=config.seed,
+            device=torch.device(self.device),
+        )
+        return Answers(linear.classify(features.val), {"l2": linear.penalty}, linear)
+
+    def save(self, linear: "LinearClassifier", directory: Path) -> None:
+        """Write the encoder with a linear classifier of its features as the model of a classification."""
+        backbone: Any = load_encoder(self.config.run)
+        classes = self.images.classes
+        backbone.reset_classifier(len(classes), global_pool="avg")
+        last = backbone.get_classifier()
+        with torch.no_grad():
+            last.weight.copy_(torch.from_numpy(linear.weight))
+            last.bias.copy_(torch.from_numpy(linear.bias))
+        save_classifier(directory, self.config.run, backbone, classes, CentreCrop.fraction, self._read.dtype)
+        mark_task(directory, "classify")
 
 
 def raw_pixels(images: Tensor) -> Tensor:
@@ -146,61 +193,13 @@ class Features:
         }
 
 
-def linear_predict(features: Features, *, seed: int, device: torch.device) -> tuple[NDArray[np.int64], float]:
-    """Classify the evaluation images by a linear classifier on standardised features; return classes (N,) and penalty.
+@dataclass(frozen=True)
+class Answers:
+    """Classes (N,) of the evaluation images, and how they were found."""
 
-    The penalty is the one with the least cross-entropy on a fifth of each class that is held out; then all are learnt.
-    """
-    mean, std = features.train.mean(axis=0), features.train.std(axis=0)
-
-    def standardized(values: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy((values - mean) / np.maximum(std, 1e-6)).to(device)
-
-    x, y = standardized(features.train), torch.from_numpy(features.train_labels).to(device)
-    penalty = choose_penalty(x, y, features.num_classes, held=hold_out(features.train_labels, 0.2, seed))
-    weights = fit_logistic(x, y, features.num_classes, penalty=penalty)
-    return logits(standardized(features.val), weights).argmax(dim=1).cpu().numpy(), penalty
-
-
-def choose_penalty(x: Tensor, y: Tensor, num_classes: int, *, held: NDArray[np.bool_]) -> float:
-    """Choose the penalty with the least cross-entropy on the images of `held`, trained on the others."""
-    if not held.any():
-        return _USUAL_PENALTY
-    aside = torch.from_numpy(held).to(x.device)
-    weights, losses = None, []
-    for penalty in _PENALTIES:  # each begins at the one before, which is near
-        weights = fit_logistic(x[~aside], y[~aside], num_classes, penalty=penalty, start=weights)
-        losses.append(float(functional.cross_entropy(logits(x[aside], weights), y[aside])))
-    return _PENALTIES[int(np.argmin(losses))]
-
-
-def fit_logistic(
-    x: Tensor, y: Tensor, num_classes: int, *, penalty: float, start: Tensor | None = None, steps: int = 500
-) -> Tensor:
-    """Fit multinomial logistic regression by L-BFGS; return weights and biases (D + 1, K).
-
-    They minimise the mean cross-entropy of features x (N, D) and labels y (N,), plus penalty / 2 times the squared
-    weights: scikit-learn's C is 1 / (penalty N).
-    """
-    begin = torch.zeros(x.shape[1] + 1, num_classes, device=x.device) if start is None else start.clone()
-    weights = begin.requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weights], max_iter=steps, tolerance_grad=1e-6, tolerance_change=1e-9, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        value = functional.cross_entropy(logits(x, weights), y) + penalty / 2 * weights[:-1].square().sum()
-        value.backward()
-        return value
-
-    optimizer.step(loss)  # type: ignore[arg-type]  # it takes a tensor, as its documentation says
-    return weights.detach()
-
-
-def logits(x: Tensor, weights: Tensor) -> Tensor:
-    """Compute logits: (N, D), (D + 1, K) → (N, K)."""
-    return x @ weights[:-1] + weights[-1]
+    classes: NDArray[np.int64]
+    setting: dict[str, float]
+    linear: LinearClassifier | None = None
 
 
 def describe(figures: dict[str, Any]) -> str:
@@ -212,9 +211,11 @@ def describe(figures: dict[str, Any]) -> str:
         for name, label in (("raw_pixels", "raw pixels"), ("untrained", "untrained encoder"))
         if name in figures
     )
+    written = f"\nthe classifier is {figures['classifier']}" if "classifier" in figures else ""
     return (
         f"{how}: top-1 {figures['top1']:.4f}, balanced accuracy {figures['balanced_accuracy']:.4f}\n{baselines}"
         f"{figures['val_images']} images of {figures['classes']} classes, judged from {figures['train_images']}{bad}"
+        f"{written}"
     )
 
 

@@ -22,6 +22,7 @@ from simmim.interop.weight_names import BACKBONE, MASK_TOKEN, from_timm
 from simmim.method.objectives import PixelReconstruction
 from simmim.torch_engine.models.attention import set_attention
 from simmim.torch_engine.models.encoders import load_timm
+from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.mask_guides import create_guide
@@ -79,6 +80,27 @@ def save_hub(
             settings["crop"] = config.crop
         if dtype is not None:
             settings["pixel_dtype"] = dtype.name
+        path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def save_classifier(
+    directory: Path, run: str, backbone: Any, classes: tuple[str, ...], crop: float, dtype: np.dtype[Any]
+) -> None:
+    """Write the encoder of `run`, which has got a last layer for `classes` and takes means, as a hub directory.
+
+    `crop` and `dtype` as for `save_hub`.
+    """
+    source = encoder_directory(run)
+    assert source is not None
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    shape = {"num_classes": len(classes), "global_pool": "avg"}
+    settings |= shape | {"label_names": list(classes), "pixel_dtype": dtype.name}
+    settings["pretrained_cfg"] |= {"num_classes": len(classes), "crop_pct": crop}
+    settings["model_args"] |= {"global_pool": "avg"}
+    for name in {"fc_norm", "use_fc_norm"} & find_family(settings["architecture"]).arguments.keys():
+        settings["model_args"][name] = not isinstance(backbone.fc_norm, nn.Identity)
+    save_weights(directory / "model.safetensors", backbone.state_dict())
+    with written_whole(directory / "config.json") as path:
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
