@@ -1,5 +1,6 @@
 """Linear classifiers against scikit-learn, and as models that `simmim predict` runs."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -117,15 +118,22 @@ def test_the_classifier_that_a_probe_writes_answers_as_the_probe(kind: str, shap
     assert len({image["label"] for image in predicted}) > 1 and found["top1"] < 1
     assert found["classifier"] == str(out)
     if kind not in ("convnext", "vit that pools by attention"):  # which have a norm after the mean
-        assert found["top1"] == simmim.probe(str(encoder), str(shapes), **told)["top1"]
-    with torch.no_grad():
-        logits = timm.create_model(f"local-dir:{out}", pretrained=True).eval()(torch.zeros(1, 3, 64, 64))
-    assert logits.shape == (1, 3)
+        assert found["top1"] == pytest.approx(simmim.probe(str(encoder), str(shapes), **told)["top1"], abs=0.04)
 
 
-def test_a_written_classifier_can_be_exported_and_trained_further(shapes: Path, tmp_path: Path):
+def test_a_written_classifier_loads_elsewhere_and_can_be_trained_further(shapes: Path, tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
     encoder, out = save("resnet18", tmp_path / "encoder"), tmp_path / "classifier"
+    told = json.loads((encoder / "config.json").read_text())
+    told["model_args"]["num_classes"] = 10  # as timm's save_for_hf may leave it
+    (encoder / "config.json").write_text(json.dumps(told))
     simmim.probe(str(encoder), str(shapes), method="linear", out=str(out), device="cpu", baselines=False)
+    images = torch.randn(2, 3, 64, 64)
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
+    assert list(theirs.config.id2label.values()) == ["0", "1", "2"]
+    with torch.no_grad():
+        by_timm = timm.create_model(f"local-dir:{out}", pretrained=True).eval()(images)
+        torch.testing.assert_close(theirs(images).logits, by_timm)
     assert main(["export", str(out), "--format", "timm", "--out", str(tmp_path / "timm")]) == 0
     run = simmim.finetune(
         "classify", init=str(out), data=str(shapes), out=str(tmp_path / "run"), steps=1, batch_size=8, device="cpu"
@@ -147,6 +155,24 @@ def test_a_classifier_that_cannot_be_written_is_refused_in_one_line(
     encoder, out = save("vit", tmp_path / "encoder"), tmp_path / "classifier"
     assert main(["probe", str(encoder), "--data", str(shapes), "--out", str(out), *options]) == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith(line)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("prefix", ["timm:", "local-dir:"])
+def test_no_classifier_of_timms_models_is_written(prefix: str, shapes: Path, tmp_path: Path):
+    name = "timm:resnet18" if prefix == "timm:" else f"local-dir:{save('vit', tmp_path / 'encoder')}"
+    with pytest.raises(UserError, match=f"{name} is read as timm's; give its directory alone, or use simmim finetune"):
+        simmim.probe(name, str(shapes), method="linear", out=str(tmp_path / "classifier"))
+
+
+def test_no_classifier_is_written_that_timm_reads_otherwise(
+    shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    encoder, out = save("resnet18", tmp_path / "encoder"), tmp_path / "classifier"
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **given: create(name, **{**given, "pretrained": False}))
+    with pytest.raises(UserError, match=r"timm reads another classifier than that of .*, so nothing was written"):
+        simmim.probe(str(encoder), str(shapes), method="linear", out=str(out), device="cpu", baselines=False)
     assert not out.exists()
 
 

@@ -12,7 +12,6 @@ from simmim.data.sounds import read_as
 from simmim.data.sources import ImageSource, check_files, open_files, read_raw, sniff
 from simmim.data.windows import MiddleWindows
 from simmim.errors import UserError
-from simmim.method.objectives import PixelReconstruction
 from simmim.training.feature_pictures import panel_of, principal_axes
 from simmim.training.pictures import save_png
 from simmim.training.run_directory import read_pretraining
@@ -56,7 +55,7 @@ def reconstruct(
     from simmim.torch_engine.train.storage import load_run
 
     step, config = load_run(run)
-    if not features and not any(isinstance(each, PixelReconstruction) for each in config.objectives):
+    if not features and not config.reconstructs:
         kinds = ", ".join(each.kind for each in config.objectives)
         raise UserError(f"{run} was trained for {kinds} and predicts no pixels; --features draws its features instead")
     assert config.image_size is not None

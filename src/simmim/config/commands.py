@@ -63,7 +63,7 @@ class ProbeConfig:
     device: Device = "auto"
     """Accelerator."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the encoder (auto: bf16 where the hardware has it, else fp32)."""
+    """Arithmetic of the encoder (auto: bf16 where the hardware has it, else fp32; with --out fp32, as predict has)."""
     workers: Count = None
     """Threads that decode images (default: one a core)."""
     baselines: bool = True

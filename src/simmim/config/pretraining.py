@@ -136,6 +136,11 @@ class PretrainConfig(TrainingConfig):
         """Whether any objective needs masked images."""
         return any(objective.needs_masked for objective in self.objectives)
 
+    @property
+    def reconstructs(self) -> bool:
+        """Whether pixels are predicted: if not, the head of the model is never trained."""
+        return any(isinstance(objective, PixelReconstruction) for objective in self.objectives)
+
     def _check_objectives(self) -> None:
         kinds = [objective.kind for objective in self.objectives]
         if not kinds:

@@ -187,12 +187,8 @@ def judge_baselines(baselines: Baselines) -> Iterator[Finding]:
         if apart.low > 0:
             yield Finding("good", f"Better than {name}", figure)
         elif apart.high < 0:
-            yield Finding(
-                "bad",
-                f"Worse than {name}",
-                figure,
-                f"{more}, or use them as they are: simmim probe --method linear --out",
-            )
+            keep = "or keep a classifier of these: simmim probe ENCODER --data LABELLED --method linear --out DIR"
+            yield Finding("bad", f"Worse than {name}", figure, f"{more}, {keep}")
         else:
             yield Finding("watch", f"Not clearly better than {name}", figure, f"{more}, or evaluate on more images")
 

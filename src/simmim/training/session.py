@@ -18,7 +18,6 @@ from simmim.data.pipeline import Reading
 from simmim.data.sources import ImageSource
 from simmim.data.video.notes import describe_frames, warn_of_clips
 from simmim.errors import UserError
-from simmim.method.objectives import PixelReconstruction
 from simmim.training.data_record import check_data
 from simmim.training.loop import Event, Loop, Outcome
 from simmim.training.pictures import save_png
@@ -193,7 +192,7 @@ class PretrainSession(Session):
 
     def drawn(self) -> list[Event]:
         """Return what is judged and drawn by the images kept aside."""
-        if not any(isinstance(each, PixelReconstruction) for each in self.plan.config.objectives):
+        if not self.plan.config.reconstructs:
             return []
         return [Event(every_steps=self.plan.picture_every_steps, call=self._validate)]
 

@@ -172,10 +172,11 @@ def export_official(source: Source, out: Path, allow_loss: bool) -> list[str]:
         raise UserError(
             f"official SimMIM takes square images, not {source.input_size[1]}x{source.input_size[2]}; use --format timm"
         )
-    if head := lost_head(model):
+    head = lost_head(model) if config.reconstructs else None
+    if head:
         refuse_loss(source, "official SimMIM", [head], "writes encoder and mask token", allow_loss)
     state = arrays(model)
-    if head:
+    if head or not config.reconstructs:
         state = {name: array for name, array in state.items() if not name.startswith("head.")}
     tensors = {name: torch.from_numpy(array) for name, array in to_official_simmim(state).items()}
     file = out / "official_pretrain.pth"

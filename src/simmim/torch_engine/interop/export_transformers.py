@@ -28,10 +28,11 @@ _HOMES = {
 
 
 def export_transformers(source: Source, out: Path, allow_loss: bool) -> list[str]:
-    """Export a directory for `from_pretrained`, with the reconstruction head if Transformers supports it."""
+    """Export a directory for `from_pretrained`, with the head for pixels where Transformers has it."""
     transformers = _transformers()
-    if source.model is None:
+    if source.config is None or not source.config.reconstructs:
         return _export_wrapped(source, out, transformers)
+    assert source.model is not None
     kind, name = _HOMES.get(type(source.backbone).__name__, (None, ""))
     why = _why_another(source, kind)
     lost = ["the mask token", "the head"] if why else []

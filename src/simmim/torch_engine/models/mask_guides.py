@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from simmim.errors import UserError
 from simmim.method.masks import AttentionMask, GuidedMask, HardMask, MaskStrategy
-from simmim.method.objectives import PixelReconstruction
 from simmim.torch_engine.models.moving_average import MovingAverage
 from simmim.torch_engine.models.savings import choose
 
@@ -164,7 +163,7 @@ def _(mask: AttentionMask, model: MaskedImageModel, config: PretrainConfig) -> M
 @create_guide.register(HardMask)
 def _(mask: HardMask, model: MaskedImageModel, config: PretrainConfig) -> MaskGuide:
     assert config.image_size is not None
-    if not any(isinstance(objective, PixelReconstruction) for objective in config.objectives):
+    if not config.reconstructs:
         raise UserError("--mask hard learns from the loss on pixels; add objective pixels, or use --mask attention")
     return LossGuide(mask, model.encoder, config.image_size)
 

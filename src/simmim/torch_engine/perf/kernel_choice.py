@@ -109,8 +109,10 @@ def measure_kernels(config: TrainingConfig, backbone: Any = None) -> dict[str, S
         return {}
     found, backbone = {}, backbone or _sketch(config)
     for name, ways in allowed_kernels(backbone, config.precision).items():
-        if len(ways) > 1 and not (name == "linear" and config.compile):  # a compiled step has linear layers of its own
-            found[name] = _cached(config, backbone, name, ways)
+        if len(ways) == 1 or (name == "linear" and config.compile):  # a compiled step has linear layers of its own
+            continue
+        if layers := _layers(config, backbone, name):  # a ConvNeXt's only ones may be in its head, which is not used
+            found[name] = _cached(config, layers, name, ways)
     return found
 
 
@@ -130,8 +132,7 @@ def try_kernels() -> dict[str, str]:
     return found
 
 
-def _cached(config: TrainingConfig, backbone: Any, name: str, ways: tuple[str, ...]) -> Seconds:
-    layers = _layers(config, backbone, name)
+def _cached(config: TrainingConfig, layers: "Counter[_Layer]", name: str, ways: tuple[str, ...]) -> Seconds:
     shapes = hashlib.sha256("\n".join(f"{count} {layer}" for layer, count in layers.items()).encode()).hexdigest()[:16]
     facts = (cpu_name(), f"torch {torch.__version__}", f"{torch.get_num_threads()} threads", config.precision)
     key, path = ", ".join((*facts, name, shapes)), user_cache() / "kernels.json"

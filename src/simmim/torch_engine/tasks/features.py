@@ -92,7 +92,7 @@ class LastFeatures(nn.Module):
         self.backbone.reset_classifier(0, global_pool="avg")
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.backbone.forward_head(self.backbone.forward_features(images), pre_logits=True)
+        return self.backbone.forward_head(self.backbone.forward_features(images).float(), pre_logits=True)
 
 
 class PatchFeatures(PooledFeatures):

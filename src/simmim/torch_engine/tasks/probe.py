@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -54,15 +55,16 @@ def _check_out(config: ProbeConfig) -> None:
         option = f"--layer {config.layer}" if config.layer != -1 else f"--pool {config.pool}"
         raise UserError(f"--out writes a classifier on the mean of the last layer, and not {option}; leave that out")
     if is_timms(config.run):
-        remedy = f"use simmim finetune classify --from {config.run}"
-        raise UserError(f"--out needs an encoder that simmim saved, and {config.run} is timm's; {remedy}")
+        remedy = f"give its directory alone, or use simmim finetune classify --from {config.run}"
+        raise UserError(f"--out needs an encoder that simmim saved, and {config.run} is read as timm's; {remedy}")
 
 
 def _probe(config: ProbeConfig, out: Path | None) -> dict[str, Any]:
     opened = Probe(config)
     features = opened.features()
     mine = opened.classify(features, config.method)
-    if out is not None and mine.linear is not None:
+    if out is not None:
+        assert mine.linear is not None
         opened.save(mine.linear, out)
     baselines = {}
     if config.baselines:
@@ -81,6 +83,9 @@ class Probe:
     def __init__(self, config: ProbeConfig):
         """Raise `UserError` for a run without encoder, images that do not fit, and settings that do not."""
         self.config, self.device = config, choose_device(config.device)
+        backbone = load_encoder(config.run)
+        if config.out is not None and getattr(backbone, "sees_windows", False):
+            raise UserError(f"{config.run} was trained on windows, for which there is no classifier; leave out --out")
         self.images = open_labelled(
             config.data,
             val_fraction=config.val_fraction,
@@ -89,17 +94,14 @@ class Probe:
             label_seed=config.label_seed,
             frames=config.frames,
         )
-        backbone = load_encoder(config.run)
-        if config.out is not None and getattr(backbone, "sees_windows", False):
-            raise UserError(
-                f"{config.run} was trained on windows, and a classifier of these is not there; leave out --out"
-            )
+        # A written classifier computes in fp32.
+        precision = "fp32" if config.out is not None and config.precision == "auto" else config.precision
         self._read = FeatureReader.of_encoder(
             config.run,
             backbone.to(self.device),
             self.pooled(backbone),
             self.images.train,
-            precision=choose_precision(config.precision, self.device),
+            precision=choose_precision(precision, self.device),
             batch_size=config.batch_size,
             workers=config.workers or cpu_cores(),
             max_bad_fraction=config.max_bad_fraction,
@@ -134,16 +136,27 @@ class Probe:
         )
         return Answers(linear.classify(features.val), {"l2": linear.penalty}, linear)
 
-    def save(self, linear: "LinearClassifier", directory: Path) -> None:
-        """Write the encoder with a linear classifier of its features as the model of a classification."""
-        backbone: Any = load_encoder(self.config.run)
+    def save(self, linear: LinearClassifier, directory: Path) -> None:
+        """Write the encoder with a linear classifier of its features as the model of a classification.
+
+        Raises `UserError` where timm reads another model from what was written.
+        """
+        run = self.config.run
+        backbone: Any = load_encoder(run)
         classes = self.images.classes
         backbone.reset_classifier(len(classes), global_pool="avg")
         last = backbone.get_classifier()
         with torch.no_grad():
             last.weight.copy_(torch.from_numpy(linear.weight))
             last.bias.copy_(torch.from_numpy(linear.bias))
-        save_classifier(directory, self.config.run, backbone, classes, CentreCrop.fraction, self._read.dtype)
+        save_classifier(directory, run, backbone, classes, CentreCrop.fraction, self._read.dtype)
+        again = timm.create_model(f"local-dir:{directory}", pretrained=True).eval()
+        images = torch.randn(2, *backbone.pretrained_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            ours, theirs = backbone(images), again(images)
+        if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):
+            remedy = f"use simmim finetune classify --from {run}"
+            raise UserError(f"timm reads another classifier than that of {run}, so nothing was written; {remedy}")
         mark_task(directory, "classify")
 
 

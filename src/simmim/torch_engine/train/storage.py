@@ -22,7 +22,6 @@ from simmim.interop.weight_names import BACKBONE, MASK_TOKEN, from_timm
 from simmim.method.objectives import PixelReconstruction
 from simmim.torch_engine.models.attention import set_attention
 from simmim.torch_engine.models.encoders import load_timm
-from simmim.torch_engine.models.family import find_family
 from simmim.torch_engine.models.heads import LinearDecoder
 from simmim.torch_engine.models.kernels import kernels_of_rules, set_kernels
 from simmim.torch_engine.models.mask_guides import create_guide
@@ -96,9 +95,12 @@ def save_classifier(
     shape = {"num_classes": len(classes), "global_pool": "avg"}
     settings |= shape | {"label_names": list(classes), "pixel_dtype": dtype.name}
     settings["pretrained_cfg"] |= {"num_classes": len(classes), "crop_pct": crop}
-    settings["model_args"] |= {"global_pool": "avg"}
-    for name in {"fc_norm", "use_fc_norm"} & find_family(settings["architecture"]).arguments.keys():
-        settings["model_args"][name] = not isinstance(backbone.fc_norm, nn.Identity)
+    arguments = settings.setdefault("model_args", {})
+    arguments.pop("num_classes", None)  # Transformers passes it itself
+    arguments["global_pool"] = "avg"
+    if hasattr(backbone, "fc_norm"):
+        name = "use_fc_norm" if settings["architecture"].startswith("beit") else "fc_norm"
+        arguments[name] = not isinstance(backbone.fc_norm, nn.Identity)
     save_weights(directory / "model.safetensors", backbone.state_dict())
     with written_whole(directory / "config.json") as path:
         path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
