@@ -179,6 +179,9 @@ def test_a_fine_tuning_is_compared_with_the_features_that_it_began_from(
     *_, finding = judge_baselines(baselines)
     assert finding.title == f"{title} than the frozen features"
     assert f"top-1 {mine / 100:.3f}, frozen features (linear) {other / 100:.3f}" in finding.figure
+    config = record.run.config
+    command = f"simmim probe {config.init} --data {config.data} --method linear --out DIR"
+    assert finding.remedy.endswith(command) == (title == "Worse")
 
 
 def baselines(run: Path) -> list[Path]:

@@ -166,6 +166,7 @@ def test_kernels_with_a_choice_are_timed(kind: str, precision: str, expected: se
     assert all(len(seconds) == 2 and min(seconds.values()) > 0 for seconds in found.values())
 
 
+@needs_onednn
 def test_linear_layers_of_a_head_alone_are_no_choice(cache: Path) -> None:
     arguments = tiny.KINDS["convnext"].arguments | {"head_hidden_size": 20}
     assert "linear" not in measure_kernels(tiny.config("convnext", model_args=arguments))

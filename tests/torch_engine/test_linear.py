@@ -14,6 +14,7 @@ import simmim
 from simmim.cli import main
 from simmim.data.labelled.classes import hold_out
 from simmim.errors import UserError
+from simmim.torch_engine.tasks import probe as tasks_probe
 from simmim.torch_engine.tasks.linear import choose_penalty, fit_linear, fit_logistic, logits
 from simmim.torch_engine.train.storage import save_hub
 
@@ -161,8 +162,20 @@ def test_a_classifier_that_cannot_be_written_is_refused_in_one_line(
 @pytest.mark.parametrize("prefix", ["timm:", "local-dir:"])
 def test_no_classifier_of_timms_models_is_written(prefix: str, shapes: Path, tmp_path: Path):
     name = "timm:resnet18" if prefix == "timm:" else f"local-dir:{save('vit', tmp_path / 'encoder')}"
-    with pytest.raises(UserError, match=f"{name} is read as timm's; give its directory alone, or use simmim finetune"):
+    remedy = "use" if prefix == "timm:" else "give its directory alone, or use"
+    with pytest.raises(UserError, match=f"{name} is read as timm's; {remedy} simmim finetune classify --from {name}"):
         simmim.probe(name, str(shapes), method="linear", out=str(tmp_path / "classifier"))
+
+
+@pytest.mark.parametrize(("out", "precision"), [(False, "auto"), (True, "fp32")])
+def test_a_classifier_is_learnt_in_the_precision_in_which_it_predicts(
+    out: bool, precision: str, shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+    monkeypatch.setattr(tasks_probe, "choose_precision", lambda precision, _: asked.append(precision) or "fp32")
+    encoder, written = save("resnet18", tmp_path / "encoder"), str(tmp_path / "classifier") if out else None
+    simmim.probe(str(encoder), str(shapes), method="linear", out=written, device="cpu", baselines=False)
+    assert asked == [precision]
 
 
 def test_no_classifier_is_written_that_timm_reads_otherwise(

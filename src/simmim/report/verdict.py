@@ -10,6 +10,7 @@ from simmim.report.baselines import Baselines, Gain
 from simmim.report.facts import Facts, Point, best, part_mean
 from simmim.report.labels import Judged, difference
 from simmim.report.resources import input_wait
+from simmim.training.origins import is_timms
 
 _NOT_FINITE, _AT_THE_END = 0.1, 5  # of all steps; steps in a row at the end
 _FEWEST = 20  # logged steps
@@ -187,8 +188,10 @@ def judge_baselines(baselines: Baselines) -> Iterator[Finding]:
         if apart.low > 0:
             yield Finding("good", f"Better than {name}", figure)
         elif apart.high < 0:
-            keep = "or keep a classifier of these: simmim probe ENCODER --data LABELLED --method linear --out DIR"
-            yield Finding("bad", f"Worse than {name}", figure, f"{more}, {keep}")
+            encoder, data = (shlex.quote(str(name)) for name in (baselines.run.config.init, baselines.run.config.data))
+            command = f"simmim probe {encoder} --data {data} --method linear --out DIR"
+            keep = "use these" if is_timms(encoder) else f"keep a classifier of these: {command}"
+            yield Finding("bad", f"Worse than {name}", figure, f"{more}, or {keep}")
         else:
             yield Finding("watch", f"Not clearly better than {name}", figure, f"{more}, or evaluate on more images")
 

@@ -83,7 +83,7 @@ class PooledFeatures(nn.Module):
 class LastFeatures(nn.Module):
     """Normalised images (B, C, H, W) → what the last layer of a timm classifier with this encoder takes (B, D).
 
-    They are the mean over the feature map, after which a ConvNeXt, and a ViT with `fc_norm`, has a norm.
+    They are the mean over the feature map, after a norm (ConvNeXt, `fc_norm`) or a hidden layer if the model has such.
     """
 
     def __init__(self, backbone: nn.Module):

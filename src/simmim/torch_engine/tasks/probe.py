@@ -55,7 +55,8 @@ def _check_out(config: ProbeConfig) -> None:
         option = f"--layer {config.layer}" if config.layer != -1 else f"--pool {config.pool}"
         raise UserError(f"--out writes a classifier on the mean of the last layer, and not {option}; leave that out")
     if is_timms(config.run):
-        remedy = f"give its directory alone, or use simmim finetune classify --from {config.run}"
+        alone = "" if config.run.startswith("timm:") else "give its directory alone, or "
+        remedy = f"{alone}use simmim finetune classify --from {config.run}"
         raise UserError(f"--out needs an encoder that simmim saved, and {config.run} is read as timm's; {remedy}")
 
 
