@@ -93,14 +93,21 @@ def test_timm_gives_the_maps_of_a_plain_vit(tmp_path: Path) -> None:
         assert [tuple(found.shape) for found in maps(torch.randn(1, 3, 64, 64))] == [(1, 48, 4, 4)] * 2
 
 
-@pytest.mark.parametrize("kind", ["vit", "swin", "resnet18"])
-def test_transformers_has_the_features_of_a_run_that_predicts_no_pixels(kind: str, tmp_path: Path) -> None:
-    run, out = save_run(tmp_path / "run", kind, objectives=[{"kind": "descriptor", "see": "whole"}]), tmp_path / "out"
+@pytest.mark.parametrize(
+    ("kind", "see", "settings"),
+    [("vit", "visible", {"encode": "visible"}), ("vit", "whole", {}), ("swin", "whole", {}), ("resnet18", "whole", {})],
+)
+def test_transformers_has_the_features_of_a_run_that_predicts_no_pixels(
+    kind: str, see: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    save_run(run, kind, objectives=[{"kind": "descriptor", "see": see}], **settings)
     export(run, format="transformers", out=out)
     images = torch.randn(2, 3, *SIZES.get(kind, (64, 64)))
     with torch.no_grad():
         found = transformers.AutoModel.from_pretrained(out).eval()(images).last_hidden_state
         torch.testing.assert_close(found, load_model(run).encoder.backbone.forward_features(images))
+    assert not any("decoder" in name for name in load_file(out / "model.safetensors"))
 
 
 def test_the_official_file_of_a_run_that_predicts_no_pixels_has_no_head(tmp_path: Path) -> None:

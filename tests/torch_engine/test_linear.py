@@ -74,11 +74,16 @@ def test_one_label_a_class_is_enough_for_a_linear_probe():
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of 64 pixels in three classes, which differ by colour, so that some answers are right and some wrong."""
+    """Pictures of 64 pixels in three classes, which differ by colour, so that some answers are right and some wrong.
+
+    Outside the crop that evaluation sees, test images have the colour of another class.
+    """
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
     colours = np.array([[150, 110, 110], [110, 150, 110], [110, 110, 150]])
     pixels = colours[labels][:, None, None] + rng.normal(0, 40, (60, 1, 1, 3)) + rng.normal(0, 20, (60, 64, 64, 3))
+    pixels[:30, :4] = pixels[:30, -4:] = 0
+    pixels[30:, :4] = pixels[30:, -4:] = 255 * np.eye(3)[(labels[30:] + 1) % 3][:, None, None]
     images = pixels.clip(0, 255).astype(np.uint8)
     file = tmp_path_factory.mktemp("shapes") / "shapes.npz"
     np.savez(file, x_train=images[:30], y_train=labels[:30], x_test=images[30:], y_test=labels[30:])

@@ -188,9 +188,12 @@ def judge_baselines(baselines: Baselines) -> Iterator[Finding]:
         if apart.low > 0:
             yield Finding("good", f"Better than {name}", figure)
         elif apart.high < 0:
-            encoder, data = (shlex.quote(str(name)) for name in (baselines.run.config.init, baselines.run.config.data))
-            command = f"simmim probe {encoder} --data {data} --method linear --out DIR"
-            keep = "use these" if is_timms(encoder) else f"keep a classifier of these: {command}"
+            config = baselines.run.config
+            assert config.init is not None and config.data is not None
+            command = (
+                f"simmim probe {shlex.quote(config.init)} --data {shlex.quote(config.data)} --method linear --out DIR"
+            )
+            keep = "use these" if is_timms(config.init) else f"keep a classifier of these: {command}"
             yield Finding("bad", f"Worse than {name}", figure, f"{more}, or {keep}")
         else:
             yield Finding("watch", f"Not clearly better than {name}", figure, f"{more}, or evaluate on more images")
